@@ -1,0 +1,20 @@
+"""The ops of ``torch.ops.moeops``: one file per family, with fakes, gradients and public functions side by side."""
+
+from moeops.ops.grouped_linear import grouped_linear
+from moeops.ops.moe_mlp import moe_mlp
+from moeops.ops.padding import pad_rows, unpad_rows
+from moeops.ops.permute import permute_tokens, unpermute_tokens
+from moeops.ops.routing import topk_route
+from moeops.ops.sorting import limit_capacity, sort_tokens
+
+__all__ = [
+    "grouped_linear",
+    "limit_capacity",
+    "moe_mlp",
+    "pad_rows",
+    "permute_tokens",
+    "sort_tokens",
+    "topk_route",
+    "unpad_rows",
+    "unpermute_tokens",
+]

@@ -1,0 +1,196 @@
+"""The expert block as one op. T tokens, K experts per token, N = T * K, E experts, D model width, H hidden width."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moeops.ops import _checks
+from moeops.ops._autocast import cast_for_autocast
+from moeops.ops._checks import fake_check
+from moeops.ops.permute import check_topk_weights
+from moeops.types import TokenPlan
+
+ACTIVATIONS = ("swiglu", "gelu", "relu", "silu", "relu_squared")
+
+
+def up_width(d_hidden: int, activation: str) -> int:
+    """Rows of ``w_up`` per expert: gate and up for swiglu, up alone otherwise."""
+    return 2 * d_hidden if activation == "swiglu" else d_hidden
+
+
+@torch.library.register_fake("moeops::moe_mlp")
+def _moe_mlp_fake(
+    x,
+    topk_weights,
+    w_up,
+    w_down,
+    b_up,
+    b_down,
+    row_to_pair,
+    pair_to_row,
+    expert_offsets,
+    activation,
+):
+    fake_check(
+        x.shape[0] == pair_to_row.shape[0],
+        "moe_mlp: x must have as many rows as the plan has tokens. Check the plan.",
+    )
+    fake_check(
+        x.shape[1] == w_up.shape[2],
+        "moe_mlp: w_up must have as many inputs as x has columns. Check w_up.shape[2].",
+    )
+    pre_activation = x.new_empty((row_to_pair.shape[0], w_up.shape[1]))
+    return x.new_empty((x.shape[0], w_down.shape[1])), pre_activation
+
+
+@torch.library.register_fake("moeops::moe_mlp_backward")
+def _moe_mlp_backward_fake(
+    grad_y,
+    x,
+    topk_weights,
+    w_up,
+    w_down,
+    b_up,
+    b_down,
+    pre_activation,
+    row_to_pair,
+    pair_to_row,
+    expert_offsets,
+    activation,
+    need_x,
+    need_topk_weights,
+    need_w_up,
+    need_w_down,
+):
+    def like(tensor, needed):
+        return tensor.new_empty(tensor.shape) if tensor is not None and needed else x.new_empty(0)
+
+    return (
+        like(x, need_x),
+        like(topk_weights, need_topk_weights),
+        like(w_up, need_w_up),
+        like(w_down, need_w_down),
+        like(b_up, need_w_up),
+        like(b_down, need_w_down),
+    )
+
+
+def _moe_mlp_setup(ctx, inputs, output):
+    *tensors, activation = inputs
+    _, pre_activation = output
+    ctx.mark_non_differentiable(pre_activation)
+    ctx.set_materialize_grads(False)  # or pre_activation's gradient would be a buffer of zeros
+    ctx.save_for_backward(*tensors, pre_activation)
+    ctx.activation = activation
+
+
+def _moe_mlp_grad(ctx, grad_y, _grad_pre_activation):
+    if grad_y is None:
+        return (None,) * 10
+    *block, row_to_pair, pair_to_row, expert_offsets, pre_activation = ctx.saved_tensors
+    x, topk_weights, w_up, w_down, b_up, b_down = block
+    needs = ctx.needs_input_grad[:6]
+    need_w_up, need_w_down = needs[2] or needs[4], needs[3] or needs[5]
+    grads = torch.ops.moeops.moe_mlp_backward(
+        grad_y,
+        *block,
+        pre_activation,
+        row_to_pair,
+        pair_to_row,
+        expert_offsets,
+        ctx.activation,
+        needs[0],
+        needs[1],
+        need_w_up,
+        need_w_down,
+    )
+    picked = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+    return (*picked, None, None, None, None)
+
+
+torch.library.register_autograd("moeops::moe_mlp", _moe_mlp_grad, setup_context=_moe_mlp_setup)
+_checks.refuse_second_gradient("moe_mlp_backward")
+
+
+def moe_mlp(
+    x: Tensor,
+    topk_weights: Tensor,
+    plan: TokenPlan,
+    w_up: Tensor,
+    w_down: Tensor,
+    *,
+    b_up: Tensor | None = None,
+    b_down: Tensor | None = None,
+    activation: str = "swiglu",
+) -> Tensor:
+    """Run every token through its chosen experts and sum the results, weighted, in one op.
+
+    ``y[t] = sum_k topk_weights[t, k] * (w_down[e] @ act(w_up[e] @ x[t] + b_up[e]) + b_down[e])`` with ``e`` the
+    expert of pair (t, k); dropped pairs add nothing. For swiglu ``w_up`` holds the gate rows, then the up rows, and
+    ``act`` is ``silu(gate) * up``.
+
+    Args:
+        x: tokens, ``[T, D]``, any float type.
+        topk_weights: ``[T, K]`` float, cast to float32 (float64 for float64 ``x``).
+        plan: what ``sort_tokens`` returned for these tokens.
+        w_up: ``[E, 2H, D]`` for swiglu, else ``[E, H, D]``; dtype of ``x``.
+        w_down: ``[E, D_out, H]``, dtype of ``x``.
+        b_up: ``[E, 2H or H]``, dtype of ``x``.
+        b_down: ``[E, D_out]``, dtype of ``x``.
+        activation: one of ``ACTIVATIONS``: swiglu, gelu (exact), relu, silu, relu_squared.
+
+    Returns:
+        ``[T, D_out]``, dtype of ``x``.
+
+    Raises:
+        ValueError: a shape, device or ``activation`` does not fit.  TypeError: a dtype is wrong.
+    Gradients: ``x``, ``topk_weights``, ``w_up``, ``w_down``, ``b_up``, ``b_down``.  Host sync: none.
+    Deterministic: yes.  Memory: keeps ``x`` and the pre-activation ``[N, 2H or H]`` for the backward, nothing else.
+    Under ``torch.autocast`` the float arguments but ``topk_weights`` are cast to the autocast type.
+    Source: recomputation scheme of SonicMoE, arXiv:2512.14080.
+
+    Example:
+        >>> plan = sort_tokens(torch.tensor([[0], [1]]), 2)
+        >>> w_up, w_down = torch.ones(2, 1, 1), torch.tensor([[[2.0]], [[3.0]]])
+        >>> moe_mlp(torch.ones(2, 1), torch.ones(2, 1), plan, w_up, w_down, activation="relu").tolist()
+        [[2.0], [3.0]]
+    """
+    x, w_up, w_down, b_up, b_down = cast_for_autocast(  # type: ignore[assignment]
+        x, w_up, w_down, b_up, b_down
+    )
+    if not torch.compiler.is_compiling():
+        _check_moe_mlp(x, topk_weights, plan, w_up, w_down, b_up, b_down, activation)
+    topk_weights = topk_weights.to(_checks.accumulate_dtype(x.dtype))
+    y, _ = torch.ops.moeops.moe_mlp(
+        x, topk_weights, w_up, w_down, b_up, b_down, *plan, activation
+    )
+    return y
+
+
+def _check_moe_mlp(x, topk_weights, plan, w_up, w_down, b_up, b_down, activation):
+    op = "moe_mlp"
+    _checks.check_tensor(op, "x", x, 2)
+    _checks.check_float(op, "x", x)
+    _checks.check_plan(op, plan, "x", x)
+    _checks.check_size(op, "x", x, 0, plan[1].shape[0], "the plan's tokens")
+    check_topk_weights(op, topk_weights, plan, "x", x)
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"{op}: activation must be one of {ACTIVATIONS}, got {activation!r}. Pick one of them."
+        )
+    num_experts = plan[2].shape[0] - 1
+    for name, weight in (("w_up", w_up), ("w_down", w_down)):
+        _checks.check_tensor(op, name, weight, 3)
+        _checks.check_float(op, name, weight)
+        _checks.check_like(op, name, weight, "x", x)
+        _checks.check_size(op, name, weight, 0, num_experts, "one per expert")
+    _checks.check_size(op, "w_up", w_up, 2, x.shape[1], "columns of x")
+    wanted = up_width(w_down.shape[2], activation)
+    _checks.check_size(op, "w_up", w_up, 1, wanted, f"{activation} with w_down's inputs")
+    for name, bias, weight in (("b_up", b_up, w_up), ("b_down", b_down, w_down)):
+        if bias is not None:
+            _checks.check_tensor(op, name, bias, 2)
+            _checks.check_like(op, name, bias, "x", x)
+            _checks.check_size(op, name, bias, 0, num_experts, "one per expert")
+            _checks.check_size(op, name, bias, 1, weight.shape[1], "outputs of its weight")

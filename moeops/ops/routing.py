@@ -1,0 +1,129 @@
+"""From router logits to chosen experts. T tokens, E experts, K experts per token."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moeops.ops import _checks
+from moeops.ops._checks import fake_check
+
+SCORES = ("softmax", "sigmoid")
+
+
+@torch.library.register_fake("moeops::topk_route")
+def _topk_route_fake(logits, bias, top_k, score, renormalize, scale, num_groups, top_groups):
+    fake_check(logits.dim() == 2, "topk_route: logits must have 2 dimensions. Reshape them first.")
+    weights = logits.new_empty(
+        (logits.shape[0], top_k), dtype=_checks.accumulate_dtype(logits.dtype)
+    )
+    return weights, logits.new_empty((logits.shape[0], top_k), dtype=torch.int64)
+
+
+@torch.library.register_fake("moeops::topk_route_backward")
+def _topk_route_backward_fake(grad_topk_weights, logits, topk_ids, score, renormalize, scale):
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _topk_route_setup(ctx, inputs, output):
+    logits, _, _, score, renormalize, scale, _, _ = inputs
+    _, topk_ids = output
+    ctx.mark_non_differentiable(topk_ids)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(logits, topk_ids)
+    ctx.options = (score, renormalize, scale)
+
+
+def _topk_route_grad(ctx, grad_topk_weights, _grad_ids):
+    if grad_topk_weights is None:
+        return (None,) * 8
+    logits, topk_ids = ctx.saved_tensors
+    grad_logits = torch.ops.moeops.topk_route_backward(
+        grad_topk_weights, logits, topk_ids, *ctx.options
+    )
+    return grad_logits, None, None, None, None, None, None, None
+
+
+torch.library.register_autograd(
+    "moeops::topk_route", _topk_route_grad, setup_context=_topk_route_setup
+)
+_checks.refuse_second_gradient("topk_route_backward")
+
+
+def topk_route(
+    logits: Tensor,
+    top_k: int,
+    *,
+    score: str = "softmax",
+    renormalize: bool = True,
+    scale: float = 1.0,
+    bias: Tensor | None = None,
+    num_groups: int = 1,
+    top_groups: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """Choose ``top_k`` experts per token and weight them by their scores, in one kernel.
+
+    Scores are ``softmax(logits)`` over all experts or ``sigmoid(logits)``. The best ``top_k`` are chosen by score plus
+    ``bias``, ties by lower id; the weights are the scores without the bias, divided by their sum if ``renormalize``,
+    times ``scale``. With ``num_groups > 1`` only experts of the ``top_groups`` best groups can be chosen, a group
+    being worth the sum of its two best biased scores.
+
+    Args:
+        logits: router logits, ``[T, E]``, any float type, finite; computed in float32 (float64 for float64).
+        top_k: ``K``, from 1 to ``E`` (or to ``top_groups * E / num_groups``).
+        score: ``"softmax"`` or ``"sigmoid"``.
+        renormalize: divide the chosen scores by their sum; with softmax this is the softmax over the chosen logits.
+        scale: factor on the weights.
+        bias: ``[E]`` float, added to the scores for the choice only; gets no gradient.
+        num_groups: number of equal expert groups, a divisor of ``E``.
+        top_groups: groups a token may use, at most ``num_groups``.
+
+    Returns:
+        topk_weights ``[T, K]`` float32 (float64 for float64 logits) and topk_ids ``[T, K]`` int64, best first.
+
+    Raises:
+        ValueError: a shape, ``top_k``, ``score`` or the groups do not fit.  TypeError: ``logits`` is not float.
+        RuntimeError: a logit is NaN or infinite (checked on CPU; on CUDA with ``MOEOPS_DEBUG_CHECKS=1``).
+    Gradients: ``logits`` through the weights.  Host sync: none.  Deterministic: yes.
+    Source: Shazeer et al. 2017, arXiv:1701.06538; groups and bias: DeepSeek-V3, arXiv:2412.19437.
+
+    Example:
+        >>> weights, ids = topk_route(torch.tensor([[0.0, 2.0, 1.0]]), 2)
+        >>> ids.tolist()
+        [[1, 2]]
+    """
+    if not torch.compiler.is_compiling():
+        _check_topk_route(logits, top_k, score, bias, num_groups, top_groups)
+    return torch.ops.moeops.topk_route(
+        logits, bias, top_k, score, renormalize, scale, num_groups, top_groups
+    )
+
+
+def _check_topk_route(logits, top_k, score, bias, num_groups, top_groups):
+    op = "topk_route"
+    _checks.check_tensor(op, "logits", logits, 2)
+    _checks.check_float(op, "logits", logits)
+    num_experts = logits.shape[1]
+    _checks.check_int(op, "top_k", top_k, 1, "Choose 1 <= top_k <= num_experts.")
+    _checks.check_int(op, "num_groups", num_groups, 1, "Use 1 for no groups.")
+    _checks.check_int(op, "top_groups", top_groups, 1, "Use 1 for no groups.")
+    if score not in SCORES:
+        raise ValueError(f"{op}: score must be one of {SCORES}, got {score!r}. Pick one of them.")
+    if num_experts == 0 or num_experts % num_groups != 0:
+        raise ValueError(
+            f"{op}: num_groups must divide the {num_experts} experts, got {num_groups}. Choose a divisor."
+        )
+    if top_groups > num_groups:
+        raise ValueError(
+            f"{op}: top_groups must be at most num_groups = {num_groups}, got {top_groups}. Lower it."
+        )
+    reachable = num_experts // num_groups * top_groups
+    if top_k > reachable:
+        raise ValueError(
+            f"{op}: top_k must be at most the {reachable} experts a token can reach, got {top_k}. Lower top_k."
+        )
+    if bias is not None:
+        _checks.check_tensor(op, "bias", bias, 1)
+        _checks.check_float(op, "bias", bias)
+        _checks.check_size(op, "bias", bias, 0, num_experts, "one entry per expert")
+        _checks.check_device(op, "bias", bias, "logits", logits)

@@ -1,0 +1,198 @@
+"""The truth for every op, in plain PyTorch: slow, readable, right in float64, differentiable by autograd.
+
+Same names and arguments as the public functions. T tokens, K experts per token, N = T * K pairs, E experts,
+D model width, H hidden width of one expert, C capacity in rows. Loops and host copies are welcome here.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moeops.types import TokenPlan
+
+
+def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Float64 stays float64; everything else is computed in float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def topk_route(
+    logits: Tensor,
+    top_k: int,
+    *,
+    score: str = "softmax",
+    renormalize: bool = True,
+    scale: float = 1.0,
+    bias: Tensor | None = None,
+    num_groups: int = 1,
+    top_groups: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """Scores, biased choice of the best groups and experts, unbiased weights of the chosen."""
+    T, E = logits.shape
+    z = logits.to(_accumulate_dtype(logits.dtype))
+    scores = torch.softmax(z, dim=-1) if score == "softmax" else torch.sigmoid(z)  # [T, E]
+    choice = scores.detach()
+    if bias is not None:
+        choice = choice + bias.to(choice.dtype)
+    elif num_groups == 1:
+        choice = z.detach()  # monotone in the scores, without the ties that rounding makes
+    if num_groups > 1:
+        grouped = choice.view(T, num_groups, E // num_groups)
+        group_score = grouped.topk(min(2, E // num_groups), dim=-1).values.sum(-1)  # [T, G]
+        best = torch.sort(group_score, dim=-1, descending=True, stable=True).indices[:, :top_groups]
+        keep = torch.zeros_like(group_score, dtype=torch.bool).scatter(1, best, True)
+        choice = grouped.masked_fill(~keep[:, :, None], float("-inf")).view(T, E)
+    ids = torch.sort(choice, dim=-1, descending=True, stable=True).indices[:, :top_k]
+    weights = scores.gather(1, ids)
+    if renormalize:
+        weights = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+    return weights * scale, ids
+
+
+def sort_tokens(topk_ids: Tensor, num_experts: int, *, drop_out_of_range: bool = False) -> TokenPlan:
+    """Stable sort of pairs by expert, dropped pairs last."""
+    flat = topk_ids.reshape(-1).to(torch.int64)
+    dropped = flat < 0
+    if drop_out_of_range:
+        dropped = dropped | (flat >= num_experts)
+    flat = torch.where(dropped, num_experts, flat)
+    row_to_pair = torch.sort(flat, stable=True).indices
+    pair_to_row = torch.empty_like(row_to_pair)
+    pair_to_row[row_to_pair] = torch.arange(flat.numel(), device=flat.device)
+    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=flat.device)
+    counts.scatter_add_(0, flat, torch.ones_like(flat))
+    offsets = F.pad(counts[:num_experts].cumsum(0), (1, 0))
+    return TokenPlan(
+        row_to_pair.to(torch.int32),
+        pair_to_row.to(torch.int32).view(topk_ids.shape),
+        offsets.to(torch.int32),
+    )
+
+
+def limit_capacity(
+    topk_ids: Tensor, num_experts: int, capacity: int, *, priority: Tensor | None = None
+) -> Tensor:
+    """Keep the first, or the highest-priority, ``capacity`` pairs of each expert; -1 for the rest."""
+    flat = topk_ids.reshape(-1)
+    out = flat.clone()
+    order = torch.arange(flat.numel(), device=flat.device)
+    if priority is not None:
+        order = torch.sort(priority.reshape(-1), descending=True, stable=True).indices
+    for e in range(num_experts):
+        pairs = order[flat[order] == e]
+        out[pairs[capacity:]] = -1
+    return out.view(topk_ids.shape)
+
+
+def permute_tokens(x: Tensor, plan: TokenPlan) -> Tensor:
+    """``rows[r] = x[row_to_pair[r] // K]``, zero for dropped pairs."""
+    row_to_pair, pair_to_row, expert_offsets = plan
+    K = max(1, pair_to_row.shape[1])
+    live = torch.arange(row_to_pair.numel(), device=x.device) < expert_offsets[-1]
+    return torch.where(live[:, None], x[row_to_pair.long() // K], 0)
+
+
+def unpermute_tokens(rows: Tensor, plan: TokenPlan, topk_weights: Tensor | None = None) -> Tensor:
+    """``y[t] = sum_k topk_weights[t, k] * rows[pair_to_row[t, k]]`` over the pairs that were not dropped."""
+    _, pair_to_row, expert_offsets = plan
+    acc = _accumulate_dtype(rows.dtype)
+    live = pair_to_row < expert_offsets[-1]  # [T, K]
+    picked = rows[pair_to_row.long()].to(acc)  # [T, K, D]
+    picked = torch.where(live[:, :, None], picked, 0)
+    if topk_weights is not None:
+        picked = picked * torch.where(live, topk_weights.to(acc), 0)[:, :, None]
+    return picked.sum(1).to(rows.dtype)
+
+
+def pad_rows(rows: Tensor, expert_offsets: Tensor, capacity: int) -> Tensor:
+    """``padded[e, c] = rows[expert_offsets[e] + c]``, zero past the expert's last row."""
+    offsets = expert_offsets.tolist()
+    parts = []
+    for begin, end in zip(offsets[:-1], offsets[1:], strict=True):
+        part = rows[begin : min(end, begin + capacity)]
+        parts.append(F.pad(part, (0, 0, 0, capacity - part.shape[0])))
+    return torch.stack(parts)
+
+
+def unpad_rows(padded: Tensor, expert_offsets: Tensor, num_rows: int) -> Tensor:
+    """``rows[expert_offsets[e] + c] = padded[e, c]``; rows past the capacity or the last offset are zero."""
+    capacity = padded.shape[1]
+    offsets = expert_offsets.tolist()
+    parts = []
+    for e, (begin, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+        part = padded[e, : min(end - begin, capacity)]
+        parts.append(F.pad(part, (0, 0, 0, end - begin - part.shape[0])))
+    parts.append(padded.new_zeros(num_rows - offsets[-1], padded.shape[2]))
+    return torch.cat(parts)
+
+
+def grouped_linear(
+    rows: Tensor, weight: Tensor, expert_offsets: Tensor, *, bias: Tensor | None = None
+) -> Tensor:
+    """``out[r] = weight[e] @ rows[r] + bias[e]`` for the expert that owns row ``r``; zero past the last offset."""
+    acc = _accumulate_dtype(rows.dtype)
+    offsets = expert_offsets.tolist()
+    parts = []
+    for e, (begin, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+        part = rows[begin:end].to(acc) @ weight[e].to(acc).t()
+        parts.append(part if bias is None else part + bias[e].to(acc))
+    parts.append(torch.zeros(rows.shape[0] - offsets[-1], weight.shape[1]).to(rows.device, acc))
+    return torch.cat(parts).to(rows.dtype)
+
+
+def grouped_linear_weight_grad(grad: Tensor, rows: Tensor, expert_offsets: Tensor) -> Tensor:
+    """``out[e] = grad[rows of e].T @ rows[rows of e]``."""
+    acc = _accumulate_dtype(rows.dtype)
+    offsets = expert_offsets.tolist()
+    parts = [
+        grad[begin:end].to(acc).t() @ rows[begin:end].to(acc)
+        for begin, end in zip(offsets[:-1], offsets[1:], strict=True)
+    ]
+    return torch.stack(parts).to(rows.dtype)
+
+
+def grouped_sum(rows: Tensor, expert_offsets: Tensor) -> Tensor:
+    """``out[e] = sum of the rows of expert e``."""
+    acc = _accumulate_dtype(rows.dtype)
+    offsets = expert_offsets.tolist()
+    parts = [
+        rows[begin:end].to(acc).sum(0)
+        for begin, end in zip(offsets[:-1], offsets[1:], strict=True)
+    ]
+    return torch.stack(parts).to(rows.dtype)
+
+
+def activate(pre_activation: Tensor, activation: str) -> Tensor:
+    """``[N, 2H] -> [N, H]`` for swiglu (rows hold gate, then up), elementwise for the others."""
+    if activation == "swiglu":
+        gate, up = pre_activation.chunk(2, dim=-1)
+        return F.silu(gate) * up
+    if activation == "gelu":
+        return F.gelu(pre_activation)
+    if activation == "relu":
+        return F.relu(pre_activation)
+    if activation == "silu":
+        return F.silu(pre_activation)
+    if activation == "relu_squared":
+        return F.relu(pre_activation).square()
+    raise ValueError(f"unknown activation {activation!r}")
+
+
+def moe_mlp(
+    x: Tensor,
+    topk_weights: Tensor,
+    plan: TokenPlan,
+    w_up: Tensor,
+    w_down: Tensor,
+    *,
+    b_up: Tensor | None = None,
+    b_down: Tensor | None = None,
+    activation: str = "swiglu",
+) -> Tensor:
+    """The expert block: permute, up projection, activation, down projection, weighted sum."""
+    rows = permute_tokens(x, plan)
+    hidden = activate(grouped_linear(rows, w_up, plan.expert_offsets, bias=b_up), activation)
+    out = grouped_linear(hidden, w_down, plan.expert_offsets, bias=b_down)
+    return unpermute_tokens(out, plan, topk_weights)
