@@ -1,0 +1,215 @@
+// The pointwise middle of the expert block, forward and backward. N rows in expert order, H hidden
+// columns. A group of blockDim.x threads owns one row and reads it in whole 16-byte vectors side by
+// side, so that each of the streams touches memory in long runs; blockDim.y groups share a block.
+// Rows past the last offset are skipped.
+#pragma once
+
+#include "vector.cuh"
+
+namespace moeops {
+
+enum class Activation { kSwiglu, kGelu, kRelu, kSilu, kReluSquared };
+
+constexpr int kActivationThreads = 256;
+
+// 1 / (1 + exp(-z)); half types use the fast instructions, whose error is far below their rounding.
+template <typename T>
+__device__ __forceinline__ device_accumulate_t<T> sigmoid(device_accumulate_t<T> z) {
+  if constexpr (sizeof(T) == 2) {
+    return __fdividef(1.0f, 1.0f + __expf(-z));
+  } else {
+    return 1 / (1 + exp(-z));
+  }
+}
+
+// Value and derivative of an activation of one variable.
+template <typename T, Activation kActivation, typename Acc = device_accumulate_t<T>>
+__device__ __forceinline__ void activate(Acc z, Acc& value, Acc& slope) {
+  if constexpr (kActivation == Activation::kGelu) {
+    const Acc kSqrtHalf = Acc(0.70710678118654752440), kInvSqrt2Pi = Acc(0.39894228040143267794);
+    const Acc cdf = Acc(0.5) * (Acc(1) + erf(z * kSqrtHalf));
+    value = z * cdf;
+    slope = cdf + z * kInvSqrt2Pi * exp(Acc(-0.5) * z * z);
+  } else if constexpr (kActivation == Activation::kRelu) {
+    value = z > 0 ? z : Acc(0);
+    slope = z > 0 ? Acc(1) : Acc(0);
+  } else if constexpr (kActivation == Activation::kReluSquared) {
+    const Acc kept = z > 0 ? z : Acc(0);
+    value = kept * kept;
+    slope = 2 * kept;
+  } else {
+    const Acc gate = sigmoid<T>(z);
+    value = z * gate;
+    slope = gate * (Acc(1) + z * (Acc(1) - gate));
+  }
+}
+
+template <typename T, int kElements>
+__device__ __forceinline__ void add_vector(Vector<T, kElements>& v, const T* other) {
+  const auto o = load_vector<Vector<T, kElements>>(other);
+#pragma unroll
+  for (int i = 0; i < kElements; ++i) {
+    v.value[i] = from_accumulate<T>(to_accumulate(v.value[i]) + to_accumulate(o.value[i]));
+  }
+}
+
+// hidden = act(pre). With a bias, pre += bias[expert] first, in place.
+template <typename T, Activation kActivation, int kElements>
+__global__ void __launch_bounds__(256)
+    activation_kernel(T* __restrict__ pre, const T* __restrict__ bias,
+                      const int32_t* __restrict__ offsets, int num_experts, int64_t num_rows,
+                      int64_t hidden_width, T* __restrict__ hidden) {
+  using Acc = device_accumulate_t<T>;
+  using Vec = Vector<T, kElements>;
+  constexpr bool kGated = kActivation == Activation::kSwiglu;
+  const int64_t pre_width = kGated ? 2 * hidden_width : hidden_width;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  if (row >= live_rows(offsets, num_experts, num_rows)) return;
+  T* own = pre + row * pre_width;
+  const T* own_bias = bias ? bias + expert_of_row(offsets, num_experts, row) * pre_width : nullptr;
+#pragma unroll 2
+  for (int64_t c = static_cast<int64_t>(threadIdx.x) * kElements; c < hidden_width;
+       c += static_cast<int64_t>(blockDim.x) * kElements) {
+    Vec gate = load_vector<Vec>(own + c), up{};
+    if constexpr (kGated) up = load_vector<Vec>(own + hidden_width + c);
+    if (own_bias != nullptr) {
+      add_vector<T, kElements>(gate, own_bias + c);
+      store_vector(own + c, gate);
+      if constexpr (kGated) {
+        add_vector<T, kElements>(up, own_bias + hidden_width + c);
+        store_vector(own + hidden_width + c, up);
+      }
+    }
+    Vec out;
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) {
+      Acc value, slope;
+      activate<T, kActivation>(to_accumulate(gate.value[i]), value, slope);
+      if constexpr (kGated) value *= to_accumulate(up.value[i]);
+      out.value[i] = from_accumulate<T>(value);
+    }
+    store_vector(hidden + row * hidden_width + c, out);
+  }
+}
+
+template <typename T>
+struct ActivationBackwardArgs {
+  using Acc = device_accumulate_t<T>;
+  const T* pre;             // [N, 2H or H]
+  const T* grad_hidden;     // [N, H], of the unweighted hidden rows
+  const Acc* topk_weights;  // [T, K]
+  const T* grad_y;          // [T, D_out], read only with b_down
+  const T* b_down;          // [E, D_out] or null
+  const int32_t* row_to_pair;
+  const int32_t* offsets;
+  int num_experts;
+  int top_k;
+  int64_t num_rows, hidden_width, out_width;
+  T* grad_pre;             // [N, 2H or H] or null
+  T* weighted_hidden;      // [N, H] or null
+  Acc* grad_topk_weights;  // [T, K] or null
+};
+
+// grad_pre = weight * act'(pre) * grad_hidden, weighted_hidden = weight * act(pre), and the routing
+// weight's gradient <grad_hidden, act(pre)> (+ <grad_y, b_down>), all from one read of pre and
+// grad_hidden.
+template <typename T, Activation kActivation, int kElements>
+__global__ void __launch_bounds__(256)
+    activation_backward_kernel(const ActivationBackwardArgs<T> args) {
+  using Acc = device_accumulate_t<T>;
+  using Vec = Vector<T, kElements>;
+  constexpr bool kGated = kActivation == Activation::kSwiglu;
+  const int64_t H = args.hidden_width;
+  const int64_t pre_width = kGated ? 2 * H : H;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  const bool live = row < live_rows(args.offsets, args.num_experts, args.num_rows);
+  int64_t pair = row < args.num_rows ? args.row_to_pair[row] : -1;
+  if (pair >= args.num_rows) pair = -1;
+  const bool active = live && pair >= 0;
+  const Acc weight = active ? args.topk_weights[pair] : Acc(0);
+  Acc dot = 0;
+  if (active) {
+    const T* pre = args.pre + row * pre_width;
+    const T* grad_hidden = args.grad_hidden + row * H;
+#pragma unroll 2
+    for (int64_t c = static_cast<int64_t>(threadIdx.x) * kElements; c < H;
+         c += static_cast<int64_t>(blockDim.x) * kElements) {
+      const Vec gate = load_vector<Vec>(pre + c);
+      Vec up{};
+      if constexpr (kGated) up = load_vector<Vec>(pre + H + c);
+      const Vec grad = load_vector<Vec>(grad_hidden + c);
+      Vec grad_gate, grad_up, weighted;
+#pragma unroll
+      for (int i = 0; i < kElements; ++i) {
+        Acc value, slope;
+        activate<T, kActivation>(to_accumulate(gate.value[i]), value, slope);
+        const Acc g = to_accumulate(grad.value[i]);
+        Acc hidden = value;
+        if constexpr (kGated) {
+          const Acc u = to_accumulate(up.value[i]);
+          hidden = value * u;
+          grad_up.value[i] = from_accumulate<T>(weight * g * value);
+          slope *= u;
+        }
+        grad_gate.value[i] = from_accumulate<T>(weight * g * slope);
+        weighted.value[i] = from_accumulate<T>(weight * hidden);
+        dot += g * hidden;
+      }
+      if (args.grad_pre) {
+        store_vector(args.grad_pre + row * pre_width + c, grad_gate);
+        if constexpr (kGated) store_vector(args.grad_pre + row * pre_width + H + c, grad_up);
+      }
+      if (args.weighted_hidden) store_vector(args.weighted_hidden + row * H + c, weighted);
+    }
+    if (args.b_down != nullptr && args.grad_topk_weights != nullptr) {
+      const T* bias =
+          args.b_down + expert_of_row(args.offsets, args.num_experts, row) * args.out_width;
+      const T* grad = args.grad_y + pair / args.top_k * args.out_width;
+      for (int64_t c = threadIdx.x; c < args.out_width; c += blockDim.x) {
+        dot += to_accumulate(grad[c]) * to_accumulate(bias[c]);
+      }
+    }
+  }
+  if (args.grad_topk_weights == nullptr) return;
+
+  // The row's sum: within warps, then over the group's warps in order.
+  __shared__ Acc partial[kActivationThreads / kWarpSize];
+  const int warps = blockDim.x / kWarpSize;
+  dot = warp_sum(dot);
+  if (threadIdx.x % kWarpSize == 0) partial[threadIdx.y * warps + threadIdx.x / kWarpSize] = dot;
+  __syncthreads();
+  if (threadIdx.x == 0 && pair >= 0) {
+    Acc sum = 0;
+    for (int w = 0; w < warps; ++w) sum += partial[threadIdx.y * warps + w];
+    args.grad_topk_weights[pair] = sum;
+  }
+}
+
+// y[t] += sum_k topk_weights[t, k] * bias[expert of (t, k)]; one warp owns a token.
+template <typename T>
+__global__ void __launch_bounds__(256)
+    add_weighted_bias_kernel(const T* __restrict__ bias,
+                             const device_accumulate_t<T>* __restrict__ topk_weights,
+                             const int32_t* __restrict__ pair_to_row,
+                             const int32_t* __restrict__ offsets, int num_experts,
+                             int64_t num_tokens, int top_k, int64_t width, T* __restrict__ y) {
+  using Acc = device_accumulate_t<T>;
+  const int64_t live = live_rows(offsets, num_experts, num_tokens * top_k);
+  const int warps = blockDim.x / kWarpSize;
+  const int lane = threadIdx.x % kWarpSize;
+  for (int64_t t = static_cast<int64_t>(blockIdx.x) * warps + threadIdx.x / kWarpSize;
+       t < num_tokens; t += static_cast<int64_t>(gridDim.x) * warps) {
+    for (int64_t c = lane; c < width; c += kWarpSize) {
+      Acc sum = to_accumulate(y[t * width + c]);
+      for (int k = 0; k < top_k; ++k) {
+        const int64_t row = pair_to_row[t * top_k + k];
+        if (row < 0 || row >= live) continue;
+        const int64_t e = expert_of_row(offsets, num_experts, row);
+        sum += topk_weights[t * top_k + k] * to_accumulate(bias[e * width + c]);
+      }
+      y[t * width + c] = from_accumulate<T>(sum);
+    }
+  }
+}
+
+}  // namespace moeops

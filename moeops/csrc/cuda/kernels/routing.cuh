@@ -1,0 +1,380 @@
+// Top-k routing. T tokens, E experts, K experts per token. One warp owns one token; lane l holds
+// the scores of experts l, l + 32, l + 64, ... in registers, kSlots of them.
+#pragma once
+
+#include <cmath>
+
+#include "vector.cuh"
+
+namespace moeops {
+
+struct RouteOptions {
+  int num_experts;
+  int top_k;
+  int num_groups;
+  int top_groups;
+  bool sigmoid;
+  bool renormalize;
+  double scale;
+};
+
+// An unsigned key that orders like the float, with -0 equal to +0. Keys of real values are never 0.
+__device__ __forceinline__ uint32_t order_key(float v) {
+  const uint32_t bits = __float_as_uint(v + 0.0f);
+  const uint32_t key = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+  return key == 0 ? 1 : key;
+}
+__device__ __forceinline__ uint64_t order_key(double v) {
+  const uint64_t bits = static_cast<uint64_t>(__double_as_longlong(v + 0.0));
+  const uint64_t key = bits >> 63 ? ~bits : bits | (uint64_t{1} << 63);
+  return key == 0 ? 1 : key;
+}
+
+// The value a key was made of (of NaN, some NaN).
+__device__ __forceinline__ float value_of_key(uint32_t key) {
+  return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
+}
+__device__ __forceinline__ double value_of_key(uint64_t key) {
+  const uint64_t sign = uint64_t{1} << 63;
+  return __longlong_as_double(static_cast<long long>(key & sign ? key & ~sign : ~key));
+}
+
+__device__ __forceinline__ uint32_t warp_max_key(uint32_t key) {
+  return __reduce_max_sync(kFullMask, key);
+}
+__device__ __forceinline__ uint64_t warp_max_key(uint64_t key) { return warp_max(key); }
+
+template <typename Acc>
+__device__ __forceinline__ Acc smallest_normal();
+template <>
+__device__ __forceinline__ float smallest_normal<float>() {
+  return 1.17549435e-38f;
+}
+template <>
+__device__ __forceinline__ double smallest_normal<double>() {
+  return 2.2250738585072014e-308;
+}
+
+// z[i] becomes the score of expert lane + 32 * i; lanes past the last expert hold -infinity before
+// and 0 after.
+template <typename Acc, int kSlots>
+__device__ __forceinline__ void scores_from_logits(Acc (&z)[kSlots], bool sigmoid) {
+  if (sigmoid) {
+#pragma unroll
+    for (int i = 0; i < kSlots; ++i) z[i] = Acc(1) / (Acc(1) + exp(-z[i]));
+    return;
+  }
+  Acc top = z[0];
+#pragma unroll
+  for (int i = 1; i < kSlots; ++i) top = z[i] > top ? z[i] : top;
+  top = warp_max(top);
+  Acc sum = 0;
+#pragma unroll
+  for (int i = 0; i < kSlots; ++i) {
+    z[i] = exp(z[i] - top);
+    sum += z[i];
+  }
+  const Acc factor = Acc(1) / warp_sum(sum);
+#pragma unroll
+  for (int i = 0; i < kSlots; ++i) z[i] *= factor;
+}
+
+template <typename T, int kSlots>
+__device__ __forceinline__ void load_logits(const T* row, int num_experts,
+                                            device_accumulate_t<T> (&z)[kSlots]) {
+  using Acc = device_accumulate_t<T>;
+  const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+  for (int i = 0; i < kSlots; ++i) {
+    const int e = lane + i * kWarpSize;
+    z[i] = e < num_experts ? to_accumulate(row[e]) : Acc(-INFINITY);
+  }
+}
+
+// Removes from `keys` the experts outside the top_groups best groups; a group is worth the sum of
+// its two best choices. `group_worth` is this warp's shared memory, one value per group.
+template <typename Acc, int kSlots, typename Key>
+__device__ __forceinline__ void keep_best_groups(const Acc (&choice)[kSlots], Key (&keys)[kSlots],
+                                                 const RouteOptions& options, Acc* group_worth) {
+  const int lane = threadIdx.x % kWarpSize;
+  const int group_size = options.num_experts / options.num_groups;
+  const Acc kLowest = Acc(-INFINITY);
+  for (int g = 0; g < options.num_groups; ++g) {
+    Acc first = kLowest, second = kLowest;
+#pragma unroll
+    for (int i = 0; i < kSlots; ++i) {
+      const int e = lane + i * kWarpSize;
+      if (e < options.num_experts && e / group_size == g) {
+        if (choice[i] > first) {
+          second = first;
+          first = choice[i];
+        } else if (choice[i] > second) {
+          second = choice[i];
+        }
+      }
+    }
+#pragma unroll
+    for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
+      const Acc other_first = __shfl_xor_sync(kFullMask, first, offset);
+      const Acc other_second = __shfl_xor_sync(kFullMask, second, offset);
+      const Acc loser = first < other_first ? first : other_first;
+      first = first < other_first ? other_first : first;
+      second = second < other_second ? other_second : second;
+      second = second < loser ? loser : second;
+    }
+    if (lane == 0) group_worth[g] = group_size > 1 ? first + second : first;
+  }
+  __syncwarp();
+  // Group g stays if fewer than top_groups groups come before it.
+#pragma unroll
+  for (int i = 0; i < kSlots; ++i) {
+    const int e = lane + i * kWarpSize;
+    if (e >= options.num_experts) continue;
+    const int mine = e / group_size;
+    int better = 0;
+    for (int g = 0; g < options.num_groups; ++g) {
+      better +=
+          group_worth[g] > group_worth[mine] || (group_worth[g] == group_worth[mine] && g < mine);
+    }
+    if (better >= options.top_groups) keys[i] = 0;
+  }
+  __syncwarp();
+}
+
+// A lane's candidates, best first. Up to four are kept sorted, so that the best is at hand in every
+// round; more are searched anew, which costs fewer registers.
+template <typename Key, int kSlots>
+struct LaneCandidates {
+  static constexpr bool kSorted = kSlots <= 4;
+  Key keys[kSlots];
+  int slots[kSlots];
+
+  __device__ __forceinline__ void prepare() {
+#pragma unroll
+    for (int i = 0; i < kSlots; ++i) slots[i] = i;
+    if constexpr (kSorted) {
+#pragma unroll
+      for (int pass = 1; pass < kSlots; ++pass) {
+#pragma unroll
+        for (int i = 0; i < kSlots - pass; ++i) {
+          const bool swap = keys[i + 1] > keys[i];  // strict: equal keys stay in slot order
+          const Key key = swap ? keys[i + 1] : keys[i];
+          const int slot = swap ? slots[i + 1] : slots[i];
+          keys[i + 1] = swap ? keys[i] : keys[i + 1];
+          slots[i + 1] = swap ? slots[i] : slots[i + 1];
+          keys[i] = key;
+          slots[i] = slot;
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void best(Key& key, int& slot) const {
+    key = keys[0];
+    slot = slots[0];
+    if constexpr (!kSorted) {
+#pragma unroll
+      for (int i = 1; i < kSlots; ++i) {
+        if (keys[i] > key) {
+          key = keys[i];
+          slot = slots[i];
+        }
+      }
+    }
+  }
+
+  // Takes the best one out.
+  __device__ __forceinline__ void remove(int slot) {
+    if constexpr (kSorted) {
+#pragma unroll
+      for (int i = 0; i + 1 < kSlots; ++i) {
+        keys[i] = keys[i + 1];
+        slots[i] = slots[i + 1];
+      }
+      keys[kSlots - 1] = 0;
+    } else {
+#pragma unroll
+      for (int i = 0; i < kSlots; ++i) {
+        if (slots[i] == slot) keys[i] = 0;
+      }
+    }
+  }
+};
+
+// Shared memory per warp: top_k scores, top_k ids, num_groups group worths; whole 8-byte words keep
+// the next warp's scores aligned.
+template <typename Acc>
+__host__ __device__ inline size_t route_shared_bytes(int top_k, int num_groups) {
+  const size_t bytes = sizeof(Acc) * (top_k + num_groups) + sizeof(int32_t) * top_k;
+  return (bytes + sizeof(double) - 1) / sizeof(double) * sizeof(double);
+}
+
+// kByLogit: without bias and groups the choice follows the logits, which are finer than their
+// rounded scores; the score of the chosen is then computed from the key itself.
+template <typename T, int kSlots, bool kByLogit>
+__global__ void __launch_bounds__(256)
+    topk_route_kernel(const T* __restrict__ logits, const device_accumulate_t<T>* __restrict__ bias,
+                      int64_t num_tokens, RouteOptions options,
+                      device_accumulate_t<T>* __restrict__ topk_weights,
+                      int64_t* __restrict__ topk_ids, int32_t* bad_values) {
+  using Acc = device_accumulate_t<T>;
+  using Key = decltype(order_key(Acc{}));
+  extern __shared__ __align__(16) unsigned char shared[];
+  const int lane = threadIdx.x % kWarpSize;
+  const int warp = threadIdx.x / kWarpSize;
+  const int K = options.top_k, E = options.num_experts;
+  unsigned char* mine = shared + warp * route_shared_bytes<Acc>(K, options.num_groups);
+  auto* chosen = reinterpret_cast<Acc*>(mine);  // logits if kByLogit, scores otherwise
+  Acc* group_worth = chosen + K;
+  auto* chosen_ids = reinterpret_cast<int32_t*>(group_worth + options.num_groups);
+
+  const int64_t t = static_cast<int64_t>(blockIdx.x) * (blockDim.x / kWarpSize) + warp;
+  if (t >= num_tokens) return;
+  Acc score[kSlots];
+  load_logits(logits + t * E, E, score);
+  if (bad_values != nullptr) {
+#pragma unroll
+    for (int i = 0; i < kSlots; ++i) {
+      if (lane + i * kWarpSize < E && !isfinite(score[i])) atomicAdd(bad_values, 1);
+    }
+  }
+  LaneCandidates<Key, kSlots> candidates;
+  if constexpr (kByLogit) {
+#pragma unroll
+    for (int i = 0; i < kSlots; ++i) {
+      candidates.keys[i] = lane + i * kWarpSize < E ? order_key(score[i]) : 0;
+    }
+  } else {
+    scores_from_logits(score, options.sigmoid);
+    Acc choice[kSlots];
+#pragma unroll
+    for (int i = 0; i < kSlots; ++i) {
+      const int e = lane + i * kWarpSize;
+      choice[i] = e < E && bias != nullptr ? score[i] + bias[e] : score[i];
+      candidates.keys[i] = e < E ? order_key(choice[i]) : 0;
+    }
+    if (options.num_groups > 1) keep_best_groups(choice, candidates.keys, options, group_worth);
+  }
+  candidates.prepare();
+
+  for (int k = 0; k < K; ++k) {
+    Key key;
+    int slot;
+    candidates.best(key, slot);
+    const Key top = warp_max_key(key);
+    const int expert = __reduce_min_sync(kFullMask, key == top ? lane + slot * kWarpSize : E);
+    Acc value = value_of_key(top);
+    if constexpr (!kByLogit) {
+      Acc own = 0;
+#pragma unroll
+      for (int i = 0; i < kSlots; ++i) own = i == slot ? score[i] : own;
+      value = __shfl_sync(kFullMask, own, expert % kWarpSize);
+    }
+    if (lane == expert % kWarpSize) candidates.remove(slot);
+    if (lane == 0) {
+      chosen[k] = value;
+      chosen_ids[k] = expert;
+    }
+  }
+  __syncwarp();
+
+  Acc shift = 0, factor = 1;  // score = exp(logit - shift) * factor
+  if (kByLogit && !options.sigmoid) {
+    shift = chosen[0];
+    if (!options.renormalize) {
+      Acc total = 0;
+#pragma unroll
+      for (int i = 0; i < kSlots; ++i) total += exp(score[i] - shift);
+      factor = Acc(1) / warp_sum(total);
+    }
+  }
+  Acc sum = 0;
+  for (int k = lane; k < K; k += kWarpSize) {
+    if constexpr (kByLogit) {
+      chosen[k] =
+          options.sigmoid ? Acc(1) / (Acc(1) + exp(-chosen[k])) : exp(chosen[k] - shift) * factor;
+    }
+    sum += chosen[k];
+  }
+  Acc scale = static_cast<Acc>(options.scale);
+  if (options.renormalize) {
+    sum = warp_sum(sum);
+    scale /= sum > smallest_normal<Acc>() ? sum : smallest_normal<Acc>();
+  }
+  for (int k = lane; k < K; k += kWarpSize) {
+    topk_weights[t * K + k] = chosen[k] * scale;
+    topk_ids[t * K + k] = chosen_ids[k];
+  }
+}
+
+// The gradient of the chosen, renormalised, scaled scores with respect to all logits of one token.
+template <typename T, int kSlots>
+__global__ void __launch_bounds__(256)
+    topk_route_backward_kernel(const device_accumulate_t<T>* __restrict__ grad_topk_weights,
+                               const T* __restrict__ logits, const int64_t* __restrict__ topk_ids,
+                               int64_t num_tokens, RouteOptions options,
+                               T* __restrict__ grad_logits) {
+  using Acc = device_accumulate_t<T>;
+  const int lane = threadIdx.x % kWarpSize;
+  const int E = options.num_experts, K = options.top_k;
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * (blockDim.x / kWarpSize);
+  for (int64_t t =
+           static_cast<int64_t>(blockIdx.x) * (blockDim.x / kWarpSize) + threadIdx.x / kWarpSize;
+       t < num_tokens; t += stride) {
+    Acc score[kSlots], grad[kSlots];
+    load_logits(logits + t * E, E, score);
+    scores_from_logits(score, options.sigmoid);
+#pragma unroll
+    for (int i = 0; i < kSlots; ++i) grad[i] = 0;
+
+    Acc sum = 0, dot = 0;  // of the chosen scores; of the incoming gradients with them
+    for (int k = 0; k < K; ++k) {
+      const int64_t e = topk_ids[t * K + k];
+      if (e < 0 || e >= E) continue;
+      const Acc g = grad_topk_weights[t * K + k];
+      Acc mine = 0;
+#pragma unroll
+      for (int i = 0; i < kSlots; ++i) {
+        if (e == lane + i * kWarpSize) {
+          grad[i] = g;
+          mine = score[i];
+        }
+      }
+      const Acc chosen = __shfl_sync(kFullMask, mine, static_cast<int>(e % kWarpSize));
+      sum += chosen;
+      dot += g * chosen;
+    }
+    Acc factor = static_cast<Acc>(options.scale), shift = 0;
+    if (options.renormalize) {
+      const bool clamped = !(sum > smallest_normal<Acc>());
+      sum = clamped ? smallest_normal<Acc>() : sum;
+      factor /= sum;
+      shift = clamped ? Acc(0) : dot / sum;
+    }
+    // grad[i] becomes the gradient with respect to the score.
+    unsigned long long chosen_bits = 0;
+    for (int k = 0; k < K; ++k) {
+      const int64_t e = topk_ids[t * K + k];
+      if (e >= 0 && e < E && e % kWarpSize == lane) chosen_bits |= 1ull << (e / kWarpSize);
+    }
+    Acc mean = 0;
+#pragma unroll
+    for (int i = 0; i < kSlots; ++i) {
+      if (chosen_bits >> i & 1) {
+        grad[i] = factor * (grad[i] - shift);
+        mean += grad[i] * score[i];
+      }
+    }
+    if (!options.sigmoid) mean = warp_sum(mean);
+#pragma unroll
+    for (int i = 0; i < kSlots; ++i) {
+      const int e = lane + i * kWarpSize;
+      if (e >= E) continue;
+      const Acc dz =
+          options.sigmoid ? grad[i] * score[i] * (Acc(1) - score[i]) : score[i] * (grad[i] - mean);
+      grad_logits[t * E + e] = from_accumulate<T>(dz);
+    }
+  }
+}
+
+}  // namespace moeops

@@ -1,0 +1,203 @@
+// Stable counting sort of token-expert pairs by expert. N pairs, E experts; bucket E holds the
+// dropped pairs. Every block owns one chunk of consecutive pairs, every warp one segment of the
+// chunk, so ranks follow pair order.
+#pragma once
+
+#include "vector.cuh"
+
+namespace moeops {
+
+struct SortShape {
+  int64_t num_pairs;
+  int64_t chunk;  // pairs per block, a multiple of warps * 32
+  int num_experts;
+  bool drop_out_of_range;
+};
+
+// The bucket of an id: its expert, or E for a dropped or invalid pair; counts the invalid ones.
+template <typename Id>
+__device__ __forceinline__ int bucket_of(Id id, const SortShape& shape, int32_t* bad_values) {
+  if (id >= 0 && id < shape.num_experts) return static_cast<int>(id);
+  const bool legal = id == -1 || (id >= shape.num_experts && shape.drop_out_of_range);
+  if (bad_values != nullptr && !legal) atomicAdd(bad_values, 1);
+  return shape.num_experts;
+}
+
+// Buckets of the warp's pairs first + 32 * u + lane, -1 past `end`; all loads are in flight
+// together.
+constexpr int kSortUnroll = 4;
+template <typename Id>
+__device__ __forceinline__ void load_buckets(const Id* __restrict__ ids, const SortShape& shape,
+                                             int64_t first, int64_t end,
+                                             int (&bucket)[kSortUnroll]) {
+  Id id[kSortUnroll];
+#pragma unroll
+  for (int u = 0; u < kSortUnroll; ++u) {
+    const int64_t p = first + u * kWarpSize + threadIdx.x % kWarpSize;
+    id[u] = p < end ? ids[p] : Id(0);
+  }
+#pragma unroll
+  for (int u = 0; u < kSortUnroll; ++u) {
+    const int64_t p = first + u * kWarpSize + threadIdx.x % kWarpSize;
+    bucket[u] = p < end ? bucket_of(id[u], shape, nullptr) : -1;
+  }
+}
+
+// counts[block][bucket] of the block's chunk. Shared memory: E + 1 integers.
+template <typename Id>
+__global__ void sort_count_kernel(const Id* __restrict__ ids, SortShape shape,
+                                  int32_t* __restrict__ counts, int32_t* bad_values) {
+  extern __shared__ int32_t histogram[];
+  const int buckets = shape.num_experts + 1;
+  for (int b = threadIdx.x; b < buckets; b += blockDim.x) histogram[b] = 0;
+  __syncthreads();
+  const int64_t begin = blockIdx.x * shape.chunk;
+  const int64_t end = min(begin + shape.chunk, shape.num_pairs);
+  for (int64_t first = begin; first < end; first += blockDim.x) {
+    const int64_t p = first + threadIdx.x;
+    const bool inside = p < end;
+    const unsigned active = __ballot_sync(kFullMask, inside);
+    if (!inside) continue;
+    const int bucket = bucket_of(ids[p], shape, bad_values);
+    // One atomic per bucket and warp: all tokens on one expert would otherwise queue up.
+    const unsigned peers = __match_any_sync(active, bucket);
+    if (threadIdx.x % kWarpSize == __ffs(peers) - 1) atomicAdd(&histogram[bucket], __popc(peers));
+  }
+  __syncthreads();
+  for (int b = threadIdx.x; b < buckets; b += blockDim.x) {
+    counts[static_cast<int64_t>(blockIdx.x) * buckets + b] = histogram[b];
+  }
+}
+
+// Exclusive prefix sum over `values` in place by one warp; returns nothing, the last entry's sum is
+// dropped.
+__device__ __forceinline__ void warp_exclusive_scan(int32_t* values, int size) {
+  const int lane = threadIdx.x % kWarpSize;
+  int32_t carry = 0;
+  for (int first = 0; first < size; first += kWarpSize) {
+    const int i = first + lane;
+    const int32_t own = i < size ? values[i] : 0;
+    int32_t sum = own;
+#pragma unroll
+    for (int offset = 1; offset < kWarpSize; offset *= 2) {
+      const int32_t below = __shfl_up_sync(kFullMask, sum, offset);
+      if (lane >= offset) sum += below;
+    }
+    if (i < size) values[i] = carry + sum - own;
+    carry += __shfl_sync(kFullMask, sum, kWarpSize - 1);
+  }
+}
+
+// Writes both maps and, from block 0, the offsets. Shared memory: (2 + warps) * (E + 1) integers.
+template <typename Id>
+__global__ void sort_scatter_kernel(const Id* __restrict__ ids, SortShape shape,
+                                    const int32_t* __restrict__ counts, int num_blocks,
+                                    int32_t* __restrict__ row_to_pair,
+                                    int32_t* __restrict__ pair_to_row,
+                                    int32_t* __restrict__ offsets) {
+  extern __shared__ int32_t shared[];
+  const int buckets = shape.num_experts + 1;
+  const int lane = threadIdx.x % kWarpSize;
+  const int warp = threadIdx.x / kWarpSize;
+  const int warps = blockDim.x / kWarpSize;
+  int32_t* total = shared;               // first row of each bucket, after the scan
+  int32_t* before = shared + buckets;    // pairs of the bucket in earlier blocks
+  int32_t* position = before + buckets;  // [warps][buckets]: next row of the warp's next pair
+  for (int b = threadIdx.x; b < (2 + warps) * buckets; b += blockDim.x) shared[b] = 0;
+  __syncthreads();
+
+  // Column sums of `counts`; groups of threads share the rows.
+  const int columns = min(buckets, static_cast<int>(blockDim.x));
+  const int groups = blockDim.x / columns;
+  const int group = threadIdx.x / columns;
+  if (group < groups) {
+    for (int b = threadIdx.x % columns; b < buckets; b += columns) {
+      int32_t all = 0, earlier = 0;
+#pragma unroll 8
+      for (int block = group; block < num_blocks; block += groups) {
+        const int32_t count = counts[static_cast<int64_t>(block) * buckets + b];
+        all += count;
+        earlier += block < static_cast<int>(blockIdx.x) ? count : 0;
+      }
+      atomicAdd(&total[b], all);
+      atomicAdd(&before[b], earlier);
+    }
+  }
+
+  // Counts of the warp's own segment.
+  const int64_t segment = shape.chunk / warps;
+  const int64_t begin = min(blockIdx.x * shape.chunk + warp * segment, shape.num_pairs);
+  const int64_t end = min(begin + segment, shape.num_pairs);
+  int32_t* mine = position + warp * buckets;
+  int bucket[kSortUnroll];
+  for (int64_t first = begin; first < end; first += kSortUnroll * kWarpSize) {
+    load_buckets(ids, shape, first, end, bucket);
+#pragma unroll
+    for (int u = 0; u < kSortUnroll; ++u) {
+      const unsigned peers = __match_any_sync(kFullMask, bucket[u]);
+      if (bucket[u] >= 0 && lane == __ffs(peers) - 1) mine[bucket[u]] += __popc(peers);
+      __syncwarp();
+    }
+  }
+  __syncthreads();
+  if (warp == 0) warp_exclusive_scan(total, buckets);
+  __syncthreads();
+  for (int b = threadIdx.x; b < buckets; b += blockDim.x) {
+    int32_t next = total[b] + before[b];
+    for (int w = 0; w < warps; ++w) {
+      const int32_t count = position[w * buckets + b];
+      position[w * buckets + b] = next;
+      next += count;
+    }
+    if (blockIdx.x == 0) offsets[b] = total[b];
+  }
+  __syncthreads();
+
+  for (int64_t first = begin; first < end; first += kSortUnroll * kWarpSize) {
+    load_buckets(ids, shape, first, end, bucket);
+#pragma unroll
+    for (int u = 0; u < kSortUnroll; ++u) {
+      const unsigned peers = __match_any_sync(kFullMask, bucket[u]);
+      const int leader = __ffs(peers) - 1;
+      const bool inside = bucket[u] >= 0;
+      int32_t row = inside && lane == leader ? mine[bucket[u]] : 0;
+      row = __shfl_sync(kFullMask, row, leader) + __popc(peers & ((1u << lane) - 1));
+      if (inside) {
+        const int64_t p = first + u * kWarpSize + lane;
+        if (lane == leader) mine[bucket[u]] = row + __popc(peers);
+        row_to_pair[row] = static_cast<int32_t>(p);
+        pair_to_row[p] = row;
+      }
+      __syncwarp();
+    }
+  }
+}
+
+// Keeps pair p if its rank among its expert's rows is below the capacity. With `order`, entry i of
+// the plan stands for pair order[i].
+template <typename Id>
+__global__ void limit_capacity_kernel(const Id* __restrict__ ids, const int64_t* order,
+                                      const int32_t* __restrict__ pair_to_row,
+                                      const int32_t* __restrict__ offsets, int64_t num_pairs,
+                                      int num_experts, int64_t capacity, Id* __restrict__ out) {
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < num_pairs;
+       i += stride) {
+    const int64_t p = order ? order[i] : i;
+    const Id id = ids[p];
+    const bool valid = id >= 0 && id < num_experts;
+    out[p] = valid && pair_to_row[i] - offsets[id] < capacity ? id : Id(-1);
+  }
+}
+
+template <typename Id>
+__global__ void gather_ids_kernel(const Id* __restrict__ ids, const int64_t* __restrict__ order,
+                                  int64_t num_pairs, Id* __restrict__ out) {
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < num_pairs;
+       i += stride) {
+    out[i] = ids[order[i]];
+  }
+}
+
+}  // namespace moeops

@@ -1,0 +1,317 @@
+// The expert block on CUDA: moe_mlp and moe_mlp_backward.
+//
+// Forward: gather rows, up projection, activation, down projection, weighted sum. Only x and the
+// pre-activation are kept; the backward gathers x and grad_y again and folds the routing weight
+// into the pointwise pass, so the down projection's output is never needed: d weight = <d hidden,
+// hidden>.
+#include <torch/csrc/stable/library.h>
+
+#include "common.h"
+#include "device_dispatch.h"
+#include "grouped_linear.h"
+#include "kernels/activation.cuh"
+#include "permute.h"
+
+namespace moeops::cuda {
+
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarpsPerBlock = kThreads / kWarpSize;
+constexpr int kVectorBytes = 16;
+
+Activation parse_activation(const char* op, const std::string& name) {
+  if (name == "swiglu") return Activation::kSwiglu;
+  if (name == "gelu") return Activation::kGelu;
+  if (name == "relu") return Activation::kRelu;
+  if (name == "silu") return Activation::kSilu;
+  STD_TORCH_CHECK(name == "relu_squared", op,
+                  ": activation must be swiglu, gelu, relu, silu or relu_squared, got ", name,
+                  ". Pick one of them.");
+  return Activation::kReluSquared;
+}
+
+// Runs f with the activation as a compile-time constant.
+template <typename F>
+void dispatch_activation(Activation activation, const F& f) {
+  switch (activation) {
+    case Activation::kSwiglu:
+      return f(std::integral_constant<Activation, Activation::kSwiglu>{});
+    case Activation::kGelu:
+      return f(std::integral_constant<Activation, Activation::kGelu>{});
+    case Activation::kRelu:
+      return f(std::integral_constant<Activation, Activation::kRelu>{});
+    case Activation::kSilu:
+      return f(std::integral_constant<Activation, Activation::kSilu>{});
+    case Activation::kReluSquared:
+      return f(std::integral_constant<Activation, Activation::kReluSquared>{});
+  }
+}
+
+// What both directions take, checked, contiguous, with boundaries that are safe to index with.
+struct Block {
+  Tensor x, topk_weights, w_up, w_down;
+  std::optional<Tensor> b_up, b_down;
+  Tensor row_to_pair, pair_to_row, offsets;
+  Activation activation;
+  cudaStream_t stream;
+
+  int64_t num_rows() const { return row_to_pair.size(0); }
+  int64_t hidden_width() const { return w_down.size(2); }
+  int64_t out_width() const { return w_down.size(1); }
+  int num_experts() const { return static_cast<int>(offsets.size(0) - 1); }
+  const int32_t* offsets_data() const { return static_cast<const int32_t*>(offsets.data_ptr()); }
+};
+
+void check_expert_weight(const char* op, const char* name, const Tensor& weight, const Tensor& x,
+                         int64_t num_experts) {
+  check_dim(op, name, weight, 3);
+  check_type(op, name, weight, x.scalar_type(), "the type of x");
+  check_same_device(op, name, weight, x);
+  check_size(op, name, weight, 0, num_experts);
+}
+
+std::optional<Tensor> check_bias(const char* op, const char* name,
+                                 const std::optional<Tensor>& bias, const Tensor& weight) {
+  if (!bias) return std::nullopt;
+  check_dim(op, name, *bias, 2);
+  check_type(op, name, *bias, weight.scalar_type(), "the type of x");
+  check_same_device(op, name, *bias, weight);
+  check_size(op, name, *bias, 0, weight.size(0));
+  check_size(op, name, *bias, 1, weight.size(1));
+  return as_contiguous(*bias);
+}
+
+Block make_block(const char* op, const Tensor& x, const Tensor& topk_weights, const Tensor& w_up,
+                 const Tensor& w_down, const std::optional<Tensor>& b_up,
+                 const std::optional<Tensor>& b_down, const Tensor& row_to_pair,
+                 const Tensor& pair_to_row, const Tensor& expert_offsets,
+                 const std::string& activation) {
+  check_dim(op, "x", x, 2);
+  check_float(op, "x", x);
+  check_plan(op, row_to_pair, pair_to_row, expert_offsets, x);
+  check_size(op, "x", x, 0, pair_to_row.size(0));
+  check_dim(op, "topk_weights", topk_weights, 2);
+  check_type(op, "topk_weights", topk_weights, accumulate_type(x.scalar_type()),
+             "float32 (float64 for float64 x)");
+  check_size(op, "topk_weights", topk_weights, 0, pair_to_row.size(0));
+  check_size(op, "topk_weights", topk_weights, 1, pair_to_row.size(1));
+  check_same_device(op, "topk_weights", topk_weights, x);
+  const int64_t num_experts = expert_offsets.size(0) - 1;
+  check_expert_weight(op, "w_up", w_up, x, num_experts);
+  check_expert_weight(op, "w_down", w_down, x, num_experts);
+  const Activation kind = parse_activation(op, activation);
+  const int64_t hidden = w_down.size(2);
+  check_size(op, "w_up", w_up, 2, x.size(1));
+  check_size(op, "w_up", w_up, 1, kind == Activation::kSwiglu ? 2 * hidden : hidden);
+  const cudaStream_t stream = current_stream(x);
+  return {as_contiguous(x),
+          as_contiguous(topk_weights),
+          w_up,
+          w_down,
+          check_bias(op, "b_up", b_up, w_up),
+          check_bias(op, "b_down", b_down, w_down),
+          as_contiguous(row_to_pair),
+          as_contiguous(pair_to_row),
+          safe_offsets(as_contiguous(expert_offsets), row_to_pair.size(0), stream),
+          kind,
+          stream};
+}
+
+// Threads along a row, whole warps, and rows per block.
+dim3 row_group(int64_t hidden_width, int elements) {
+  const int64_t along = ceil_div(ceil_div(hidden_width, elements), kWarpSize) * kWarpSize;
+  const int x = static_cast<int>(std::clamp<int64_t>(along, kWarpSize, kActivationThreads));
+  return dim3(x, kActivationThreads / x);
+}
+
+// Whole vectors along the hidden dimension; buffers are fresh allocations or contiguous inputs.
+bool vectors_fit(const Block& block, std::initializer_list<const Tensor*> buffers) {
+  uintptr_t bits = static_cast<uintptr_t>(block.hidden_width()) * block.x.element_size();
+  for (const Tensor* buffer : buffers) bits |= reinterpret_cast<uintptr_t>(buffer->data_ptr());
+  return bits % kVectorBytes == 0;
+}
+
+Tensor gather(const Tensor& x, const Block& block) {
+  Tensor rows = empty_on(x, {block.num_rows(), x.size(1)}, x.scalar_type());
+  permute(x, block.pair_to_row, block.offsets, rows, block.stream);
+  return rows;
+}
+
+// hidden = act(pre + b_up); pre keeps the sum.
+Tensor activate_rows(const Block& block, Tensor& pre) {
+  Tensor hidden = empty_on(pre, {block.num_rows(), block.hidden_width()}, pre.scalar_type());
+  if (hidden.numel() == 0) return hidden;
+  bool vectors = vectors_fit(block, {&pre, &hidden});
+  if (block.b_up) vectors = vectors && vectors_fit(block, {&*block.b_up});
+  MOEOPS_DISPATCH_DEVICE_FLOAT(pre.scalar_type(), "moe_mlp", [&] {
+    dispatch_activation(block.activation, [&](auto kind) {
+      constexpr int kElements = kVectorBytes / sizeof(scalar_t);
+      auto* kernel = vectors ? &activation_kernel<scalar_t, decltype(kind)::value, kElements>
+                             : &activation_kernel<scalar_t, decltype(kind)::value, 1>;
+      const dim3 group = row_group(block.hidden_width(), vectors ? kElements : 1);
+      kernel<<<grid_blocks(block.num_rows(), group.y), group, 0, block.stream>>>(
+          static_cast<scalar_t*>(pre.data_ptr()),
+          block.b_up ? static_cast<const scalar_t*>(block.b_up->data_ptr()) : nullptr,
+          block.offsets_data(), block.num_experts(), block.num_rows(), block.hidden_width(),
+          static_cast<scalar_t*>(hidden.data_ptr()));
+      STD_CUDA_KERNEL_LAUNCH_CHECK();
+    });
+  });
+  return hidden;
+}
+
+void add_down_bias(const Block& block, Tensor& y) {
+  if (!block.b_down || y.numel() == 0) return;
+  MOEOPS_DISPATCH_DEVICE_FLOAT(y.scalar_type(), "moe_mlp", [&] {
+    using Acc = device_accumulate_t<scalar_t>;
+    add_weighted_bias_kernel<scalar_t>
+        <<<grid_blocks(y.size(0), kWarpsPerBlock), kThreads, 0, block.stream>>>(
+            static_cast<const scalar_t*>(block.b_down->data_ptr()),
+            static_cast<const Acc*>(block.topk_weights.data_ptr()),
+            static_cast<const int32_t*>(block.pair_to_row.data_ptr()), block.offsets_data(),
+            block.num_experts(), y.size(0), static_cast<int>(block.pair_to_row.size(1)), y.size(1),
+            static_cast<scalar_t*>(y.data_ptr()));
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+}
+
+std::tuple<Tensor, Tensor> moe_mlp(const Tensor& x, const Tensor& topk_weights, const Tensor& w_up,
+                                   const Tensor& w_down, const std::optional<Tensor>& b_up,
+                                   const std::optional<Tensor>& b_down, const Tensor& row_to_pair,
+                                   const Tensor& pair_to_row, const Tensor& expert_offsets,
+                                   std::string activation) {
+  DeviceGuard guard(x.get_device_index());
+  const Block block = make_block("moe_mlp", x, topk_weights, w_up, w_down, b_up, b_down,
+                                 row_to_pair, pair_to_row, expert_offsets, activation);
+  Tensor y = empty_on(x, {x.size(0), block.out_width()}, x.scalar_type());
+  Tensor pre = grouped_matmul(gather(block.x, block), w_up, block.offsets, block.stream);
+  Tensor hidden = activate_rows(block, pre);
+  zero_tail(pre, block.offsets, block.stream);
+  Tensor rows = grouped_matmul(hidden, w_down, block.offsets, block.stream);
+  hidden = Tensor();
+  unpermute(rows, block.topk_weights, block.pair_to_row, block.offsets, y, block.stream);
+  add_down_bias(block, y);
+  return {y, pre};
+}
+
+struct ActivationGrads {
+  Tensor grad_pre, weighted_hidden;
+};
+
+// Pointwise backward; grad_topk_weights may be undefined.
+ActivationGrads activation_backward(const Block& block, const Tensor& pre,
+                                    const Tensor& grad_hidden, const Tensor& grad_y,
+                                    bool need_grad_pre, bool need_weighted_hidden,
+                                    Tensor& grad_topk_weights) {
+  ActivationGrads out;
+  const auto type = pre.scalar_type();
+  if (need_grad_pre) out.grad_pre = empty_on(pre, pre.sizes(), type);
+  if (need_weighted_hidden) out.weighted_hidden = empty_on(pre, grad_hidden.sizes(), type);
+  if (block.num_rows() == 0) return out;
+  bool vectors = vectors_fit(block, {&pre, &grad_hidden});
+  if (need_grad_pre) vectors = vectors && vectors_fit(block, {&out.grad_pre});
+  if (need_weighted_hidden) vectors = vectors && vectors_fit(block, {&out.weighted_hidden});
+  MOEOPS_DISPATCH_DEVICE_FLOAT(type, "moe_mlp_backward", [&] {
+    using Acc = device_accumulate_t<scalar_t>;
+    auto data = [](const Tensor& t) {
+      return t.defined() ? static_cast<scalar_t*>(t.data_ptr()) : nullptr;
+    };
+    ActivationBackwardArgs<scalar_t> args{};
+    args.pre = data(pre);
+    args.grad_hidden = data(grad_hidden);
+    args.topk_weights = static_cast<const Acc*>(block.topk_weights.data_ptr());
+    args.grad_y = data(grad_y);
+    args.b_down = block.b_down ? data(*block.b_down) : nullptr;
+    args.row_to_pair = static_cast<const int32_t*>(block.row_to_pair.data_ptr());
+    args.offsets = block.offsets_data();
+    args.num_experts = block.num_experts();
+    args.top_k = static_cast<int>(block.pair_to_row.size(1));
+    args.num_rows = block.num_rows();
+    args.hidden_width = block.hidden_width();
+    args.out_width = block.out_width();
+    args.grad_pre = data(out.grad_pre);
+    args.weighted_hidden = data(out.weighted_hidden);
+    args.grad_topk_weights =
+        grad_topk_weights.defined() ? static_cast<Acc*>(grad_topk_weights.data_ptr()) : nullptr;
+    dispatch_activation(block.activation, [&](auto kind) {
+      constexpr int kElements = kVectorBytes / sizeof(scalar_t);
+      auto* kernel = vectors
+                         ? &activation_backward_kernel<scalar_t, decltype(kind)::value, kElements>
+                         : &activation_backward_kernel<scalar_t, decltype(kind)::value, 1>;
+      const dim3 group = row_group(block.hidden_width(), vectors ? kElements : 1);
+      kernel<<<grid_blocks(block.num_rows(), group.y), group, 0, block.stream>>>(args);
+      STD_CUDA_KERNEL_LAUNCH_CHECK();
+    });
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(
+    const Tensor& grad_y, const Tensor& x, const Tensor& topk_weights, const Tensor& w_up,
+    const Tensor& w_down, const std::optional<Tensor>& b_up, const std::optional<Tensor>& b_down,
+    const Tensor& pre_activation, const Tensor& row_to_pair, const Tensor& pair_to_row,
+    const Tensor& expert_offsets, std::string activation, bool need_x, bool need_topk_weights,
+    bool need_w_up, bool need_w_down) {
+  constexpr auto kOp = "moe_mlp_backward";
+  DeviceGuard guard(x.get_device_index());
+  const Block block = make_block(kOp, x, topk_weights, w_up, w_down, b_up, b_down, row_to_pair,
+                                 pair_to_row, expert_offsets, activation);
+  check_dim(kOp, "grad_y", grad_y, 2);
+  check_size(kOp, "grad_y", grad_y, 0, x.size(0));
+  check_size(kOp, "grad_y", grad_y, 1, block.out_width());
+  check_type(kOp, "grad_y", grad_y, x.scalar_type(), "the type of x");
+  check_same_device(kOp, "grad_y", grad_y, x);
+  check_dim(kOp, "pre_activation", pre_activation, 2);
+  check_size(kOp, "pre_activation", pre_activation, 0, block.num_rows());
+  check_size(kOp, "pre_activation", pre_activation, 1, w_up.size(1));
+  check_type(kOp, "pre_activation", pre_activation, x.scalar_type(), "the type of x");
+  check_same_device(kOp, "pre_activation", pre_activation, x);
+
+  // Outputs must not alias each other, so what is not needed is an empty tensor of its own.
+  auto none = [&] { return empty_on(x, {0}, x.scalar_type()); };
+  Tensor grad_x = none(), grad_topk_weights = none(), grad_w_up = none(), grad_w_down = none(),
+         grad_b_up = none(), grad_b_down = none();
+  const Tensor gy = as_contiguous(grad_y);
+  if (need_topk_weights) {
+    grad_topk_weights =
+        empty_on(topk_weights, block.topk_weights.sizes(), topk_weights.scalar_type());
+  }
+  Tensor grad_pre, scores = need_topk_weights ? grad_topk_weights : Tensor();
+  {
+    const Tensor grad_rows = gather(gy, block);
+    const Tensor grad_hidden = grouped_matmul(grad_rows, torch::stable::transpose(w_down, 1, 2),
+                                              block.offsets, block.stream);
+    ActivationGrads grads = activation_backward(block, as_contiguous(pre_activation), grad_hidden,
+                                                gy, need_x || need_w_up, need_w_down, scores);
+    grad_pre = grads.grad_pre;
+    if (need_w_down) {
+      grad_w_down =
+          grouped_weight_grad(grad_rows, grads.weighted_hidden, block.offsets, block.stream);
+    }
+  }
+  if (need_w_down && block.b_down) {
+    grad_b_down = grouped_weighted_sum(gy, block.topk_weights, block.row_to_pair, block.offsets,
+                                       block.stream);
+  }
+  if (need_w_up) {
+    grad_w_up = grouped_weight_grad(grad_pre, gather(block.x, block), block.offsets, block.stream);
+    if (block.b_up) grad_b_up = grouped_row_sum(grad_pre, block.offsets, block.stream);
+  }
+  if (need_x) {
+    const Tensor rows =
+        grouped_matmul(grad_pre, torch::stable::transpose(w_up, 1, 2), block.offsets, block.stream);
+    grad_x = empty_on(x, block.x.sizes(), x.scalar_type());
+    unpermute(rows, std::nullopt, block.pair_to_row, block.offsets, grad_x, block.stream);
+  }
+  return {grad_x, grad_topk_weights, grad_w_up, grad_w_down, grad_b_up, grad_b_down};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(moeops, CUDA, m) {
+  m.impl("moe_mlp", TORCH_BOX(&moe_mlp));
+  m.impl("moe_mlp_backward", TORCH_BOX(&moe_mlp_backward));
+}
+
+}  // namespace moeops::cuda

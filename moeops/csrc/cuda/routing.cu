@@ -1,0 +1,158 @@
+// topk_route and topk_route_backward on CUDA.
+#include <torch/csrc/stable/library.h>
+
+#include "common.h"
+#include "device_dispatch.h"
+#include "kernels/routing.cuh"
+
+namespace moeops::cuda {
+
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarpsPerBlock = kThreads / kWarpSize;
+constexpr int kMaxSlots = 64;  // a lane's chosen experts are bits of one 64-bit word
+constexpr int kMaxExperts = kMaxSlots * kWarpSize;
+
+RouteOptions make_options(const char* op, int64_t num_experts, int64_t top_k,
+                          const std::string& score, bool renormalize, double scale,
+                          int64_t num_groups, int64_t top_groups) {
+  STD_TORCH_CHECK(score == "softmax" || score == "sigmoid", op,
+                  ": score must be softmax or sigmoid, got ", score, ". Pick one of them.");
+  STD_TORCH_CHECK(num_experts >= 1 && num_experts <= kMaxExperts, op, ": logits must have 1 to ",
+                  kMaxExperts, " experts on CUDA, got ", num_experts, ". Use fewer experts.");
+  STD_TORCH_CHECK(num_groups >= 1 && num_experts % num_groups == 0, op,
+                  ": num_groups must divide the ", num_experts, " experts, got ", num_groups,
+                  ". Choose a divisor.");
+  STD_TORCH_CHECK(top_groups >= 1 && top_groups <= num_groups, op,
+                  ": top_groups must be from 1 to num_groups = ", num_groups, ", got ", top_groups,
+                  ". Change it.");
+  const int64_t reachable = num_experts / num_groups * top_groups;
+  STD_TORCH_CHECK(top_k >= 1 && top_k <= reachable, op, ": top_k must be from 1 to the ", reachable,
+                  " experts a token can reach, got ", top_k, ". Change top_k.");
+  return {static_cast<int>(num_experts),
+          static_cast<int>(top_k),
+          static_cast<int>(num_groups),
+          static_cast<int>(top_groups),
+          score == "sigmoid",
+          renormalize,
+          scale};
+}
+
+// Runs the lambda body with kSlots bound to the smallest register count that holds E / 32 scores
+// per lane.
+#define MOEOPS_DISPATCH_SLOTS(NUM_EXPERTS, ...)      \
+  [&] {                                              \
+    const int needed = ((NUM_EXPERTS) + 31) / 32;    \
+    auto run = [&](auto slots) {                     \
+      constexpr int kSlots = decltype(slots)::value; \
+      __VA_ARGS__();                                 \
+    };                                               \
+    if (needed <= 1) {                               \
+      run(std::integral_constant<int, 1>{});         \
+    } else if (needed <= 2) {                        \
+      run(std::integral_constant<int, 2>{});         \
+    } else if (needed <= 4) {                        \
+      run(std::integral_constant<int, 4>{});         \
+    } else if (needed <= 8) {                        \
+      run(std::integral_constant<int, 8>{});         \
+    } else if (needed <= 16) {                       \
+      run(std::integral_constant<int, 16>{});        \
+    } else {                                         \
+      run(std::integral_constant<int, kMaxSlots>{}); \
+    }                                                \
+  }()
+
+std::tuple<Tensor, Tensor> topk_route(const Tensor& logits, const std::optional<Tensor>& bias,
+                                      int64_t top_k, const std::string& score, bool renormalize,
+                                      double scale, int64_t num_groups, int64_t top_groups) {
+  constexpr auto kOp = "topk_route";
+  check_dim(kOp, "logits", logits, 2);
+  check_float(kOp, "logits", logits);
+  const auto options =
+      make_options(kOp, logits.size(1), top_k, score, renormalize, scale, num_groups, top_groups);
+  DeviceGuard guard(logits.get_device_index());
+  const ScalarType acc = accumulate_type(logits.scalar_type());
+  std::optional<Tensor> shift;
+  if (bias) {
+    check_dim(kOp, "bias", *bias, 1);
+    check_float(kOp, "bias", *bias);
+    check_size(kOp, "bias", *bias, 0, logits.size(1));
+    check_same_device(kOp, "bias", *bias, logits);
+    shift = as_contiguous(bias->scalar_type() == acc ? *bias : torch::stable::to(*bias, acc));
+  }
+  const int64_t num_tokens = logits.size(0);
+  Tensor topk_weights = empty_on(logits, {num_tokens, top_k}, acc);
+  Tensor topk_ids = empty_on(logits, {num_tokens, top_k}, ScalarType::Long);
+  if (num_tokens == 0) return {topk_weights, topk_ids};
+  const cudaStream_t stream = current_stream(logits);
+  DebugCounter bad_values(logits, stream);
+  const Tensor z = as_contiguous(logits);
+  MOEOPS_DISPATCH_DEVICE_FLOAT(z.scalar_type(), kOp, [&] {
+    using Acc = device_accumulate_t<scalar_t>;
+    MOEOPS_DISPATCH_SLOTS(options.num_experts, [&] {
+      auto* kernel = bias || options.num_groups > 1 ? &topk_route_kernel<scalar_t, kSlots, false>
+                                                    : &topk_route_kernel<scalar_t, kSlots, true>;
+      const size_t shared =
+          kWarpsPerBlock * route_shared_bytes<Acc>(options.top_k, options.num_groups);
+      allow_shared_bytes(kernel, shared);
+      kernel<<<grid_blocks(num_tokens, kWarpsPerBlock), kThreads, shared, stream>>>(
+          static_cast<const scalar_t*>(z.data_ptr()),
+          shift ? static_cast<const Acc*>(shift->data_ptr()) : nullptr, num_tokens, options,
+          static_cast<Acc*>(topk_weights.data_ptr()), static_cast<int64_t*>(topk_ids.data_ptr()),
+          bad_values.device_pointer());
+      STD_CUDA_KERNEL_LAUNCH_CHECK();
+    });
+  });
+  const int32_t bad = bad_values.read();
+  STD_TORCH_CHECK(bad == 0, kOp, ": logits must be finite, got NaN or infinity in ", bad,
+                  " places. Look at the router's input and weights.");
+  return {topk_weights, topk_ids};
+}
+
+Tensor topk_route_backward(const Tensor& grad_topk_weights, const Tensor& logits,
+                           const Tensor& topk_ids, const std::string& score, bool renormalize,
+                           double scale) {
+  constexpr auto kOp = "topk_route_backward";
+  check_dim(kOp, "logits", logits, 2);
+  check_float(kOp, "logits", logits);
+  check_ids(kOp, topk_ids);
+  check_type(kOp, "topk_ids", topk_ids, ScalarType::Long, "int64");
+  check_same_device(kOp, "topk_ids", topk_ids, logits);
+  check_size(kOp, "topk_ids", topk_ids, 0, logits.size(0));
+  check_dim(kOp, "grad_topk_weights", grad_topk_weights, 2);
+  check_size(kOp, "grad_topk_weights", grad_topk_weights, 0, topk_ids.size(0));
+  check_size(kOp, "grad_topk_weights", grad_topk_weights, 1, topk_ids.size(1));
+  check_type(kOp, "grad_topk_weights", grad_topk_weights, accumulate_type(logits.scalar_type()),
+             "float32 (float64 for float64 logits)");
+  check_same_device(kOp, "grad_topk_weights", grad_topk_weights, logits);
+  const auto options = make_options(kOp, logits.size(1), topk_ids.size(1), score, renormalize,
+                                    scale, /*num_groups=*/1, /*top_groups=*/1);
+  DeviceGuard guard(logits.get_device_index());
+  const int64_t num_tokens = logits.size(0);
+  Tensor grad_logits = empty_on(logits, logits.sizes(), logits.scalar_type());
+  if (num_tokens == 0) return grad_logits;
+  const Tensor g = as_contiguous(grad_topk_weights), z = as_contiguous(logits),
+               ids = as_contiguous(topk_ids);
+  MOEOPS_DISPATCH_DEVICE_FLOAT(z.scalar_type(), kOp, [&] {
+    using Acc = device_accumulate_t<scalar_t>;
+    MOEOPS_DISPATCH_SLOTS(options.num_experts, [&] {
+      topk_route_backward_kernel<scalar_t, kSlots>
+          <<<grid_blocks(num_tokens, kWarpsPerBlock), kThreads, 0, current_stream(logits)>>>(
+              static_cast<const Acc*>(g.data_ptr()), static_cast<const scalar_t*>(z.data_ptr()),
+              static_cast<const int64_t*>(ids.data_ptr()), num_tokens, options,
+              static_cast<scalar_t*>(grad_logits.data_ptr()));
+      STD_CUDA_KERNEL_LAUNCH_CHECK();
+    });
+  });
+  return grad_logits;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(moeops, CUDA, m) {
+  m.impl("topk_route", TORCH_BOX(&topk_route));
+  m.impl("topk_route_backward", TORCH_BOX(&topk_route_backward));
+}
+
+}  // namespace moeops::cuda
