@@ -1,0 +1,1 @@
+"""Speed and memory of moeops beside its peers, checked before it is timed: ``python -m benchmarks.run``."""

@@ -1,0 +1,146 @@
+"""Checks of what users hand to a layer: inputs, gates, experts, masks. T tokens, K experts per token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from moeops.ops import _checks
+
+
+def check_one_rank(op: str, world_size: int, *groups: Any) -> None:
+    """Nothing asks for expert parallelism."""
+    if world_size > 1:
+        raise NotImplementedError(
+            f"{op}: world_size must be 1, got {world_size}. Expert parallelism is not in this version; replicate "
+            "the layer with DistributedDataParallel."
+        )
+    for name, group in zip(("mp_group", "slice_group", "moe_group"), groups, strict=True):
+        if group is not None:
+            raise NotImplementedError(
+                f"{op}: {name} must be None, got {group!r}. Expert parallelism is not in this version; replicate "
+                "the layer with DistributedDataParallel."
+            )
+
+
+def check_leaves(op: str, leaves: list[Any]) -> None:
+    """The input is a nest of tensors with equal sizes in dimension 0, on one device."""
+    if not leaves:
+        raise ValueError(f"{op}: moe_inp must hold a tensor, got an empty nest. Pass the tokens.")
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor):
+            raise TypeError(
+                f"{op}: moe_inp must be a tensor or a nest of tensors, got {_checks.describe(leaf)} in it. "
+                "Pass other values to the expert's constructor."
+            )
+        if leaf.dim() == 0 or leaf.shape[0] != leaves[0].shape[0]:
+            raise ValueError(
+                f"{op}: moe_inp must hold tensors with the same tokens in dimension 0, got "
+                f"{[list(other.shape) for other in leaves if isinstance(other, Tensor)]}. Reshape them to [T, ...]."
+            )
+        _checks.check_device(op, "moe_inp", leaf, "its first tensor", leaves[0])
+    if leaves[0].dim() < 2:
+        raise ValueError(
+            f"{op}: x must have shape [T, d_model], got {_checks.describe(leaves[0])}. "
+            "Put the tensor for the gate first."
+        )
+
+
+def check_gate_output(
+    op: str, gate: nn.Module, topk_ids: Any, topk_weights: Any, gate_inp: Tensor
+) -> None:
+    """The gate returned ``[T, K]`` ids and ``[T, K]`` weights."""
+    op = f"{op}: {type(gate).__name__}"
+    for name, value in (("topk_ids", topk_ids), ("topk_weights", topk_weights)):
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"{op} must return a tensor as {name}, got {_checks.describe(value)}. "
+                "Return (topk_ids [T, K], topk_weights [T, K])."
+            )
+        if value.dim() != 2 or value.shape[0] != gate_inp.shape[0] or value.shape[1] < 1:
+            raise ValueError(
+                f"{op} must return {name} of shape [{gate_inp.shape[0]}, K], got {_checks.describe(value)}. "
+                "Return (topk_ids [T, K], topk_weights [T, K])."
+            )
+        if value.device != gate_inp.device:
+            raise ValueError(
+                f"{op} must return {name} on {gate_inp.device} like x, got {_checks.describe(value)}. "
+                "Create tensors on the device of x."
+            )
+    if topk_ids.dtype not in _checks.ID_DTYPES:
+        raise TypeError(
+            f"{op} must return int32 or int64 topk_ids, got {_checks.describe(topk_ids)}. "
+            "Return (topk_ids, topk_weights), in this order."
+        )
+    if topk_weights.dtype not in _checks.FLOAT_DTYPES:
+        raise TypeError(
+            f"{op} must return float topk_weights, got {_checks.describe(topk_weights)}. "
+            "Return (topk_ids, topk_weights), in this order."
+        )
+    if topk_ids.shape != topk_weights.shape:
+        raise ValueError(
+            f"{op} must return topk_weights of the shape of topk_ids {list(topk_ids.shape)}, got "
+            f"{_checks.describe(topk_weights)}. Return one weight per chosen expert."
+        )
+
+
+def check_expert_output(op: str, index: int, leaves: list[Any], count: int) -> None:
+    """Every output leaf of one expert has the rows that the expert was given."""
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor):
+            raise TypeError(
+                f"{op}: experts must return tensors, got {_checks.describe(leaf)} from expert {index}. "
+                "Return a tensor or a nest of tensors."
+            )
+        if leaf.dim() == 0 or leaf.shape[0] != count:
+            raise ValueError(
+                f"{op}: expert {index} must return its {count} rows in dimension 0, got {_checks.describe(leaf)}. "
+                "An expert maps rows to rows."
+            )
+
+
+def check_same_row(op: str, parts: Sequence[Tensor]) -> None:
+    """The experts' rows have one shape."""
+    for index, part in enumerate(parts):
+        if part.shape[1:] != parts[0].shape[1:]:
+            raise ValueError(
+                f"{op}: experts must all return rows of the same shape, got {list(part.shape[1:])} from expert {index} "
+                f"and {list(parts[0].shape[1:])} from expert 0. Outputs of several experts are summed."
+            )
+
+
+def check_mask(op: str, mask: Any, x: Tensor | None) -> None:
+    """``mask`` holds one integer per token of ``x``."""
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.is_floating_point() or mask.is_complex():
+        raise TypeError(
+            f"{op}: mask must be an integer or bool tensor, got {_checks.describe(mask)}. 0 marks the tokens to run."
+        )
+    if x is None:
+        return
+    if mask.numel() != x.shape[0]:
+        raise ValueError(
+            f"{op}: mask must have one entry for each of the {x.shape[0]} tokens, got {_checks.describe(mask)}. "
+            "Pass a mask that fits this input."
+        )
+    _checks.check_device(op, "mask", mask, "x", x)
+
+
+def check_mask_dict(op: str, mask_dict: Any) -> dict[int, Any] | None:
+    """``mask_dict`` maps mask values other than 0 to numbers or tensors."""
+    if mask_dict is None:
+        return None
+    for key, value in dict(mask_dict).items():
+        if not isinstance(key, int) or key == 0:
+            raise ValueError(
+                f"{op}: mask_dict must have ints other than 0 as keys, got {key!r}. 0 marks the tokens to run."
+            )
+        if not isinstance(value, (int, float, Tensor)):
+            raise TypeError(
+                f"{op}: mask_dict must hold numbers or tensors, got {_checks.describe(value)} for {key}. "
+                "Pass the expert output of such a token."
+            )
+    return dict(mask_dict)

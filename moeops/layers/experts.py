@@ -1,0 +1,164 @@
+"""The experts of a transformer MLP with fused weights. N rows, E experts, D model width, H hidden width."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moeops.layers.linear import init_linear_
+from moeops.ops import _checks
+from moeops.ops.grouped_linear import grouped_linear
+from moeops.ops.moe_mlp import ACTIVATIONS, moe_mlp, up_width
+from moeops.ops.permute import permute_tokens, unpermute_tokens
+from moeops.types import TokenPlan
+
+Activation = str | Callable[[Tensor], Tensor]
+
+_FUNCTIONS = {F.gelu: "gelu", F.relu: "relu", torch.relu: "relu", F.silu: "silu"}
+
+
+def activation_name(activation: Activation) -> str | None:
+    """Return the fused activation that computes the same, ``None`` if there is none.
+
+    Exact types only: a subclass may compute something else.
+    """
+    if isinstance(activation, str):
+        if activation not in ACTIVATIONS:
+            raise ValueError(
+                f"activation must be one of {ACTIVATIONS}, a module or a function, got {activation!r}. "
+                "Pick a name or pass a callable."
+            )
+        return activation
+    if type(activation) is nn.GELU:
+        return "gelu" if activation.approximate == "none" else None
+    if type(activation) is nn.ReLU:
+        return "relu"
+    if type(activation) is nn.SiLU:
+        return "silu"
+    if isinstance(activation, nn.Module):
+        return None
+    if not callable(activation):
+        raise TypeError(
+            f"activation must be one of {ACTIVATIONS}, a module or a function, got {activation!r}. "
+            "Pick a name or pass a callable."
+        )
+    try:
+        return _FUNCTIONS.get(activation)
+    except TypeError:  # an unhashable callable
+        return None
+
+
+class FusedExperts(nn.Module):
+    """Hold the weights of all expert MLPs in one tensor per projection, and run the whole block as one op.
+
+    With an activation that has no fused kernel (any module or function that is not ReLU, SiLU or exact GELU) the block
+    is composed of ``permute_tokens``, ``grouped_linear``, the activation, ``grouped_linear`` and ``unpermute_tokens``.
+    Same parameters and result, more memory. The activation then sees rows ``[N, H]`` of all experts, and one row more
+    per dropped pair, whose result is not used.
+
+    Args:
+        num_expert: ``E``.
+        d_model: ``D``.
+        d_hidden: ``H``.
+        activation: "swiglu", "gelu" (exact), "relu", "silu", "relu_squared", or a callable on rows.
+        bias: give both projections a bias.
+        dtype: type of the parameters, torch's default if ``None``.
+        device: device of the parameters, torch's default if ``None``.
+
+    Attributes:
+        w_up: ``[E, 2 H, D]`` (gate rows, then up rows) for swiglu, else ``[E, H, D]``.
+        w_down: ``[E, D, H]``.
+        b_up: ``[E, 2 H or H]`` or ``None``.
+        b_down: ``[E, D]`` or ``None``.
+
+    Raises:
+        ValueError: a size is below 1 or the activation is unknown.  TypeError: a size is not an int.
+
+    Example:
+        >>> experts = FusedExperts(4, 8, 16, activation="swiglu", bias=False)
+        >>> {name: list(p.shape) for name, p in experts.named_parameters()}
+        {'w_up': [4, 32, 8], 'w_down': [4, 8, 16]}
+    """
+
+    b_up: Tensor | None
+    b_down: Tensor | None
+
+    def __init__(
+        self,
+        num_expert: int,
+        d_model: int,
+        d_hidden: int,
+        activation: Activation = "swiglu",
+        bias: bool = True,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        for name, size in (
+            ("num_expert", num_expert),
+            ("d_model", d_model),
+            ("d_hidden", d_hidden),
+        ):
+            _checks.check_int("FusedExperts", name, size, 1, "Sizes are at least 1.")
+        self.num_expert = num_expert
+        self.d_model = d_model
+        self.d_hidden = d_hidden
+        self.fused_activation = activation_name(activation)
+        # A fused one needs no submodule; another one may have parameters, so it becomes one.
+        self.activation = activation if self.fused_activation is None else self.fused_activation
+        up = up_width(d_hidden, self.fused_activation or "")
+        empty = {"dtype": dtype, "device": device}
+        self.w_up = nn.Parameter(torch.empty(num_expert, up, d_model, **empty))  # type: ignore[arg-type]
+        self.w_down = nn.Parameter(torch.empty(num_expert, d_model, d_hidden, **empty))  # type: ignore[arg-type]
+        if bias:
+            self.b_up = nn.Parameter(torch.empty(num_expert, up, **empty))  # type: ignore[arg-type]
+            self.b_down = nn.Parameter(torch.empty(num_expert, d_model, **empty))  # type: ignore[arg-type]
+        else:
+            self.register_parameter("b_up", None)
+            self.register_parameter("b_down", None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw new parameters as nn.Linear does, with the fan-in of one expert."""
+        init_linear_(self.w_up, self.b_up)
+        init_linear_(self.w_down, self.b_down)
+
+    def forward(self, x: Tensor, topk_weights: Tensor, plan: TokenPlan) -> Tensor:
+        """Run tokens through their experts and sum the results, weighted.
+
+        Args:
+            x: tokens, ``[T, D]``.
+            topk_weights: ``[T, K]`` float.
+            plan: what ``moeops.sort_tokens`` returned for these tokens.
+
+        Returns:
+            ``[T, D]``.
+        """
+        if self.fused_activation is not None:
+            return moe_mlp(
+                x,
+                topk_weights,
+                plan,
+                self.w_up,
+                self.w_down,
+                b_up=self.b_up,
+                b_down=self.b_down,
+                activation=self.fused_activation,
+            )
+        rows = permute_tokens(x, plan)  # [N, D]
+        hidden = grouped_linear(rows, self.w_up, plan.expert_offsets, bias=self.b_up)  # [N, H]
+        hidden = self.activation(hidden)  # type: ignore[operator]
+        rows = grouped_linear(hidden, self.w_down, plan.expert_offsets, bias=self.b_down)
+        return unpermute_tokens(rows, plan, topk_weights)
+
+    def extra_repr(self) -> str:
+        """Sizes and options of the experts."""
+        text = f"num_expert={self.num_expert}, d_model={self.d_model}, d_hidden={self.d_hidden}"
+        if not isinstance(self.activation, nn.Module):
+            name = getattr(self.activation, "__name__", self.activation)
+            text += f", activation={name!r}"
+        return f"{text}, bias={self.b_up is not None}"

@@ -1,0 +1,115 @@
+"""The MLP of a transformer block with experts. T tokens, D model width, H hidden width of one expert."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from moeops.layers.experts import Activation, FusedExperts, activation_name
+from moeops.layers.moe import FMoE
+from moeops.ops import _checks
+from moeops.types import TokenPlan
+
+
+class FMoETransformerMLP(FMoE):
+    """Replace a transformer's MLP by experts: gate, plan, and all expert MLPs as one op.
+
+    FastMoE's layer of the same name. As there, and despite that name, it adds no residual and no norm. Departures:
+    all experts' weights are fused in one tensor per projection, they start like an ``nn.Linear`` each, and nothing is
+    copied to the host.
+
+    Args:
+        num_expert: experts ``E``.
+        d_model: ``D``.
+        d_hidden: ``H``.
+        activation: a name ("swiglu", "gelu", "relu", "silu", "relu_squared"), a module or a function. nn.GELU(),
+            nn.ReLU and nn.SiLU run in the fused op; any other callable runs on rows between two grouped products.
+        expert_dp_comm: tag of the experts' parameters, see ``mark_parallel_comm``.
+        expert_rank: kept as an attribute, without a meaning here.
+        bias: give the experts' projections a bias.
+        **kwargs: world_size, mp_group, slice_group, moe_group, top_k, gate, gate_hook, mask, mask_dict, gate_bias,
+            dtype, device: as for ``FMoE``.
+
+    Attributes:
+        experts: a ``FusedExperts``: ``experts.w_up``, ``experts.w_down``, ``experts.b_up``, ``experts.b_down``.
+
+    Raises:
+        ValueError: a size or an option does not fit.  TypeError: an argument has the wrong type.
+        NotImplementedError: more than one rank is asked for.
+
+    Example:
+        >>> layer = FMoETransformerMLP(4, 8, 16, activation="swiglu", top_k=2)
+        >>> layer(torch.randn(2, 3, 8)).shape
+        torch.Size([2, 3, 8])
+    """
+
+    experts: FusedExperts
+
+    def __init__(
+        self,
+        num_expert: int = 32,
+        d_model: int = 1024,
+        d_hidden: int = 4096,
+        activation: Activation = "gelu",
+        expert_dp_comm: str = "none",
+        expert_rank: int = 0,
+        *,
+        bias: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        if kwargs.get("expert") is not None:
+            raise TypeError(
+                "FMoETransformerMLP: expert must not be given, the layer builds its own experts, got "
+                f"{kwargs['expert']!r}. Use FMoE for other experts."
+            )
+        _checks.check_int("FMoETransformerMLP", "d_hidden", d_hidden, 1, "Sizes are at least 1.")
+        activation_name(activation)  # fails before anything large is allocated
+        super().__init__(num_expert=num_expert, d_model=d_model, **kwargs)
+        self.d_hidden = d_hidden
+        self.expert_rank = expert_rank
+        self.experts = FusedExperts(
+            num_expert,
+            d_model,
+            d_hidden,
+            activation,
+            bias,
+            dtype=kwargs.get("dtype"),
+            device=kwargs.get("device"),
+        )
+        self.mark_parallel_comm(expert_dp_comm)
+
+    def _run_experts(
+        self, leaves: list[Tensor], spec: Any, topk_weights: Tensor, plan: TokenPlan
+    ) -> Any:
+        return self.experts(leaves[0], topk_weights, plan)
+
+    def forward(self, inp: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Run tokens through the gate and their experts.
+
+        Args:
+            inp: tokens, ``[..., D]``, any float type and any number of tokens, 0 included.
+            mask: tokens to leave out, ``inp.shape[:-1]`` or flat; overrides the constructor's. See ``FMoE.forward``.
+
+        Returns:
+            The shape of ``inp``, and its dtype (under autocast the autocast type).
+
+        Raises:
+            ValueError: a shape does not fit.  TypeError: ``inp`` is not float.
+        Host sync: none.
+        """
+        if not isinstance(inp, Tensor):
+            raise TypeError(
+                f"FMoETransformerMLP: inp must be a tensor, got {type(inp).__name__}. Use FMoE for nested inputs."
+            )
+        if inp.dim() == 0 or inp.shape[-1] != self.d_model:
+            raise ValueError(
+                f"FMoETransformerMLP: inp must have size d_model = {self.d_model} in its last dimension, got "
+                f"{_checks.describe(inp)}. Check d_model."
+            )
+        x = inp if inp.dim() == 2 else inp.reshape(-1, self.d_model)  # [T, D]
+        return super().forward(x, mask).reshape(inp.shape)
+
+    def extra_repr(self) -> str:
+        """Sizes of the layer."""
+        return f"{super().extra_repr()}, d_hidden={self.d_hidden}"
