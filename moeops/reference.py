@@ -6,6 +6,8 @@ D model width, H hidden width of one expert, C capacity in rows. Loops and host 
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -51,7 +53,9 @@ def topk_route(
     return weights * scale, ids
 
 
-def sort_tokens(topk_ids: Tensor, num_experts: int, *, drop_out_of_range: bool = False) -> TokenPlan:
+def sort_tokens(
+    topk_ids: Tensor, num_experts: int, *, drop_out_of_range: bool = False
+) -> TokenPlan:
     """Stable sort of pairs by expert, dropped pairs last."""
     flat = topk_ids.reshape(-1).to(torch.int64)
     dropped = flat < 0
@@ -110,7 +114,7 @@ def pad_rows(rows: Tensor, expert_offsets: Tensor, capacity: int) -> Tensor:
     """``padded[e, c] = rows[expert_offsets[e] + c]``, zero past the expert's last row."""
     offsets = expert_offsets.tolist()
     parts = []
-    for begin, end in zip(offsets[:-1], offsets[1:], strict=True):
+    for begin, end in pairwise(offsets):
         part = rows[begin : min(end, begin + capacity)]
         parts.append(F.pad(part, (0, 0, 0, capacity - part.shape[0])))
     return torch.stack(parts)
@@ -121,7 +125,7 @@ def unpad_rows(padded: Tensor, expert_offsets: Tensor, num_rows: int) -> Tensor:
     capacity = padded.shape[1]
     offsets = expert_offsets.tolist()
     parts = []
-    for e, (begin, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+    for e, (begin, end) in enumerate(pairwise(offsets)):
         part = padded[e, : min(end - begin, capacity)]
         parts.append(F.pad(part, (0, 0, 0, end - begin - part.shape[0])))
     parts.append(padded.new_zeros(num_rows - offsets[-1], padded.shape[2]))
@@ -135,7 +139,7 @@ def grouped_linear(
     acc = _accumulate_dtype(rows.dtype)
     offsets = expert_offsets.tolist()
     parts = []
-    for e, (begin, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+    for e, (begin, end) in enumerate(pairwise(offsets)):
         part = rows[begin:end].to(acc) @ weight[e].to(acc).t()
         parts.append(part if bias is None else part + bias[e].to(acc))
     parts.append(torch.zeros(rows.shape[0] - offsets[-1], weight.shape[1]).to(rows.device, acc))
@@ -147,8 +151,7 @@ def grouped_linear_weight_grad(grad: Tensor, rows: Tensor, expert_offsets: Tenso
     acc = _accumulate_dtype(rows.dtype)
     offsets = expert_offsets.tolist()
     parts = [
-        grad[begin:end].to(acc).t() @ rows[begin:end].to(acc)
-        for begin, end in zip(offsets[:-1], offsets[1:], strict=True)
+        grad[begin:end].to(acc).t() @ rows[begin:end].to(acc) for begin, end in pairwise(offsets)
     ]
     return torch.stack(parts).to(rows.dtype)
 
@@ -157,10 +160,7 @@ def grouped_sum(rows: Tensor, expert_offsets: Tensor) -> Tensor:
     """``out[e] = sum of the rows of expert e``."""
     acc = _accumulate_dtype(rows.dtype)
     offsets = expert_offsets.tolist()
-    parts = [
-        rows[begin:end].to(acc).sum(0)
-        for begin, end in zip(offsets[:-1], offsets[1:], strict=True)
-    ]
+    parts = [rows[begin:end].to(acc).sum(0) for begin, end in pairwise(offsets)]
     return torch.stack(parts).to(rows.dtype)
 
 

@@ -31,7 +31,9 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 def check_tensor(op: str, name: str, value: object, dim: int) -> None:
     """``value`` is a tensor with ``dim`` dimensions on a device that has kernels."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{op}: {name} must be a tensor, got {describe(value)}. Pass a torch.Tensor.")
+        raise TypeError(
+            f"{op}: {name} must be a tensor, got {describe(value)}. Pass a torch.Tensor."
+        )
     if value.dim() != dim:
         raise ValueError(
             f"{op}: {name} must have {dim} dimensions, got {describe(value)}. Reshape it first."

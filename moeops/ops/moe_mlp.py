@@ -89,7 +89,6 @@ def _moe_mlp_grad(ctx, grad_y, _grad_pre_activation):
     if grad_y is None:
         return (None,) * 10
     *block, row_to_pair, pair_to_row, expert_offsets, pre_activation = ctx.saved_tensors
-    x, topk_weights, w_up, w_down, b_up, b_down = block
     needs = ctx.needs_input_grad[:6]
     need_w_up, need_w_down = needs[2] or needs[4], needs[3] or needs[5]
     grads = torch.ops.moeops.moe_mlp_backward(
@@ -162,9 +161,7 @@ def moe_mlp(
     if not torch.compiler.is_compiling():
         _check_moe_mlp(x, topk_weights, plan, w_up, w_down, b_up, b_down, activation)
     topk_weights = topk_weights.to(_checks.accumulate_dtype(x.dtype))
-    y, _ = torch.ops.moeops.moe_mlp(
-        x, topk_weights, w_up, w_down, b_up, b_down, *plan, activation
-    )
+    y, _ = torch.ops.moeops.moe_mlp(x, topk_weights, w_up, w_down, b_up, b_down, *plan, activation)
     return y
 
 

@@ -25,7 +25,9 @@ def _limit_capacity_fake(topk_ids, priority, num_experts, capacity):
     return topk_ids.new_empty(topk_ids.shape)
 
 
-def sort_tokens(topk_ids: Tensor, num_experts: int, *, drop_out_of_range: bool = False) -> TokenPlan:
+def sort_tokens(
+    topk_ids: Tensor, num_experts: int, *, drop_out_of_range: bool = False
+) -> TokenPlan:
     """Sort token-expert pairs by expert with a stable counting sort on the device.
 
     Rows of one expert are contiguous and in token order. Pairs whose id is -1 are dropped: their rows come last, from

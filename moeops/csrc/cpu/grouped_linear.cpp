@@ -1,5 +1,5 @@
-// grouped_linear, its weight gradient and grouped_sum on the CPU: a loop over experts around torch's mm, which
-// is threaded itself; what surrounds the products is threaded here.
+// grouped_linear, its weight gradient and grouped_sum on the CPU: a loop over experts around
+// torch's mm, which is threaded itself; what surrounds the products is threaded here.
 #include "cpu/grouped_linear.h"
 
 #include <torch/csrc/stable/library.h>
@@ -12,9 +12,11 @@
 namespace moeops::cpu {
 namespace {
 
-// Columns of one grouped_sum task: a cache line or more per row, sums that fit the first cache level.
+// Columns of one grouped_sum task: a cache line or more per row, sums that fit the first cache
+// level.
 constexpr int64_t kSumColumns = 64;
-// Rows summed before the partial sum moves to the total, which keeps float32 sums of many rows accurate.
+// Rows summed before the partial sum moves to the total, which keeps float32 sums of many rows
+// accurate.
 constexpr int64_t kSumRows = 128;
 
 template <typename scalar_t>
@@ -41,31 +43,43 @@ void sum_by_expert_kernel(scalar_t* out, const scalar_t* rows,
                           int64_t num_columns) {
   using acc_t = accumulate_t<scalar_t>;
   const int64_t blocks = (num_columns + kSumColumns - 1) / kSumColumns;
-  torch::stable::parallel_for(
-      0, offsets.num_experts * blocks, 1, [&](int64_t begin, int64_t end) {
-        acc_t total[kSumColumns];
-        acc_t partial[kSumColumns];
-        for (int64_t task = begin; task < end; ++task) {
-          const int64_t expert = task / blocks;
-          const int64_t column = task % blocks * kSumColumns;
-          const int64_t width = std::min(kSumColumns, num_columns - column);
-          std::fill(total, total + width, acc_t(0));
-          const int64_t last = offsets.end(expert);
-          for (int64_t first = offsets.begin(expert); first < last; first += kSumRows) {
-            std::fill(partial, partial + width, acc_t(0));
-            for (int64_t row = first; row < std::min(last, first + kSumRows); ++row) {
-              const scalar_t* source = rows + row * num_columns + column;
-              const acc_t weight = row_weights ? row_weights[row] : acc_t(1);
-              for (int64_t i = 0; i < width; ++i) {
-                partial[i] += weight * static_cast<acc_t>(source[i]);
-              }
-            }
-            for (int64_t i = 0; i < width; ++i) total[i] += partial[i];
+  torch::stable::parallel_for(0, offsets.num_experts * blocks, 1, [&](int64_t begin, int64_t end) {
+    acc_t total[kSumColumns];
+    acc_t partial[kSumColumns];
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t expert = task / blocks;
+      const int64_t column = task % blocks * kSumColumns;
+      const int64_t width = std::min(kSumColumns, num_columns - column);
+      std::fill(total, total + width, acc_t(0));
+      const int64_t last = offsets.end(expert);
+      for (int64_t first = offsets.begin(expert); first < last; first += kSumRows) {
+        std::fill(partial, partial + width, acc_t(0));
+        for (int64_t row = first; row < std::min(last, first + kSumRows); ++row) {
+          const scalar_t* source = rows + row * num_columns + column;
+          const acc_t weight = row_weights ? row_weights[row] : acc_t(1);
+          for (int64_t i = 0; i < width; ++i) {
+            partial[i] += weight * static_cast<acc_t>(source[i]);
           }
-          scalar_t* target = out + expert * num_columns + column;
-          for (int64_t i = 0; i < width; ++i) target[i] = static_cast<scalar_t>(total[i]);
         }
-      });
+        for (int64_t i = 0; i < width; ++i) total[i] += partial[i];
+      }
+      scalar_t* target = out + expert * num_columns + column;
+      for (int64_t i = 0; i < width; ++i) target[i] = static_cast<scalar_t>(total[i]);
+    }
+  });
+}
+
+// What mm is given for `t`. torch's float16 mm is a scalar loop on the CPU, 4 to 60 times slower
+// than converting to float32 and back (torch 2.13, 4096 x 512 x 512).
+Tensor multiplicand(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Half ? torch::stable::to(t, ScalarType::Float) : t;
+}
+
+// The product in the type of `like`.
+Tensor result(const Tensor& product, const Tensor& like) {
+  return product.scalar_type() == like.scalar_type()
+             ? product
+             : torch::stable::to(product, like.scalar_type());
 }
 
 // Zeroes rows [first, N) of a contiguous [N, columns].
@@ -82,33 +96,34 @@ void clear_rows_from(Tensor& rows, int64_t first) {
 Tensor linear_rows(const Tensor& rows, const Tensor& weight, const Offsets& offsets,
                    const std::optional<Tensor>& bias) {
   const NoGradGuard no_grad;
-  Tensor source = contiguous(rows);
-  Tensor out = torch::stable::new_empty(rows, {rows.size(0), weight.size(1)});
-  if (out.numel() == 0) return out;
+  Tensor source = contiguous(multiplicand(rows));
+  Tensor out = torch::stable::new_empty(rows, {rows.size(0), weight.size(1)}, source.scalar_type());
+  if (out.numel() == 0) return result(out, rows);
   for (int64_t e = 0; e < offsets.num_experts; ++e) {
     if (offsets.size(e) == 0) continue;
     Tensor out_rows = torch::stable::narrow(out, 0, offsets.begin(e), offsets.size(e));
     mm_out(out_rows, torch::stable::narrow(source, 0, offsets.begin(e), offsets.size(e)),
-           torch::stable::transpose(torch::stable::select(weight, 0, e), 0, 1));
+           torch::stable::transpose(multiplicand(torch::stable::select(weight, 0, e)), 0, 1));
   }
   clear_rows_from(out, offsets.num_live);
   if (bias && offsets.num_live > 0) {
-    const Tensor bias_rows = contiguous(*bias);
-    MOEOPS_DISPATCH_FLOAT(rows.scalar_type(), "grouped_linear", [&] {
+    const Tensor bias_rows = contiguous(multiplicand(*bias));
+    MOEOPS_DISPATCH_FLOAT(out.scalar_type(), "grouped_linear", [&] {
       add_bias<scalar_t>(static_cast<scalar_t*>(out.mutable_data_ptr()),
                          static_cast<const scalar_t*>(bias_rows.const_data_ptr()), offsets,
                          out.size(1));
     });
   }
-  return out;
+  return result(out, rows);
 }
 
 Tensor linear_weight_grad(const Tensor& grad, const Tensor& rows, const Offsets& offsets) {
   const NoGradGuard no_grad;
-  Tensor left = contiguous(grad);
-  Tensor right = contiguous(rows);
-  Tensor out = torch::stable::new_empty(rows, {offsets.num_experts, grad.size(1), rows.size(1)});
-  if (out.numel() == 0) return out;
+  Tensor left = contiguous(multiplicand(grad));
+  Tensor right = contiguous(multiplicand(rows));
+  Tensor out = torch::stable::new_empty(rows, {offsets.num_experts, grad.size(1), rows.size(1)},
+                                        right.scalar_type());
+  if (out.numel() == 0) return result(out, rows);
   for (int64_t e = 0; e < offsets.num_experts; ++e) {
     Tensor target = torch::stable::select(out, 0, e);
     if (offsets.size(e) == 0) {
@@ -120,7 +135,7 @@ Tensor linear_weight_grad(const Tensor& grad, const Tensor& rows, const Offsets&
                torch::stable::narrow(left, 0, offsets.begin(e), offsets.size(e)), 0, 1),
            torch::stable::narrow(right, 0, offsets.begin(e), offsets.size(e)));
   }
-  return out;
+  return result(out, rows);
 }
 
 Tensor sum_by_expert(const Tensor& rows, const Offsets& offsets, const void* row_weights) {
@@ -128,10 +143,10 @@ Tensor sum_by_expert(const Tensor& rows, const Offsets& offsets, const void* row
   Tensor out = torch::stable::new_empty(rows, {offsets.num_experts, rows.size(1)});
   if (out.numel() == 0) return out;
   MOEOPS_DISPATCH_FLOAT(rows.scalar_type(), "grouped_sum", [&] {
-    sum_by_expert_kernel<scalar_t>(
-        static_cast<scalar_t*>(out.mutable_data_ptr()),
-        static_cast<const scalar_t*>(source.const_data_ptr()),
-        static_cast<const accumulate_t<scalar_t>*>(row_weights), offsets, rows.size(1));
+    sum_by_expert_kernel<scalar_t>(static_cast<scalar_t*>(out.mutable_data_ptr()),
+                                   static_cast<const scalar_t*>(source.const_data_ptr()),
+                                   static_cast<const accumulate_t<scalar_t>*>(row_weights), offsets,
+                                   rows.size(1));
   });
   return out;
 }

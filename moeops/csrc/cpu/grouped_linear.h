@@ -1,5 +1,5 @@
-// Per-expert matrix products on the CPU, shared by the grouped_linear ops and moe_mlp. Every product is torch's
-// own mm on the rows of one expert; arguments are checked by the caller.
+// Per-expert matrix products on the CPU, shared by the grouped_linear ops and moe_mlp. Every
+// product is torch's own mm on the rows of one expert; arguments are checked by the caller.
 #pragma once
 
 #include <optional>
@@ -8,7 +8,8 @@
 
 namespace moeops::cpu {
 
-// [N, H] = rows @ weight[e].T + bias[e]; weight [E, H, D], any strides; rows past the last offset are zero.
+// [N, H] = rows @ weight[e].T + bias[e]; weight [E, H, D], any strides; rows past the last offset
+// are zero.
 Tensor linear_rows(const Tensor& rows, const Tensor& weight, const Offsets& offsets,
                    const std::optional<Tensor>& bias);
 

@@ -1,6 +1,7 @@
-// The expert block on the CPU: permute, up projection, activation, down projection, weighted sum, and its
-// backward. The output rows are not kept for the backward: with dA = dY @ w_down[e] the gradient of a routing
-// weight is <dA, a> + <dY, b_down[e]>, so the hidden rows, recomputed from the pre-activation, are enough.
+// The expert block on the CPU: permute, up projection, activation, down projection, weighted sum,
+// and its backward. The output rows are not kept for the backward: with dA = dY @ w_down[e] the
+// gradient of a routing weight is <dA, a> + <dY, b_down[e]>, so the hidden rows, recomputed from
+// the pre-activation, are enough.
 #include <torch/csrc/stable/library.h>
 
 #include <string>
@@ -15,7 +16,12 @@
 namespace moeops::cpu {
 namespace {
 
-// Calls body(activation, gated) with the activation's functions and whether rows hold a gate before the up half.
+// Columns of one row worked on at a time: four blocks of this many float64 take half of a
+// first-level cache.
+constexpr int64_t kColumnBlock = 512;
+
+// Calls body(activation, gated) with the activation's functions and whether rows hold a gate before
+// the up half.
 template <typename Body>
 void with_activation(const char* op, const std::string& name, const Body& body) {
   if (name == "swiglu") return body(Silu{}, std::true_type{});
@@ -27,20 +33,24 @@ void with_activation(const char* op, const std::string& name, const Body& body) 
                   name, "'. Pick one of them.");
 }
 
+template <typename Activation, typename Gated, typename scalar_t>
+MOEOPS_WIDEST_VECTORS void activate_row(Activation, Gated, scalar_t* __restrict hidden,
+                                        const scalar_t* __restrict pre, int64_t width) {
+  using acc_t = accumulate_t<scalar_t>;
+  for (int64_t i = 0; i < width; ++i) {
+    acc_t a = Activation::value(static_cast<acc_t>(pre[i]));
+    if constexpr (Gated::value) a *= static_cast<acc_t>(pre[width + i]);
+    hidden[i] = static_cast<scalar_t>(a);
+  }
+}
+
 // hidden [N, H] = act(pre_activation), live rows only.
 template <typename Activation, typename Gated, typename scalar_t>
-void activate_kernel(Activation, Gated, scalar_t* hidden, const scalar_t* pre, int64_t num_live, int64_t width) {
-  using acc_t = accumulate_t<scalar_t>;
-  constexpr bool kGated = Gated::value;
+void activate_kernel(Activation act, Gated gated, scalar_t* hidden, const scalar_t* pre,
+                     int64_t num_live, int64_t width) {
   torch::stable::parallel_for(0, num_live, grain_rows(width), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      const scalar_t* source = pre + row * width * (kGated ? 2 : 1);
-      scalar_t* target = hidden + row * width;
-      for (int64_t i = 0; i < width; ++i) {
-        acc_t a = Activation::value(static_cast<acc_t>(source[i]));
-        if constexpr (kGated) a *= static_cast<acc_t>(source[width + i]);
-        target[i] = static_cast<scalar_t>(a);
-      }
+      activate_row(act, gated, hidden + row * width, pre + row * width * (Gated::value ? 2 : 1), width);
     }
   });
 }
@@ -48,22 +58,24 @@ void activate_kernel(Activation, Gated, scalar_t* hidden, const scalar_t* pre, i
 // Pointers of activate_backward_kernel; null where a result is not needed or a bias absent.
 template <typename scalar_t>
 struct BackwardRows {
-  scalar_t* grad_pre;                      // [N, 2H or H]
-  scalar_t* weighted_hidden;               // [N, H]
-  accumulate_t<scalar_t>* grad_weights;    // [T, K]
-  accumulate_t<scalar_t>* row_weights;     // [N], the routing weight of each live row
-  const scalar_t* pre;                     // [N, 2H or H]
-  const scalar_t* grad_hidden;             // [N, H]; null if nothing needs it
-  const accumulate_t<scalar_t>* weights;   // [T, K]
-  const scalar_t* grad_out;                // [N, D_out], unweighted
-  const scalar_t* b_down;                  // [E, D_out]
-  int64_t width;                           // H
-  int64_t out_width;                       // D_out
+  scalar_t* grad_pre;                     // [N, 2H or H]
+  scalar_t* weighted_hidden;              // [N, H]
+  accumulate_t<scalar_t>* grad_weights;   // [T, K]
+  accumulate_t<scalar_t>* row_weights;    // [N], the routing weight of each live row
+  const scalar_t* pre;                    // [N, 2H or H]
+  const scalar_t* grad_hidden;            // [N, H]; null if nothing needs it
+  const accumulate_t<scalar_t>* weights;  // [T, K]
+  const scalar_t* grad_out;               // [N, D_out], unweighted
+  const scalar_t* b_down;                 // [E, D_out]
+  int64_t width;                          // H
+  int64_t out_width;                      // D_out
 };
 
-// One pass over a row's pre-activation and hidden gradient writes everything that depends on either.
+// One pass over a row's pre-activation and hidden gradient writes everything that depends on
+// either.
 template <typename Activation, typename Gated, typename scalar_t>
-void activate_backward_kernel(Activation, Gated, const BackwardRows<scalar_t>& p, const Plan& plan) {
+void activate_backward_kernel(Activation, Gated, const BackwardRows<scalar_t>& p,
+                              const Plan& plan) {
   using acc_t = accumulate_t<scalar_t>;
   constexpr bool kGated = Gated::value;
   constexpr int64_t kHalves = kGated ? 2 : 1;
@@ -82,38 +94,45 @@ void activate_backward_kernel(Activation, Gated, const BackwardRows<scalar_t>& p
       if (p.row_weights) p.row_weights[row] = weight;
       const scalar_t* pre = p.pre + row * width * kHalves;
       acc_t dot = 0;
-      if (p.grad_hidden) {
-        const scalar_t* grad = p.grad_hidden + row * width;
-        scalar_t* grad_pre = p.grad_pre ? p.grad_pre + row * width * kHalves : nullptr;
-        for (int64_t i = 0; i < width; ++i) {
-          const acc_t x = static_cast<acc_t>(pre[i]);
-          const acc_t g = static_cast<acc_t>(grad[i]);
-          const acc_t a = Activation::value(x);
-          if constexpr (kGated) {
-            const acc_t up = static_cast<acc_t>(pre[width + i]);
-            dot += g * a * up;
-            if (grad_pre) {
-              grad_pre[i] = static_cast<scalar_t>(weight * g * up * Activation::slope(x));
-              grad_pre[width + i] = static_cast<scalar_t>(weight * g * a);
-            }
-          } else {
-            dot += g * a;
-            if (grad_pre) grad_pre[i] = static_cast<scalar_t>(weight * g * Activation::slope(x));
+      // Short loops over a block that stays in the first cache level: each becomes vector code.
+      acc_t value[kColumnBlock], slope[kColumnBlock], up[kColumnBlock], grad[kColumnBlock];
+      for (int64_t first = 0; first < width; first += kColumnBlock) {
+        const int64_t count = std::min(kColumnBlock, width - first);
+        for (int64_t i = 0; i < count; ++i) {
+          const acc_t x = static_cast<acc_t>(pre[first + i]);
+          value[i] = Activation::value(x);
+          slope[i] = Activation::slope(x);
+          if constexpr (kGated) up[i] = static_cast<acc_t>(pre[width + first + i]);
+        }
+        if (p.weighted_hidden) {
+          scalar_t* hidden = p.weighted_hidden + row * width + first;
+          for (int64_t i = 0; i < count; ++i) {
+            hidden[i] = static_cast<scalar_t>(weight * (kGated ? value[i] * up[i] : value[i]));
           }
         }
-      }
-      if (p.weighted_hidden) {
-        scalar_t* hidden = p.weighted_hidden + row * width;
-        for (int64_t i = 0; i < width; ++i) {
-          acc_t a = Activation::value(static_cast<acc_t>(pre[i]));
-          if constexpr (kGated) a *= static_cast<acc_t>(pre[width + i]);
-          hidden[i] = static_cast<scalar_t>(weight * a);
+        if (!p.grad_hidden) continue;
+        const scalar_t* grad_hidden = p.grad_hidden + row * width + first;
+        for (int64_t i = 0; i < count; ++i) grad[i] = static_cast<acc_t>(grad_hidden[i]);
+        if (p.grad_weights) {
+#pragma omp simd reduction(+ : dot)
+          for (int64_t i = 0; i < count; ++i) {
+            dot += grad[i] * (kGated ? value[i] * up[i] : value[i]);
+          }
+        }
+        if (p.grad_pre) {
+          scalar_t* grad_pre = p.grad_pre + row * width * kHalves + first;
+          for (int64_t i = 0; i < count; ++i) {
+            const acc_t g = weight * grad[i];
+            grad_pre[i] = static_cast<scalar_t>(g * slope[i] * (kGated ? up[i] : acc_t(1)));
+            if constexpr (kGated) grad_pre[width + i] = static_cast<scalar_t>(g * value[i]);
+          }
         }
       }
       if (p.grad_weights) {
         if (p.b_down) {
           const scalar_t* grad_out = p.grad_out + row * p.out_width;
           const scalar_t* bias = p.b_down + expert * p.out_width;
+#pragma omp simd reduction(+ : dot)
           for (int64_t i = 0; i < p.out_width; ++i) {
             dot += static_cast<acc_t>(grad_out[i]) * static_cast<acc_t>(bias[i]);
           }
@@ -164,16 +183,16 @@ std::tuple<Tensor, Tensor> moe_mlp(const Tensor& x, const Tensor& topk_weights, 
   check_dim(kOp, "x", x, 2);
   check_float(kOp, "x", x);
   const Plan plan = read_plan(kOp, row_to_pair, pair_to_row, expert_offsets, x);
-  const int64_t width = check_block(kOp, x, topk_weights, w_up, w_down, b_up, b_down, plan,
-                                    pair_to_row, activation);
+  const int64_t width =
+      check_block(kOp, x, topk_weights, w_up, w_down, b_up, b_down, plan, pair_to_row, activation);
 
   Tensor pre = linear_rows(gather_rows(contiguous(x), plan), w_up, plan.offsets, b_up);
   Tensor hidden = torch::stable::new_empty(x, {plan.num_rows, width});
   MOEOPS_DISPATCH_FLOAT(x.scalar_type(), "moe_mlp", [&] {
     with_activation(kOp, activation, [&](auto functions, auto gated) {
-      activate_kernel(
-          functions, gated, static_cast<scalar_t*>(hidden.mutable_data_ptr()),
-          static_cast<const scalar_t*>(pre.const_data_ptr()), plan.offsets.num_live, width);
+      activate_kernel(functions, gated, static_cast<scalar_t*>(hidden.mutable_data_ptr()),
+                      static_cast<const scalar_t*>(pre.const_data_ptr()), plan.offsets.num_live,
+                      width);
     });
   });
   const Tensor out = linear_rows(hidden, w_down, plan.offsets, b_down);
@@ -191,8 +210,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(
   check_dim(kOp, "x", x, 2);
   check_float(kOp, "x", x);
   const Plan plan = read_plan(kOp, row_to_pair, pair_to_row, expert_offsets, x);
-  const int64_t width = check_block(kOp, x, topk_weights, w_up, w_down, b_up, b_down, plan,
-                                    pair_to_row, activation);
+  const int64_t width =
+      check_block(kOp, x, topk_weights, w_up, w_down, b_up, b_down, plan, pair_to_row, activation);
   const int64_t num_rows = plan.num_rows, out_width = w_down.size(1);
   for (const auto& [name, tensor] :
        {std::pair("grad_y", &grad_y), std::pair("pre_activation", &pre_activation)}) {
@@ -228,7 +247,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(
   const auto out = [](bool needed, Tensor& t) { return needed ? t.mutable_data_ptr() : nullptr; };
   MOEOPS_DISPATCH_FLOAT(x.scalar_type(), "moe_mlp_backward", [&] {
     using acc_t = accumulate_t<scalar_t>;
-    const auto in = [](const Tensor& t) { return static_cast<const scalar_t*>(t.const_data_ptr()); };
+    const auto in = [](const Tensor& t) {
+      return static_cast<const scalar_t*>(t.const_data_ptr());
+    };
     BackwardRows<scalar_t> p;
     p.grad_pre = static_cast<scalar_t*>(out(need_pre, grad_pre));
     p.weighted_hidden = static_cast<scalar_t*>(out(need_w_down, weighted_hidden));

@@ -1,4 +1,5 @@
-// pad_rows and unpad_rows on the CPU: whole rows are copied or cleared, one thread per range of target rows.
+// pad_rows and unpad_rows on the CPU: whole rows are copied or cleared, one thread per range of
+// target rows.
 #include <torch/csrc/stable/library.h>
 
 #include <cstring>
@@ -23,19 +24,19 @@ Tensor pad_rows(const Tensor& rows, const Tensor& expert_offsets, int64_t capaci
   const auto row_bytes = static_cast<size_t>(num_columns) * rows.element_size();
   const auto* from = static_cast<const char*>(source.const_data_ptr());
   auto* to = static_cast<char*>(padded.mutable_data_ptr());
-  torch::stable::parallel_for(
-      0, offsets.num_experts * capacity, grain_rows(num_columns), [&](int64_t begin, int64_t end) {
-        for (int64_t slot = begin; slot < end; ++slot) {
-          const int64_t expert = slot / capacity;
-          const int64_t row = offsets.begin(expert) + slot % capacity;
-          char* target = to + slot * row_bytes;
-          if (row < offsets.end(expert)) {
-            std::memcpy(target, from + row * row_bytes, row_bytes);
-          } else {
-            std::memset(target, 0, row_bytes);
-          }
-        }
-      });
+  torch::stable::parallel_for(0, offsets.num_experts * capacity, grain_rows(num_columns),
+                              [&](int64_t begin, int64_t end) {
+                                for (int64_t slot = begin; slot < end; ++slot) {
+                                  const int64_t expert = slot / capacity;
+                                  const int64_t row = offsets.begin(expert) + slot % capacity;
+                                  char* target = to + slot * row_bytes;
+                                  if (row < offsets.end(expert)) {
+                                    std::memcpy(target, from + row * row_bytes, row_bytes);
+                                  } else {
+                                    std::memset(target, 0, row_bytes);
+                                  }
+                                }
+                              });
   return padded;
 }
 

@@ -1,5 +1,5 @@
-// Threads for the CPU kernels. A body handed to another thread must not throw: it reports to FirstError
-// instead, and the caller checks afterwards.
+// Threads for the CPU kernels. A body handed to another thread must not throw: it reports to
+// FirstError instead, and the caller checks afterwards.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -9,9 +9,18 @@
 #include <cstdint>
 #include <limits>
 
+// Compiles a function once per vector width; the loader picks the widest that the processor has.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__)
+#define MOEOPS_WIDEST_VECTORS \
+  __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
+#else
+#define MOEOPS_WIDEST_VECTORS
+#endif
+
 namespace moeops::cpu {
 
-// Elements per task for memory-bound loops: some 10 us of work, several times what waking a thread costs.
+// Elements per task for memory-bound loops: some 10 us of work, several times what waking a thread
+// costs.
 constexpr int64_t kGrainElements = 16384;
 
 // Rows per task for rows of this many elements.
@@ -35,8 +44,8 @@ class FirstError {
   std::atomic<int64_t> position_{kNone};
 };
 
-// [0, size) cut into at most one range per thread, so that each range can own scratch memory that was
-// allocated before the threads start.
+// [0, size) cut into at most one range per thread, so that each range can own scratch memory that
+// was allocated before the threads start.
 class Ranges {
  public:
   Ranges(int64_t size, int64_t grain) : size_(size) {

@@ -10,7 +10,8 @@ namespace moeops::cpu {
 // rows [N, D] = x[row_to_pair // K], zero for dropped pairs; x [T, D] contiguous.
 Tensor gather_rows(const Tensor& x, const Plan& plan);
 
-// y [T, D] = sum over k of topk_weights * rows[pair_to_row]; rows contiguous, rows of dropped pairs are not read.
+// y [T, D] = sum over k of topk_weights * rows[pair_to_row]; rows contiguous, rows of dropped pairs
+// are not read.
 Tensor sum_rows(const Tensor& rows, const std::optional<Tensor>& topk_weights, const Plan& plan);
 
 // topk_weights is [T, K] in the accumulate type of `type`.

@@ -1,5 +1,5 @@
-// expert_offsets and the index maps of a TokenPlan, read on the CPU with every value checked, so that kernels
-// can index with them blindly.
+// expert_offsets and the index maps of a TokenPlan, read on the CPU with every value checked, so
+// that kernels can index with them blindly.
 #pragma once
 
 #include <algorithm>

@@ -1,5 +1,5 @@
-// topk_route and its backward on the CPU. One thread owns a range of tokens and works through each token's
-// logits in scratch memory of its own.
+// topk_route and its backward on the CPU. One thread owns a range of tokens and works through each
+// token's logits in scratch memory of its own.
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
@@ -159,7 +159,8 @@ void refuse_logits(const char* op, const scalar_t* logits, int64_t token, int64_
   }
 }
 
-// The bias in the accumulate type; minus infinity takes an expert out of the choice, nothing else may be infinite.
+// The bias in the accumulate type; minus infinity takes an expert out of the choice, nothing else
+// may be infinite.
 template <typename acc_t>
 std::vector<acc_t> read_bias(const char* op, const Tensor& bias) {
   const Tensor source = contiguous(bias);
@@ -203,8 +204,8 @@ std::tuple<Tensor, Tensor> topk_route(const Tensor& logits, const std::optional<
   }
 
   const Tensor source = contiguous(logits);
-  Tensor weights = torch::stable::new_empty(logits, {num_tokens, top_k},
-                                            accumulate_type(logits.scalar_type()));
+  Tensor weights =
+      torch::stable::new_empty(logits, {num_tokens, top_k}, accumulate_type(logits.scalar_type()));
   Tensor ids = torch::stable::new_empty(logits, {num_tokens, top_k}, ScalarType::Long);
   const RouteOptions options{top_k, parsed, renormalize, scale, num_groups, top_groups};
   MOEOPS_DISPATCH_FLOAT(logits.scalar_type(), kOp, [&] {
@@ -256,7 +257,8 @@ void route_backward_kernel(scalar_t* grad_logits, const accumulate_t<scalar_t>* 
         }
       }
       if (!valid) continue;
-      // weight_k = scale * score_k / sum, where the sum is held at the smallest normal number from below.
+      // weight_k = scale * score_k / sum, where the sum is held at the smallest normal number from
+      // below.
       constexpr acc_t kSmallest = std::numeric_limits<acc_t>::min();
       const bool sum_moves = renormalize && sum >= kSmallest;
       const acc_t divisor = renormalize ? std::max(sum, kSmallest) : acc_t(1);
@@ -289,10 +291,9 @@ Tensor topk_route_backward(const Tensor& grad_topk_weights, const Tensor& logits
   check_dim(kOp, "grad_topk_weights", grad_topk_weights, 2);
   check_dim(kOp, "topk_ids", topk_ids, 2);
   check_type(kOp, "topk_ids", topk_ids, ScalarType::Long, "int64");
-  STD_TORCH_CHECK(
-      grad_topk_weights.scalar_type() == accumulate_type(logits.scalar_type()), kOp,
-      ": grad_topk_weights must be float32, or float64 beside float64 logits, got ",
-      grad_topk_weights.scalar_type(), ". Cast it.");
+  STD_TORCH_CHECK(grad_topk_weights.scalar_type() == accumulate_type(logits.scalar_type()), kOp,
+                  ": grad_topk_weights must be float32, or float64 beside float64 logits, got ",
+                  grad_topk_weights.scalar_type(), ". Cast it.");
   check_same_device(kOp, "grad_topk_weights", grad_topk_weights, logits);
   check_same_device(kOp, "topk_ids", topk_ids, logits);
   check_size(kOp, "topk_ids", topk_ids, 0, logits.size(0));

@@ -1,6 +1,6 @@
-// sort_tokens and limit_capacity on the CPU. A stable counting sort in two passes: every thread counts the
-// experts of its range of pairs, a prefix sum over (expert, range) gives each range its first place, and every
-// thread places its pairs in order.
+// sort_tokens and limit_capacity on the CPU. A stable counting sort in two passes: every thread
+// counts the experts of its range of pairs, a prefix sum over (expert, range) gives each range its
+// first place, and every thread places its pairs in order.
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
@@ -49,9 +49,7 @@ class ExpertCounts {
     }
   }
 
-  int64_t bucket(int64_t id) const {
-    return id < 0 || id >= num_buckets_ ? num_buckets_ - 1 : id;
-  }
+  int64_t bucket(int64_t id) const { return id < 0 || id >= num_buckets_ ? num_buckets_ - 1 : id; }
   // Pairs of each bucket before this range; the range's owner counts them up while it works.
   int32_t* firsts(int64_t range) { return firsts_.data() + range * num_buckets_; }
   const std::vector<int32_t>& totals() const { return totals_; }
@@ -121,7 +119,8 @@ std::tuple<Tensor, Tensor, Tensor> sort_tokens(const Tensor& topk_ids, int64_t n
   return {row_to_pair, pair_to_row, expert_offsets};
 }
 
-// Whether pair a comes before pair b: NaN first, then the larger value, then the earlier pair, as torch.sort has it.
+// Whether pair a comes before pair b: NaN first, then the larger value, then the earlier pair, as
+// torch.sort has it.
 template <typename scalar_t>
 struct ByPriority {
   const scalar_t* priority;

@@ -148,19 +148,38 @@ Tensor grouped_weight_grad(const Tensor& grad, const Tensor& rows, const Tensor&
 namespace {
 
 void launch_sum(const Tensor& rows, const Tensor* row_to_pair, const Tensor* topk_weights,
-                int64_t top_k, const Tensor& safe, Tensor& out, cudaStream_t stream) {
+                int64_t num_rows, const Tensor& safe, Tensor& out, cudaStream_t stream) {
   if (out.numel() == 0) return;
-  const int64_t width = rows.size(1);
-  const dim3 grid(static_cast<unsigned>(ceil_div(width, kWarpSize)),
-                  static_cast<unsigned>(safe.size(0) - 1));
+  const int64_t width = rows.size(1), num_experts = safe.size(0) - 1;
+  const int64_t tiles =
+      num_rows / kSumTile + num_experts;  // upper bound; surplus blocks leave at once
+  Tensor partial = empty_on(rows, {tiles, width}, accumulate_type(rows.scalar_type()));
   MOEOPS_DISPATCH_DEVICE_FLOAT(rows.scalar_type(), "grouped_sum", [&] {
     using Acc = device_accumulate_t<scalar_t>;
-    grouped_sum_kernel<scalar_t><<<grid, kThreads, 0, stream>>>(
-        static_cast<const scalar_t*>(rows.data_ptr()), offsets_data(safe), width,
-        row_to_pair ? static_cast<const int32_t*>(row_to_pair->data_ptr()) : nullptr,
-        topk_weights ? static_cast<const Acc*>(topk_weights->data_ptr()) : nullptr,
-        static_cast<int>(top_k), row_to_pair ? row_to_pair->numel() : 0,
-        static_cast<scalar_t*>(out.data_ptr()));
+    GroupedSumArgs<scalar_t> args{};
+    args.rows = static_cast<const scalar_t*>(rows.data_ptr());
+    args.offsets = offsets_data(safe);
+    args.num_experts = static_cast<int>(num_experts);
+    args.width = width;
+    if (row_to_pair != nullptr) {
+      args.row_to_pair = static_cast<const int32_t*>(row_to_pair->data_ptr());
+      args.topk_weights = static_cast<const Acc*>(topk_weights->data_ptr());
+      args.top_k = static_cast<int>(topk_weights->size(1));
+    }
+    args.num_rows = num_rows;
+    args.partial = static_cast<Acc*>(partial.data_ptr());
+    constexpr int kElements = kTensorMapAlignment / sizeof(scalar_t);
+    const bool vectors = width % kElements == 0 && address_aligned(rows);
+    const int64_t columns = kWarpSize * (vectors ? kElements : 1);
+    const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(ceil_div(width, columns)));
+    auto* kernel = vectors ? &grouped_sum_tiles_kernel<scalar_t, kElements>
+                           : &grouped_sum_tiles_kernel<scalar_t, 1>;
+    kernel<<<grid, kThreads, 0, stream>>>(args);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    const dim3 total_grid(static_cast<unsigned>(ceil_div(width, kThreads)),
+                          static_cast<unsigned>(num_experts));
+    grouped_sum_total_kernel<scalar_t><<<total_grid, kThreads, 0, stream>>>(
+        args.partial, args.offsets, width, static_cast<scalar_t*>(out.data_ptr()));
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   });
 }
@@ -169,14 +188,14 @@ void launch_sum(const Tensor& rows, const Tensor* row_to_pair, const Tensor* top
 
 Tensor grouped_row_sum(const Tensor& rows, const Tensor& safe, cudaStream_t stream) {
   Tensor out = empty_on(rows, {safe.size(0) - 1, rows.size(1)}, rows.scalar_type());
-  launch_sum(rows, nullptr, nullptr, 1, safe, out, stream);
+  launch_sum(rows, nullptr, nullptr, rows.size(0), safe, out, stream);
   return out;
 }
 
 Tensor grouped_weighted_sum(const Tensor& x, const Tensor& topk_weights, const Tensor& row_to_pair,
                             const Tensor& safe, cudaStream_t stream) {
   Tensor out = empty_on(x, {safe.size(0) - 1, x.size(1)}, x.scalar_type());
-  launch_sum(x, &row_to_pair, &topk_weights, topk_weights.size(1), safe, out, stream);
+  launch_sum(x, &row_to_pair, &topk_weights, row_to_pair.size(0), safe, out, stream);
   return out;
 }
 

@@ -165,13 +165,20 @@ void add_down_bias(const Block& block, Tensor& y) {
   if (!block.b_down || y.numel() == 0) return;
   MOEOPS_DISPATCH_DEVICE_FLOAT(y.scalar_type(), "moe_mlp", [&] {
     using Acc = device_accumulate_t<scalar_t>;
-    add_weighted_bias_kernel<scalar_t>
-        <<<grid_blocks(y.size(0), kWarpsPerBlock), kThreads, 0, block.stream>>>(
-            static_cast<const scalar_t*>(block.b_down->data_ptr()),
-            static_cast<const Acc*>(block.topk_weights.data_ptr()),
-            static_cast<const int32_t*>(block.pair_to_row.data_ptr()), block.offsets_data(),
-            block.num_experts(), y.size(0), static_cast<int>(block.pair_to_row.size(1)), y.size(1),
-            static_cast<scalar_t*>(y.data_ptr()));
+    constexpr int kElements = kVectorBytes / sizeof(scalar_t);
+    const bool vectors =
+        y.size(1) % kElements == 0 && (reinterpret_cast<uintptr_t>(y.data_ptr()) |
+                                       reinterpret_cast<uintptr_t>(block.b_down->data_ptr())) %
+                                              kVectorBytes ==
+                                          0;
+    auto* kernel = vectors ? &add_weighted_bias_kernel<scalar_t, kElements>
+                           : &add_weighted_bias_kernel<scalar_t, 1>;
+    kernel<<<grid_blocks(y.size(0), kWarpsPerBlock), kThreads, 0, block.stream>>>(
+        static_cast<const scalar_t*>(block.b_down->data_ptr()),
+        static_cast<const Acc*>(block.topk_weights.data_ptr()),
+        static_cast<const int32_t*>(block.pair_to_row.data_ptr()), block.offsets_data(),
+        block.num_experts(), y.size(0), static_cast<int>(block.pair_to_row.size(1)), y.size(1),
+        static_cast<scalar_t*>(y.data_ptr()));
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   });
 }

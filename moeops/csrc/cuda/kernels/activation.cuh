@@ -185,8 +185,9 @@ __global__ void __launch_bounds__(256)
   }
 }
 
-// y[t] += sum_k topk_weights[t, k] * bias[expert of (t, k)]; one warp owns a token.
-template <typename T>
+// y[t] += sum_k topk_weights[t, k] * bias[expert of (t, k)]; one warp owns a token, lane k looks up
+// the expert of its choice k. Choices past the 32nd take further passes over y.
+template <typename T, int kElements>
 __global__ void __launch_bounds__(256)
     add_weighted_bias_kernel(const T* __restrict__ bias,
                              const device_accumulate_t<T>* __restrict__ topk_weights,
@@ -194,20 +195,44 @@ __global__ void __launch_bounds__(256)
                              const int32_t* __restrict__ offsets, int num_experts,
                              int64_t num_tokens, int top_k, int64_t width, T* __restrict__ y) {
   using Acc = device_accumulate_t<T>;
+  using Vec = Vector<T, kElements>;
   const int64_t live = live_rows(offsets, num_experts, num_tokens * top_k);
   const int warps = blockDim.x / kWarpSize;
   const int lane = threadIdx.x % kWarpSize;
-  for (int64_t t = static_cast<int64_t>(blockIdx.x) * warps + threadIdx.x / kWarpSize;
-       t < num_tokens; t += static_cast<int64_t>(gridDim.x) * warps) {
-    for (int64_t c = lane; c < width; c += kWarpSize) {
-      Acc sum = to_accumulate(y[t * width + c]);
-      for (int k = 0; k < top_k; ++k) {
-        const int64_t row = pair_to_row[t * top_k + k];
-        if (row < 0 || row >= live) continue;
-        const int64_t e = expert_of_row(offsets, num_experts, row);
-        sum += topk_weights[t * top_k + k] * to_accumulate(bias[e * width + c]);
+  const int64_t t = static_cast<int64_t>(blockIdx.x) * warps + threadIdx.x / kWarpSize;
+  if (t >= num_tokens) return;
+  for (int first = 0; first < top_k; first += kWarpSize) {
+    const int count = min(top_k - first, kWarpSize);
+    int expert = 0;
+    Acc weight = 0;
+    if (lane < count) {
+      const int64_t pair = t * top_k + first + lane;
+      const int64_t row = pair_to_row[pair];
+      if (row >= 0 && row < live) {
+        expert = expert_of_row(offsets, num_experts, row);
+        weight = topk_weights[pair];
       }
-      y[t * width + c] = from_accumulate<T>(sum);
+    }
+    // Whole warps take every step, so that all lanes join the shuffles.
+    for (int64_t begin = 0; begin < width; begin += kWarpSize * kElements) {
+      const int64_t c = begin + lane * kElements;
+      const bool inside = c < width;
+      Acc sum[kElements] = {};
+      for (int k = 0; k < count; ++k) {
+        const int64_t e = __shfl_sync(kFullMask, expert, k);
+        const Acc w = __shfl_sync(kFullMask, weight, k);
+        if (!inside || w == 0) continue;
+        const Vec value = load_vector<Vec>(bias + e * width + c);
+#pragma unroll
+        for (int i = 0; i < kElements; ++i) sum[i] += w * to_accumulate(value.value[i]);
+      }
+      if (!inside) continue;
+      Vec out = load_vector<Vec>(y + t * width + c);
+#pragma unroll
+      for (int i = 0; i < kElements; ++i) {
+        out.value[i] = from_accumulate<T>(to_accumulate(out.value[i]) + sum[i]);
+      }
+      store_vector(y + t * width + c, out);
     }
   }
 }

@@ -333,47 +333,104 @@ __global__ void add_bias_kernel(T* __restrict__ rows, const T* __restrict__ bias
   }
 }
 
-// out[e, c] = sum of rows[r, c] over the expert's rows. Block (e, columns): 32 columns x 8 row
-// lanes, summed in a fixed order, kSumRun rows at a time so that a long running sum does not
-// swallow its addends. With `row_to_pair`, row r is weight[pair] * rows[pair / top_k] instead (a
-// gather that is never written out).
-constexpr int kSumRun = 128;
+// Sums of rows per expert, in two steps of fixed order. A tile is kSumTile consecutive rows of one
+// expert; short runs also keep a long sum from swallowing its addends.
+constexpr int kSumTile = 128;
+constexpr int kSumRowLanes = 8;
+
 template <typename T>
-__global__ void __launch_bounds__(256)
-    grouped_sum_kernel(const T* __restrict__ rows, const int32_t* __restrict__ offsets,
-                       int64_t width, const int32_t* __restrict__ row_to_pair,
-                       const device_accumulate_t<T>* __restrict__ topk_weights, int top_k,
-                       int64_t num_rows, T* __restrict__ out) {
+struct GroupedSumArgs {
   using Acc = device_accumulate_t<T>;
-  __shared__ Acc partial[8][kWarpSize];
-  const int column = threadIdx.x % kWarpSize, row_lane = threadIdx.x / kWarpSize;
-  const int64_t c = static_cast<int64_t>(blockIdx.x) * kWarpSize + column;
-  const int64_t begin = offsets[blockIdx.y], end = offsets[blockIdx.y + 1];
-  Acc sum = 0;
-  if (c < width) {
-    for (int64_t first = begin + row_lane; first < end; first += 8 * kSumRun) {
-      const int64_t last = min(first + 8 * kSumRun, end);
-      Acc run = 0;
+  const T* rows;
+  const int32_t* offsets;
+  int num_experts;
+  int64_t width;
+  // With row_to_pair, row r is topk_weights[pair] * rows[pair / top_k]: a gather that is never
+  // written out.
+  const int32_t* row_to_pair;
+  const Acc* topk_weights;
+  int top_k;
+  int64_t num_rows;
+  Acc* partial;  // [tiles, width]
+};
+
+// partial[tile, c]: block (tile, columns), 8 row lanes x 32 column lanes of kElements columns each.
+template <typename T, int kElements>
+__global__ void __launch_bounds__(256) grouped_sum_tiles_kernel(const GroupedSumArgs<T> args) {
+  using Acc = device_accumulate_t<T>;
+  using Vec = Vector<T, kElements>;
+  __shared__ Acc lane_sums[kSumRowLanes][kWarpSize * kElements];
+  const int lane = threadIdx.x % kWarpSize, row_lane = threadIdx.x / kWarpSize;
+  int expert;
+  int64_t tile;
+  find_row_tile(args.offsets, args.num_experts, blockIdx.x, kSumTile, expert, tile);
+  if (expert == args.num_experts) return;
+  const int64_t begin = args.offsets[expert] + tile * kSumTile;
+  const int64_t end = min(begin + kSumTile, static_cast<int64_t>(args.offsets[expert + 1]));
+  const int64_t c = (static_cast<int64_t>(blockIdx.y) * kWarpSize + lane) * kElements;
+  Acc sum[kElements] = {};
+  if (c < args.width) {
 #pragma unroll 4
-      for (int64_t r = first; r < last; r += 8) {
-        if (row_to_pair == nullptr) {
-          run += to_accumulate(rows[r * width + c]);
-        } else {
-          const int64_t pair = row_to_pair[r];
-          if (pair < 0 || pair >= num_rows) continue;
-          run += topk_weights[pair] * to_accumulate(rows[pair / top_k * width + c]);
-        }
+    for (int64_t r = begin + row_lane; r < end; r += kSumRowLanes) {
+      int64_t source = r;
+      Acc weight = 1;
+      if (args.row_to_pair != nullptr) {
+        const int64_t pair = args.row_to_pair[r];
+        if (pair < 0 || pair >= args.num_rows) continue;
+        source = pair / args.top_k;
+        weight = args.topk_weights[pair];
       }
-      sum += run;
+      const Vec value = load_vector<Vec>(args.rows + source * args.width + c);
+#pragma unroll
+      for (int i = 0; i < kElements; ++i) sum[i] += weight * to_accumulate(value.value[i]);
     }
   }
-  partial[row_lane][column] = sum;
-  __syncthreads();
-  if (row_lane == 0 && c < width) {
 #pragma unroll
-    for (int i = 1; i < 8; ++i) sum += partial[i][column];
-    out[blockIdx.y * width + c] = from_accumulate<T>(sum);
+  for (int i = 0; i < kElements; ++i) lane_sums[row_lane][i * kWarpSize + lane] = sum[i];
+  __syncthreads();
+  // All threads add up the row lanes, neighbouring threads neighbouring columns.
+  for (int column = threadIdx.x; column < kWarpSize * kElements; column += blockDim.x) {
+    const int64_t target = static_cast<int64_t>(blockIdx.y) * kWarpSize * kElements + column;
+    if (target >= args.width) continue;
+    const int place = column % kElements * kWarpSize + column / kElements;
+    Acc total = 0;
+#pragma unroll
+    for (int i = 0; i < kSumRowLanes; ++i) total += lane_sums[i][place];
+    args.partial[blockIdx.x * args.width + target] = total;
   }
+}
+
+// out[e, c] = the sum of the expert's tiles. Block (columns, e); one thread owns a column.
+template <typename T>
+__global__ void __launch_bounds__(256)
+    grouped_sum_total_kernel(const device_accumulate_t<T>* __restrict__ partial,
+                             const int32_t* __restrict__ offsets, int64_t width,
+                             T* __restrict__ out) {
+  using Acc = device_accumulate_t<T>;
+  __shared__ int64_t first_tile;
+  const int expert = blockIdx.y;
+  if (threadIdx.x < kWarpSize) {
+    int64_t before = 0;
+    for (int e = threadIdx.x; e < expert; e += kWarpSize) {
+      before += (offsets[e + 1] - offsets[e] + kSumTile - 1) / kSumTile;
+    }
+    before = warp_sum(before);
+    if (threadIdx.x == 0) first_tile = before;
+  }
+  __syncthreads();
+  const int64_t c = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (c >= width) return;
+  const int64_t tiles = (offsets[expert + 1] - offsets[expert] + kSumTile - 1) / kSumTile;
+  const Acc* own = partial + first_tile * width + c;
+  Acc sum = 0;
+  for (int64_t first = 0; first < tiles; first += kSumTile) {
+    const int64_t last = min(first + kSumTile, tiles);
+    Acc run = 0;
+#pragma unroll 8
+    for (int64_t tile = first; tile < last; ++tile) run += own[tile * width];
+    sum += run;
+  }
+  out[expert * width + c] = from_accumulate<T>(sum);
 }
 
 }  // namespace moeops
