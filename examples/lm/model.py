@@ -1,0 +1,202 @@
+"""A byte-level GPT with Mixture-of-Experts MLPs. B sequences, S bytes each, T = B * S tokens, D model width."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moeops.gates import GShardGate, NaiveGate, SwitchGate
+from moeops.layers import FMoETransformerMLP
+
+GATES = {"naive": NaiveGate, "switch": SwitchGate, "gshard": GShardGate}
+VOCABULARY = 256  # bytes
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of the model.
+
+    Attributes:
+        gate: a name in ``GATES``, or None for one dense MLP of width ``d_hidden * top_k``: equal active FLOPs.
+        experts: experts per layer.
+        top_k: experts per token.
+        d_model: width of the residual stream.
+        d_hidden: hidden width of one expert.
+        layers: number of blocks.
+        heads: attention heads per block.
+        context: longest sequence in bytes.
+    """
+
+    gate: str | None
+    experts: int
+    top_k: int
+    d_model: int
+    d_hidden: int
+    layers: int
+    heads: int
+    context: int
+
+
+class ExpertLoad(nn.Module):
+    """Gate hook that counts the pairs each expert got while training.
+
+    The counts are a buffer: adding to them compiles without a graph break, and a checkpoint keeps them.
+    """
+
+    counts: Tensor
+
+    def __init__(self, num_experts: int):
+        super().__init__()
+        self.register_buffer("counts", torch.zeros(num_experts))
+
+    def forward(self, topk_ids: Tensor, topk_weights: Tensor, context: object = None) -> None:
+        """Add the choices ``[T, K]`` of one step; dropped pairs (-1) count for no expert."""
+        if self.training:
+            experts = torch.arange(len(self.counts), device=topk_ids.device)
+            self.counts += (topk_ids.reshape(-1, 1) == experts).sum(0)
+
+    def take(self) -> Tensor:
+        """Counts ``[E]`` since the last call."""
+        counts = self.counts.clone()
+        self.counts.zero_()
+        return counts
+
+
+class DenseMLP(nn.Module):
+    """SwiGLU MLP: what one expert computes, wider."""
+
+    def __init__(self, d_model: int, d_hidden: int):
+        super().__init__()
+        self.up = nn.Linear(d_model, 2 * d_hidden)
+        self.down = nn.Linear(d_hidden, d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[B, S, D]`` to ``[B, S, D]``."""
+        gate, up = self.up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.heads = config.heads
+        self.qkv = nn.Linear(config.d_model, 3 * config.d_model, bias=False)
+        self.out = nn.Linear(config.d_model, config.d_model, bias=False)
+        half = config.d_model // config.heads // 2
+        angles = torch.arange(config.context)[:, None] * 1000.0 ** (-torch.arange(half) / half)
+        self.register_buffer("cos", angles.cos(), persistent=False)  # [context, half]
+        self.register_buffer("sin", angles.sin(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[B, S, D]`` to ``[B, S, D]``."""
+        batch, length, d_model = x.shape
+        qkv = self.qkv(x).view(batch, length, 3, self.heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, S, head width]
+        y = F.scaled_dot_product_attention(self._rotate(q), self._rotate(k), v, is_causal=True)
+        return self.out(y.transpose(1, 2).reshape(batch, length, d_model))
+
+    def _rotate(self, x: Tensor) -> Tensor:
+        cos, sin = self.cos[: x.shape[2]], self.sin[: x.shape[2]]
+        first, second = x.chunk(2, dim=-1)
+        rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+        return rotated.to(x.dtype)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.d_model)
+        self.attention = Attention(config)
+        self.mlp_norm = nn.RMSNorm(config.d_model)
+        self.load: ExpertLoad | None = None
+        if config.gate is None:
+            self.mlp: nn.Module = DenseMLP(config.d_model, config.d_hidden * config.top_k)
+        else:
+            self.load = ExpertLoad(config.experts)
+            self.mlp = FMoETransformerMLP(
+                config.experts,
+                config.d_model,
+                config.d_hidden,
+                activation="swiglu",
+                top_k=config.top_k,
+                gate=GATES[config.gate],
+                gate_hook=self.load,
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[B, S, D]`` to ``[B, S, D]``."""
+        x = x + self.attention(self.attention_norm(x))
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class GPT(nn.Module):
+    """Bytes to logits of the next byte."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(VOCABULARY, config.d_model)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = nn.RMSNorm(config.d_model)
+        self.head = nn.Linear(config.d_model, VOCABULARY, bias=False)
+        nn.init.normal_(self.head.weight, std=0.02)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map ``[B, S]`` int64 to logits ``[B, S, 256]``."""
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+    def losses(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-entropy in nats per byte, and the gates' auxiliary loss summed over the layers."""
+        logits = self(tokens)
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        auxiliary = loss.new_zeros(())
+        if self.config.gate is not None:
+            for block in self.blocks:
+                gate_loss = block.mlp.gate.get_loss(clear=True)
+                if gate_loss is not None:
+                    auxiliary = auxiliary + gate_loss.sum()
+        return loss, auxiliary
+
+    def take_load(self) -> Tensor:
+        """Share of the pairs that each expert of each layer got since the last call, ``[layers, E]``."""
+        counts = torch.stack([block.load.take() for block in self.blocks])
+        return counts / counts.sum(1, keepdim=True).clamp(min=1)
+
+    def num_parameters(self) -> tuple[int, int]:
+        """All parameters, and those that one token uses."""
+        total = sum(p.numel() for p in self.parameters())
+        if self.config.gate is None:
+            return total, total
+        experts = sum(p.numel() for b in self.blocks for p in b.mlp.experts.parameters())
+        return total, total - experts + experts * self.config.top_k // self.config.experts
+
+    @torch.no_grad()
+    def generate(self, prompt: bytes, num_bytes: int, temperature: float, seed: int) -> bytes:
+        """Continue ``prompt`` by sampling; leaves the global random state alone."""
+        device = self.head.weight.device
+        generator = torch.Generator().manual_seed(seed)
+        tokens = torch.tensor([list(prompt)], device=device)
+        was_training = self.training
+        self.eval()
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            for _ in range(num_bytes):
+                logits = self(tokens[:, -self.config.context :])[0, -1].float().cpu()
+                probabilities = (logits / temperature).softmax(0)
+                chosen = torch.multinomial(probabilities, 1, generator=generator).to(device)
+                tokens = torch.cat((tokens, chosen[None]), dim=1)
+        self.train(was_training)
+        return bytes(tokens[0].tolist())

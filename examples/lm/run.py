@@ -1,0 +1,197 @@
+"""From options to a trained model, a picture and a report."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from lm.data import Batches, Corpus, load_corpus, order0_entropy
+from lm.errors import UsageError
+from lm.model import ModelConfig
+from lm.plots import plot_run
+from lm.training import Result, StopRequest, TrainConfig, Trainer
+
+EXIT_INTERRUPTED = 130
+TEMPERATURE = 0.7
+PROMPT_BYTES = 32
+
+
+def run(options: argparse.Namespace) -> int:
+    """Train what the options ask for and report; returns the exit code."""
+    device = choose_device(options.device)
+    corpus = load_corpus(options.text)
+    batches = Batches(corpus, options.batch, options.context, options.seed, device)
+    windows = batches.held_out(options.eval_batches)
+    order0 = order0_entropy(corpus.held_out)
+    make_folder(options.out)
+    print(
+        f"text: {corpus.num_files} files of {corpus.name}, {len(corpus.train):,} bytes to train on, "
+        f"{len(corpus.held_out):,} held out\n"
+        f"order-0 entropy of the held-out text: {order0:.3f} bits/byte",
+        flush=True,
+    )
+
+    names = ["dense"] if options.dense else ["moe"]
+    if options.compare_dense:
+        names.append("dense")
+    stop = StopRequest()
+    results: dict[str, Result] = {}
+    for name in names:
+        # The second run of a comparison may not have begun when the first one was stopped.
+        resume = options.resume and (name == names[0] or checkpoint_path(options, name).exists())
+        trainer = make_trainer(options, name, batches, windows, corpus, device, resume=resume)
+        total, active = trainer.model.num_parameters()
+        print(
+            f"{name}: {total:,} parameters, {active:,} active per token, {device}, "
+            f"{'eager' if options.eager else 'torch.compile'}"
+            + (f", resumed at step {trainer.step}" if resume else ""),
+            flush=True,
+        )
+        with stop.listen():
+            results[name] = trainer.run(stop)
+        if stop.requested:
+            break
+
+    write_outputs(options.out, results, order0)
+    for name, result in results.items():
+        print(describe(name, result, order0))
+    if len(results) < len(names) or not all(result.finished for result in results.values()):
+        print(
+            f"stopped by Ctrl-C and saved in {options.out}/; the same options with --resume go on"
+        )
+        return EXIT_INTERRUPTED
+    prompt = bytes(corpus.held_out[: min(PROMPT_BYTES, options.context)].tolist())
+    sample = results[names[0]].model.generate(
+        prompt, options.sample_bytes, TEMPERATURE, options.seed
+    )
+    print(f"--- sample of {names[0]}\n{sample.decode('utf-8', errors='replace')}\n---")
+    if options.compare_dense:
+        print(compare(results["moe"], results["dense"]))
+    written = [checkpoint_path(options, name).name for name in names]
+    print(f"wrote {', '.join(written)}, train_lm.png and metrics.json in {options.out}/")
+    return 0
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device asked for, or CUDA where there is one."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(
+            f"--device must be cpu, cuda or cuda:N, got {name}. Leave it out to choose."
+        )
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"--device must exist, got {name} on a machine with {torch.cuda.device_count()} usable CUDA devices. "
+            "Use --device cpu."
+        )
+    return device
+
+
+def make_folder(path: Path) -> None:
+    """Create the folder of results."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as err:
+        raise UsageError(f"--out must be a folder that can be made, got {path}: {err}.") from err
+
+
+def checkpoint_path(options: argparse.Namespace, name: str) -> Path:
+    """Where the run called ``name`` keeps its checkpoint."""
+    return options.out / f"{name}.pt"
+
+
+def make_trainer(
+    options: argparse.Namespace,
+    name: str,
+    batches: Batches,
+    windows: list,
+    corpus: Corpus,
+    device: torch.device,
+    *,
+    resume: bool,
+) -> Trainer:
+    """The trainer of the model called ``name``: ``"moe"`` or ``"dense"``."""
+    model_config = ModelConfig(
+        gate=None if name == "dense" else options.gate,
+        experts=options.experts,
+        top_k=options.top_k,
+        d_model=options.d_model,
+        d_hidden=options.d_hidden,
+        layers=options.layers,
+        heads=options.heads,
+        context=options.context,
+    )
+    config = TrainConfig(
+        batch=options.batch,
+        steps=options.steps,
+        lr=options.lr,
+        weight_decay=options.weight_decay,
+        aux_loss_weight=options.aux_loss_weight,
+        dtype=options.dtype or ("bfloat16" if device.type == "cuda" else "float32"),
+        seed=options.seed,
+    )
+    return Trainer(
+        name,
+        model_config,
+        config,
+        batches,
+        windows,
+        corpus.fingerprint,
+        checkpoint_path(options, name),
+        device,
+        compiled=not options.eager,
+        eval_every=options.eval_every,
+        resume=resume,
+    )
+
+
+def write_outputs(folder: Path, results: dict[str, Result], order0: float) -> None:
+    """The picture, and the numbers in it as JSON."""
+    plot_run(folder / "train_lm.png", {name: r.history for name, r in results.items()}, order0)
+    runs = {
+        name: {
+            **asdict(result.history),
+            "finished": result.finished,
+            "tokens_per_second": result.tokens_per_second,
+            "start_up_seconds": result.start_up_seconds,
+            "graphs": result.graphs,
+        }
+        for name, result in results.items()
+    }
+    metrics = {"order0_entropy": order0, "runs": runs}
+    (folder / "metrics.json").write_text(json.dumps(metrics) + "\n", encoding="utf-8")
+
+
+def describe(name: str, result: Result, order0: float) -> str:
+    """One line about a run."""
+    held_out = result.history.held_out
+    text = f"{name}: {len(result.history.train)} steps"
+    if held_out:
+        text += f", held-out {held_out[-1][1]:.3f} bits/byte (order-0 {order0:.3f})"
+    text += f", {result.tokens_per_second:,.0f} tokens/s after a first step of {result.start_up_seconds:.1f} s"
+    return text + (f", {result.graphs} compiled graph(s)" if result.graphs else "")
+
+
+def compare(moe: Result, dense: Result) -> str:
+    """What experts bought at equal steps and equal active FLOPs."""
+    moe_loss, dense_loss = (result.history.held_out[-1][1] for result in (moe, dense))
+    lines = ["             held-out bits/byte   tokens/s   parameters       active"]
+    for name, result, loss in (("MoE", moe, moe_loss), ("dense", dense, dense_loss)):
+        total, active = result.model.num_parameters()
+        lines.append(
+            f"{name:12} {loss:18.3f} {result.tokens_per_second:10,.0f} {total:12,} {active:12,}"
+        )
+    gain = dense_loss - moe_loss
+    line = f"at equal steps MoE is {abs(gain):.3f} bits/byte {'better' if gain >= 0 else 'worse'} than dense"
+    if moe.tokens_per_second and dense.tokens_per_second:
+        line += f", at {moe.tokens_per_second / dense.tokens_per_second:.2f} times its tokens/s"
+    return "\n".join([*lines, line])

@@ -1,0 +1,203 @@
+"""Train a byte-level GPT with Mixture-of-Experts MLPs under torch.compile, on text that is already on this machine.
+
+    python examples/train_lm.py                      about three minutes on two CPU cores
+    python examples/train_lm.py --compare-dense      the same, beside a dense model of equal active FLOPs
+    python examples/train_lm.py --text my_folder --gate switch --experts 16
+
+Writes a checkpoint, metrics.json and train_lm.png into --out. Ctrl-C saves; --resume goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from lm.errors import UsageError
+
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+NEEDED = ("torch", "moeops", "tqdm", "matplotlib", "numpy")
+QUICK = {
+    "experts": 4,
+    "d_model": 32,
+    "d_hidden": 32,
+    "layers": 2,
+    "heads": 2,
+    "context": 32,
+    "batch": 8,
+    "steps": 40,
+    "eval_every": 20,
+    "eval_batches": 4,
+    "sample_bytes": 40,
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Answers a bad option with one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage."""
+        raise UsageError(message)
+
+
+def make_parser() -> Parser:
+    """All options."""
+    parser = Parser(
+        prog="train_lm.py",
+        description=(__doc__ or "").split("\n\n")[0],
+        epilog="Values in brackets are defaults.",
+    )
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--gate", choices=("naive", "switch", "gshard"), default="gshard", help="[gshard]"
+    )
+    model.add_argument(
+        "--experts", type=positive_int, default=8, help="experts per layer [%(default)s]"
+    )
+    model.add_argument(
+        "--top-k", type=positive_int, help="experts per token [1 for switch, else 2]"
+    )
+    model.add_argument(
+        "--d-model", type=positive_int, default=128, help="model width [%(default)s]"
+    )
+    model.add_argument(
+        "--d-hidden", type=positive_int, default=128, help="width of one expert [%(default)s]"
+    )
+    model.add_argument("--layers", type=positive_int, default=4, help="[%(default)s]")
+    model.add_argument(
+        "--heads", type=positive_int, default=4, help="attention heads [%(default)s]"
+    )
+    model.add_argument(
+        "--context", type=positive_int, default=128, help="bytes the model sees [%(default)s]"
+    )
+    dense = model.add_mutually_exclusive_group()
+    dense.add_argument("--dense", action="store_true", help="train the dense baseline instead")
+    dense.add_argument("--compare-dense", action="store_true", help="train the baseline as well")
+
+    data = parser.add_argument_group("data")
+    data.add_argument("--text", type=Path, help="file or folder [Python's own standard library]")
+
+    training = parser.add_argument_group("training")
+    training.add_argument(
+        "--batch", type=positive_int, default=8, help="sequences per step [%(default)s]"
+    )
+    training.add_argument("--steps", type=positive_int, default=1000, help="[%(default)s]")
+    training.add_argument(
+        "--lr", type=positive_float, default=3e-3, help="peak learning rate [%(default)s]"
+    )
+    training.add_argument(
+        "--weight-decay", type=factor, default=0.1, help="of matrices [%(default)s]"
+    )
+    training.add_argument(
+        "--aux-loss-weight", type=factor, default=0.01, help="of the gate's loss [%(default)s]"
+    )
+    training.add_argument(
+        "--seed", type=int, default=0, help="of weights and data order [%(default)s]"
+    )
+    training.add_argument(
+        "--eval-every",
+        type=positive_int,
+        default=100,
+        help="steps between validations [%(default)s]",
+    )
+    training.add_argument(
+        "--eval-batches", type=positive_int, default=16, help="of a validation [%(default)s]"
+    )
+
+    run = parser.add_argument_group("run")
+    run.add_argument("--eager", action="store_true", help="without torch.compile")
+    run.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="[bfloat16 on CUDA, else float32]"
+    )
+    run.add_argument("--device", help="[cuda where there is one, else cpu]")
+    run.add_argument("--out", type=Path, default=Path("runs/train_lm"), help="folder [%(default)s]")
+    run.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    run.add_argument(
+        "--sample-bytes", type=positive_int, default=300, help="to generate [%(default)s]"
+    )
+    run.add_argument("--quick", action="store_true", help="a tiny model and few steps: seconds")
+    return parser
+
+
+def positive_int(text: str) -> int:
+    """Option type."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def factor(text: str) -> float:
+    """Option type."""
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be at least 0 and finite, got {value}")
+    return value
+
+
+def positive_float(text: str) -> float:
+    """Option type."""
+    value = factor(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError("must be above 0, got 0")
+    return value
+
+
+def parse_options(arguments: list[str]) -> argparse.Namespace:
+    """Parse, fill in what depends on other options, and refuse what does not fit."""
+    parser = make_parser()
+    if "--quick" in arguments:  # other defaults; what is given still wins
+        parser.set_defaults(**QUICK)
+    options = parser.parse_args(arguments)
+    if options.top_k is None:
+        options.top_k = 1 if options.gate == "switch" else min(2, options.experts)
+    if options.top_k > options.experts:
+        raise UsageError(
+            f"--top-k must be at most --experts = {options.experts}, got {options.top_k}. Lower it."
+        )
+    wanted = {"switch": 1, "gshard": 2}.get(options.gate, options.top_k)
+    if options.top_k != wanted:
+        raise UsageError(
+            f"--top-k must be {wanted} for the {options.gate} gate, got {options.top_k}. Leave it out."
+        )
+    if options.d_model % (2 * options.heads):
+        raise UsageError(
+            f"--d-model must be a multiple of 2 * --heads = {2 * options.heads}, got {options.d_model}. "
+            "Change one of them."
+        )
+    return options
+
+
+def load_run() -> Callable[[argparse.Namespace], int]:
+    """Import the rest: late, so that --help is quick and a missing package gives one clear line."""
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UsageError(
+            f"{', '.join(missing)} must be installed. Run: pip install 'moeops[examples]', or use `make train`."
+        )
+    try:
+        from lm.run import run
+    except ImportError as err:  # an unbuilt or broken moeops says what to do
+        raise UsageError(str(err)) from err
+    return run
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    try:
+        options = parse_options(sys.argv[1:] if arguments is None else arguments)
+        return load_run()(options)
+    except UsageError as err:
+        print(f"train_lm.py: {err}", file=sys.stderr)
+        return EXIT_USAGE
+    except KeyboardInterrupt:
+        print("train_lm.py: stopped at once; the last checkpoint stands.", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,34 @@
+"""Command line of moeops.
+
+``python -m moeops info`` describes the installation; exit code 1 and a line per problem when something is missing or
+broken. If moeops cannot even be imported, Python itself prints the cause, from ``moeops._extension``, with exit code 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from moeops._info import report
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; returns its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m moeops", description="Mixture-of-Experts ops for PyTorch."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser(
+        "info", help="versions, libraries, GPUs, ops; exit code 1 when something is broken"
+    )
+    parser.parse_args(arguments)
+
+    text, problems = report()
+    print(text)
+    for problem in problems:
+        print(f"moeops info: {problem}", file=sys.stderr)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# Builds moeops on a machine with a GPU, then runs what the arguments name, in order: test, sanitize, bench.
+#   scripts/gpu_check.sh test bench
+# Writes logs and benchmark results to the folder $OUT (default: runs/gpu). Uses the python3 on PATH, which must have
+# torch with CUDA and the build requirements; installs moeops into it without touching anything else.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+OUT=${OUT:-runs/gpu}
+ARCH=${ARCH:-90a-real}
+mkdir -p "$OUT"
+export PYTHONUNBUFFERED=1 CMAKE_BUILD_PARALLEL_LEVEL=${CMAKE_BUILD_PARALLEL_LEVEL:-$(nproc)}
+failures=0
+
+step() {  # step NAME SECONDS COMMAND...: runs with a limit, keeps the log, reports the last lines
+  local name=$1 limit=$2 begin=$SECONDS
+  shift 2
+  echo "== $name"
+  if timeout "$limit" "$@" >"$OUT/$name.log" 2>&1; then
+    tail -n "${TAIL:-3}" "$OUT/$name.log"
+  else
+    echo "$name FAILED with $?"
+    tail -n 40 "$OUT/$name.log"
+    failures=$((failures + 1))
+  fi
+  echo "   $name: $((SECONDS - begin)) s"
+}
+
+# The value tests of every op, without torch's caching allocator, which would hide what lies outside a tensor.
+SANITIZE_TESTS=${SANITIZE_TESTS:-"not gradcheck and not gradients_of and not float16 and not float64 and not debug"}
+sanitize() {  # sanitize TOOL
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "sanitize-$1" "${SANITIZE_SECONDS:-300}" \
+    compute-sanitizer --tool "$1" --error-exitcode 86 --print-limit 20 --kernel-regex kns=moeops \
+    python3 -m pytest -q -p no:cacheprovider -m cuda -k "$SANITIZE_TESTS" \
+    tests/ops/test_{grouped_linear,moe_mlp,padding,permute,routing,sorting}.py
+}
+
+step build 300 python3 -m pip install --no-build-isolation --no-deps -e . \
+  -C cmake.define.MOEOPS_CUDA=ON -C cmake.define.CMAKE_CUDA_ARCHITECTURES="$ARCH"
+python3 -m moeops info >"$OUT/info.log" || exit 1
+for what in "$@"; do
+  case $what in
+    test) step test 420 python3 -m pytest -q -n 6 -m cuda tests ;;
+    sanitize)
+      for tool in memcheck racecheck initcheck; do
+        sanitize "$tool"
+      done
+      ;;
+    bench) TAIL=400 step bench 540 python3 -m benchmarks.run --device cuda --json "$OUT/cuda.json" ;;
+    *) echo "unknown step $what: wanted test, sanitize or bench" && exit 2 ;;
+  esac
+done
+exit $((failures > 0))

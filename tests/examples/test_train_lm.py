@@ -1,0 +1,336 @@
+"""The main job end to end on a small text, and the README's example."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "examples" / "train_lm.py"
+PACKAGES = ("matplotlib", "numpy", "tqdm")  # the extra "examples"
+for package in PACKAGES:
+    pytest.importorskip(package, reason="needs the extra `examples`")
+
+sys.path.insert(0, str(SCRIPT.parent))
+import train_lm  # noqa: E402
+from lm.checkpoint import save_checkpoint  # noqa: E402
+from lm.data import Batches, load_corpus, order0_entropy  # noqa: E402
+from lm.errors import UsageError  # noqa: E402
+from lm.model import GPT, ModelConfig  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory) -> Path:
+    """A small folder of text: a few modules of the standard library, one that is no text, one that is hidden."""
+    folder = tmp_path_factory.mktemp("text")
+    library = Path(sysconfig.get_path("stdlib"))
+    for name in ("ast", "argparse", "os", "shutil", "textwrap", "typing", "inspect", "tarfile"):
+        shutil.copy(library / f"{name}.py", folder)
+    (folder / "latin1.py").write_bytes("# \xe9\xe8".encode("latin-1"))
+    (folder / "binary.dat").write_bytes(b"a\0b")
+    (folder / ".hidden").write_text("secret")
+    return folder
+
+
+@pytest.fixture
+def quick(text, tmp_path, capsys):
+    """Run in this process: the options of --quick on the small text; returns exit code, stdout and stderr."""
+
+    def run(*options: str, out: Path = tmp_path / "out") -> tuple[int, str, str]:
+        arguments = [
+            "--quick",
+            "--eager",
+            "--device",
+            "cpu",
+            "--text",
+            str(text),
+            "--out",
+            str(out),
+            *options,
+        ]
+        capsys.readouterr()
+        code = train_lm.main(arguments)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def read_metrics(out: Path) -> dict:
+    return json.loads((out / "metrics.json").read_text())
+
+
+def test_compiled_run_learns(text, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, SCRIPT, "--quick", "--device", "cpu", "--text", text, "--out", out]
+    result = subprocess.run(
+        [*command, "--steps", "60"], capture_output=True, text=True, cwd=tmp_path, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
+    metrics = read_metrics(out)
+    moe = metrics["runs"]["moe"]
+    assert moe["graphs"] == 1  # nothing broke the graph, nothing recompiled
+    assert moe["finished"]
+    assert len(moe["train"]) == 60
+    assert sum(moe["train"][-5:]) < 0.75 * sum(moe["train"][:5])
+    assert [step for step, _ in moe["held_out"]] == [20, 40, 60]
+    assert moe["held_out"][-1][1] < moe["held_out"][0][1]
+    assert moe["tokens_per_second"] > 0
+    # Each of two layers shares out its pairs among four experts.
+    for _, load in moe["load"]:
+        assert [len(layer) for layer in load] == [4, 4]
+        assert all(math.isclose(sum(layer), 1, rel_tol=1e-5) for layer in load)
+    assert (
+        f"order-0 entropy of the held-out text: {metrics['order0_entropy']:.3f} bits/byte"
+        in result.stdout
+    )
+    assert "--- sample of moe\n" in result.stdout
+    assert re.search(
+        r"bits/byte, [\d,]+ tokens/s, expert load \d+% to \d+%", result.stderr
+    )  # the progress bar
+    assert (out / "train_lm.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(p.name for p in out.iterdir()) == ["metrics.json", "moe.pt", "train_lm.png"]
+
+
+def test_compare_dense(quick, tmp_path):
+    code, stdout, _ = quick("--compare-dense")
+    assert code == 0
+    runs = read_metrics(tmp_path / "out")["runs"]
+    gain = runs["dense"]["held_out"][-1][1] - runs["moe"]["held_out"][-1][1]
+    word = "better" if gain >= 0 else "worse"
+    assert f"at equal steps MoE is {abs(gain):.3f} bits/byte {word} than dense, at " in stdout
+    assert runs["dense"]["load"] == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--gate", "naive"],
+        ["--gate", "switch"],
+        ["--gate", "gshard", "--dtype", "bfloat16"],
+        ["--dense"],
+    ],
+    ids=lambda o: "-".join(o).replace("--", ""),
+)
+def test_gates_and_types(quick, tmp_path, options):
+    code, _, stderr = quick(*options)
+    assert code == 0, stderr
+    (run,) = read_metrics(tmp_path / "out")["runs"].values()
+    assert run["held_out"][-1][1] < 7  # 8 bits at the start
+
+
+def test_dense_baseline_has_equal_active_parameters():
+    sizes = {
+        "experts": 8,
+        "top_k": 2,
+        "d_model": 128,
+        "d_hidden": 128,
+        "layers": 4,
+        "heads": 4,
+        "context": 128,
+    }
+    moe = GPT(ModelConfig(gate="naive", **sizes))
+    dense = GPT(ModelConfig(gate=None, **sizes))
+    _, moe_active = moe.num_parameters()
+    total, dense_active = dense.num_parameters()
+    assert total == dense_active
+    routers = sum(p.numel() for block in moe.blocks for p in block.mlp.gate.parameters())
+    assert (
+        abs(moe_active - routers - dense_active) / dense_active < 0.002
+    )  # one bias more per layer
+
+
+def test_ctrl_c_saves_and_resume_gives_the_uninterrupted_run(text, quick, tmp_path):
+    code, _, stderr = quick("--steps", "60", out=tmp_path / "whole")
+    assert code == 0, stderr
+    out = tmp_path / "stopped"
+    options = [
+        "--quick",
+        "--eager",
+        "--device",
+        "cpu",
+        "--text",
+        text,
+        "--out",
+        out,
+        "--steps",
+        "60",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, SCRIPT, *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (out / "moe.pt").exists() and time.monotonic() < deadline:  # written first at step 20
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "stopped by Ctrl-C and saved" in stdout
+    state = torch.load(out / "moe.pt", weights_only=True)
+    assert 20 <= state["step"] < 60
+    assert len(state["history"]["train"]) == state["step"]
+    assert not read_metrics(out)["runs"]["moe"]["finished"]
+
+    code, stdout, stderr = quick("--steps", "60", "--resume", out=out)
+    assert code == 0, stderr
+    assert f"resumed at step {state['step']}" in stdout
+    whole, resumed = (read_metrics(path)["runs"]["moe"] for path in (tmp_path / "whole", out))
+    for key in ("train", "held_out", "load"):
+        assert resumed[key] == whole[key]
+    assert resumed["finished"]
+
+
+def test_stopped_comparison_goes_on(quick, tmp_path):
+    assert quick("--steps", "30")[0] == 0  # as if Ctrl-C had come between the two runs
+    code, stdout, stderr = quick("--steps", "30", "--compare-dense", "--resume")
+    assert code == 0, stderr
+    assert "resumed at step 30" in stdout
+    assert len(read_metrics(tmp_path / "out")["runs"]["dense"]["train"]) == 30
+
+
+def test_checkpoint_is_weights_only_and_replaced_whole(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, {"step": 1, "model": {"w": torch.ones(3)}})
+    before = path.read_bytes()
+    assert torch.load(path, weights_only=True)["step"] == 1
+
+    def fail(state, file):
+        file.write(b"half a file")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_checkpoint(path, {"step": 2})
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_files_are_held_out_whole(text):
+    corpus = load_corpus(text)
+    assert corpus.num_files == 8  # neither the binary, nor the undecodable, nor the hidden file
+    parts = bytes(corpus.held_out.tolist()).split(b"\0")
+    contents = {path.read_bytes() for path in text.glob("*.py")}
+    held_out = set(parts)
+    assert held_out < contents
+    train = set(bytes(corpus.train.tolist()).split(b"\0"))
+    assert not held_out & train
+    assert len(held_out | train) == 8
+    assert load_corpus(text).fingerprint == corpus.fingerprint
+
+
+def test_single_file_holds_out_its_end(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_bytes(bytes(range(97, 117)) * 100)
+    corpus = load_corpus(path)
+    assert (len(corpus.train), len(corpus.held_out)) == (1900, 100)
+
+
+def test_order0_entropy():
+    assert order0_entropy(torch.tensor([1, 2, 3, 4] * 5, dtype=torch.uint8)) == pytest.approx(2)
+    assert order0_entropy(torch.tensor([7] * 9, dtype=torch.uint8)) == 0
+
+
+def test_targets_are_one_byte_later_and_steps_are_reproducible(text):
+    corpus = load_corpus(text)
+    batches = Batches(corpus, batch=3, context=16, seed=5, device=torch.device("cpu"))
+    tokens, targets = batches.train(7)
+    assert torch.equal(tokens[:, 1:], targets[:, :-1])
+    train = bytes(corpus.train.tolist())
+    assert all(bytes(window.tolist()) in train for window in tokens)
+    assert torch.equal(batches.train(7)[0], tokens)
+    assert not torch.equal(batches.train(8)[0], tokens)
+    windows = batches.held_out(4)
+    assert bytes(windows[0][0][0].tolist()) == bytes(corpus.held_out[:16].tolist())
+    assert bytes(windows[-1][1][-1].tolist()) == bytes(corpus.held_out[-16:].tolist())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--text", "/no/such/path"],
+            "--text must be a file or a folder that exists, got /no/such/path",
+        ),
+        (["--experts", "2", "--top-k", "3"], "--top-k must be at most --experts = 2, got 3"),
+        (["--gate", "switch", "--top-k", "2"], "--top-k must be 1 for the switch gate, got 2"),
+        (["--d-model", "30"], "--d-model must be a multiple of 2 * --heads = 4, got 30"),
+        (["--context", "10000000"], "--text must give more than --context = 10000000 bytes"),
+        (["--steps", "0"], "--steps: must be at least 1, got 0"),
+        (["--lr", "nan"], "--lr: must be at least 0 and finite, got nan"),
+        (["--gate", "best"], "invalid choice: 'best'"),
+        (["--device", "tpu"], "--device must be cpu, cuda or cuda:N, got tpu"),
+        (["--device", "cuda:99"], "--device must exist, got cuda:99"),
+        (["--resume"], "--resume must find a checkpoint, got none at"),
+        (["--out", "/dev/null/x"], "--out must be a folder that can be made, got /dev/null/x"),
+        (["--lr", "1e30"], "the loss must stay finite"),
+        (["--dense", "--compare-dense"], "not allowed with argument --dense"),
+    ],
+    ids=lambda v: v[0].lstrip("-") if isinstance(v, list) else "",
+)
+def test_bad_options_end_in_one_line(quick, options, message):
+    code, _, stderr = quick(*options)
+    assert code == 2
+    (line,) = [line for line in stderr.splitlines() if line.startswith("train_lm.py: ")]
+    assert message in line
+    assert "Traceback" not in stderr
+
+
+def test_empty_text_is_refused(quick, tmp_path):
+    (tmp_path / "empty").mkdir()
+    code, _, stderr = quick("--text", str(tmp_path / "empty"))
+    assert code == 2
+    assert "--text must hold UTF-8 text, got none" in stderr
+
+
+def test_other_checkpoints_are_refused(quick, tmp_path):
+    assert quick("--steps", "1")[0] == 0
+    code, _, stderr = quick("--steps", "1", "--resume", "--d-hidden", "64")
+    assert code == 2
+    assert "got d_hidden = 64 where" in stderr
+    assert "moe.pt has 32" in stderr
+    (tmp_path / "out" / "moe.pt").write_bytes(b"nonsense")
+    code, _, stderr = quick("--steps", "1", "--resume")
+    assert code == 2
+    assert "--resume must find a readable checkpoint" in stderr
+    torch.save({"weights": torch.ones(1)}, tmp_path / "out" / "moe.pt")
+    code, _, stderr = quick("--steps", "1", "--resume")
+    assert code == 2
+    assert "--resume must find a checkpoint of train_lm.py" in stderr
+
+
+def test_missing_package_is_named(quick, monkeypatch):
+    monkeypatch.setattr(train_lm, "NEEDED", ("tqdm", "no_such_package"))
+    code, _, stderr = quick()
+    assert code == 2
+    assert "no_such_package must be installed. Run: pip install 'moeops[examples]'" in stderr
+
+
+def test_text_must_be_longer_than_the_context(tmp_path):
+    (tmp_path / "a.txt").write_text("ab" * 30)
+    with pytest.raises(UsageError, match=r"more than --context = 32 bytes of held-out text, got 3"):
+        Batches(load_corpus(tmp_path), 1, 32, 0, torch.device("cpu"))
+
+
+def test_readme_example(capsys):
+    readme = (ROOT / "README.md").read_text()
+    code = re.search(r"```python\n(.*?)```", readme, re.DOTALL).group(1)
+    assert len(code.strip().splitlines()) <= 10
+    exec(compile(code, "README.md", "exec"), {})
+    assert (
+        capsys.readouterr().out
+        == "torch.Size([4, 16, 64]) torch.Size([4, 16, 64]) torch.Size([8, 256, 64])\n"
+    )
