@@ -15,6 +15,11 @@ def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def _exporting() -> bool:
+    """torch.export is tracing. Its flag is read directly: torch 2.11's Dynamo takes is_exporting() for always true."""
+    return torch.compiler._is_exporting_flag
+
+
 class BaseGate(nn.Module):
     """Base of all gates: subclass it, write ``forward`` in plain PyTorch, and hand the class to a layer.
 
@@ -74,7 +79,7 @@ class BaseGate(nn.Module):
 
     def set_loss(self, loss: Tensor) -> None:
         """Keep the auxiliary loss of this forward; what is left of an earlier one is replaced."""
-        if torch.compiler.is_exporting():
+        if _exporting():
             return
         if not torch.compiler.is_compiling() and _in_backward():
             return

@@ -50,7 +50,8 @@ void activate_kernel(Activation act, Gated gated, scalar_t* hidden, const scalar
                      int64_t num_live, int64_t width) {
   torch::stable::parallel_for(0, num_live, grain_rows(width), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      activate_row(act, gated, hidden + row * width, pre + row * width * (Gated::value ? 2 : 1), width);
+      activate_row(act, gated, hidden + row * width, pre + row * width * (Gated::value ? 2 : 1),
+                   width);
     }
   });
 }
@@ -71,14 +72,57 @@ struct BackwardRows {
   int64_t out_width;                      // D_out
 };
 
+// The columns of `row` from `first` on, at most kColumnBlock; returns their part of the weight's
+// gradient. Short loops over what stays in the first cache level: each becomes vector code.
+template <typename Activation, typename Gated, typename scalar_t>
+MOEOPS_WIDEST_VECTORS accumulate_t<scalar_t> activate_backward_block(
+    Activation, Gated, const BackwardRows<scalar_t>& p, int64_t row, accumulate_t<scalar_t> weight,
+    int64_t first) {
+  using acc_t = accumulate_t<scalar_t>;
+  constexpr bool kGated = Gated::value;
+  const int64_t width = p.width;
+  const int64_t count = std::min(kColumnBlock, width - first);
+  const scalar_t* pre = p.pre + row * width * (kGated ? 2 : 1) + first;
+  acc_t value[kColumnBlock], slope[kColumnBlock], up[kColumnBlock], grad[kColumnBlock];
+  for (int64_t i = 0; i < count; ++i) {
+    const acc_t x = static_cast<acc_t>(pre[i]);
+    value[i] = Activation::value(x);
+    slope[i] = Activation::slope(x);
+    if constexpr (kGated) up[i] = static_cast<acc_t>(pre[width + i]);
+  }
+  if (p.weighted_hidden) {
+    scalar_t* hidden = p.weighted_hidden + row * width + first;
+    for (int64_t i = 0; i < count; ++i) {
+      hidden[i] = static_cast<scalar_t>(weight * (kGated ? value[i] * up[i] : value[i]));
+    }
+  }
+  acc_t dot = 0;
+  if (!p.grad_hidden) return dot;
+  const scalar_t* grad_hidden = p.grad_hidden + row * width + first;
+  for (int64_t i = 0; i < count; ++i) grad[i] = static_cast<acc_t>(grad_hidden[i]);
+  if (p.grad_weights) {
+#pragma omp simd reduction(+ : dot)
+    for (int64_t i = 0; i < count; ++i) {
+      dot += grad[i] * (kGated ? value[i] * up[i] : value[i]);
+    }
+  }
+  if (p.grad_pre) {
+    scalar_t* grad_pre = p.grad_pre + row * width * (kGated ? 2 : 1) + first;
+    for (int64_t i = 0; i < count; ++i) {
+      const acc_t g = weight * grad[i];
+      grad_pre[i] = static_cast<scalar_t>(g * slope[i] * (kGated ? up[i] : acc_t(1)));
+      if constexpr (kGated) grad_pre[width + i] = static_cast<scalar_t>(g * value[i]);
+    }
+  }
+  return dot;
+}
+
 // One pass over a row's pre-activation and hidden gradient writes everything that depends on
 // either.
 template <typename Activation, typename Gated, typename scalar_t>
-void activate_backward_kernel(Activation, Gated, const BackwardRows<scalar_t>& p,
+void activate_backward_kernel(Activation act, Gated gated, const BackwardRows<scalar_t>& p,
                               const Plan& plan) {
   using acc_t = accumulate_t<scalar_t>;
-  constexpr bool kGated = Gated::value;
-  constexpr int64_t kHalves = kGated ? 2 : 1;
   const int64_t live = plan.offsets.num_live;
   const int64_t width = p.width;
   torch::stable::parallel_for(0, plan.num_rows, grain_rows(width), [&](int64_t begin, int64_t end) {
@@ -92,41 +136,9 @@ void activate_backward_kernel(Activation, Gated, const BackwardRows<scalar_t>& p
       while (row >= plan.offsets.end(expert)) ++expert;
       const acc_t weight = p.weights[pair];
       if (p.row_weights) p.row_weights[row] = weight;
-      const scalar_t* pre = p.pre + row * width * kHalves;
       acc_t dot = 0;
-      // Short loops over a block that stays in the first cache level: each becomes vector code.
-      acc_t value[kColumnBlock], slope[kColumnBlock], up[kColumnBlock], grad[kColumnBlock];
       for (int64_t first = 0; first < width; first += kColumnBlock) {
-        const int64_t count = std::min(kColumnBlock, width - first);
-        for (int64_t i = 0; i < count; ++i) {
-          const acc_t x = static_cast<acc_t>(pre[first + i]);
-          value[i] = Activation::value(x);
-          slope[i] = Activation::slope(x);
-          if constexpr (kGated) up[i] = static_cast<acc_t>(pre[width + first + i]);
-        }
-        if (p.weighted_hidden) {
-          scalar_t* hidden = p.weighted_hidden + row * width + first;
-          for (int64_t i = 0; i < count; ++i) {
-            hidden[i] = static_cast<scalar_t>(weight * (kGated ? value[i] * up[i] : value[i]));
-          }
-        }
-        if (!p.grad_hidden) continue;
-        const scalar_t* grad_hidden = p.grad_hidden + row * width + first;
-        for (int64_t i = 0; i < count; ++i) grad[i] = static_cast<acc_t>(grad_hidden[i]);
-        if (p.grad_weights) {
-#pragma omp simd reduction(+ : dot)
-          for (int64_t i = 0; i < count; ++i) {
-            dot += grad[i] * (kGated ? value[i] * up[i] : value[i]);
-          }
-        }
-        if (p.grad_pre) {
-          scalar_t* grad_pre = p.grad_pre + row * width * kHalves + first;
-          for (int64_t i = 0; i < count; ++i) {
-            const acc_t g = weight * grad[i];
-            grad_pre[i] = static_cast<scalar_t>(g * slope[i] * (kGated ? up[i] : acc_t(1)));
-            if constexpr (kGated) grad_pre[width + i] = static_cast<scalar_t>(g * value[i]);
-          }
-        }
+        dot += activate_backward_block(act, gated, p, row, weight, first);
       }
       if (p.grad_weights) {
         if (p.b_down) {

@@ -10,7 +10,7 @@
 #include <limits>
 
 // Compiles a function once per vector width; the loader picks the widest that the processor has.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__)
+#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && __GNUC__ >= 12
 #define MOEOPS_WIDEST_VECTORS \
   __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 #else

@@ -229,7 +229,14 @@ ActivationGrads activation_backward(const Block& block, const Tensor& pre,
     args.grad_hidden = data(grad_hidden);
     args.topk_weights = static_cast<const Acc*>(block.topk_weights.data_ptr());
     args.grad_y = data(grad_y);
-    args.b_down = block.b_down ? data(*block.b_down) : nullptr;
+    if (block.b_down) {
+      args.b_down = data(*block.b_down);
+      args.wide_out =
+          (reinterpret_cast<uintptr_t>(args.b_down) | reinterpret_cast<uintptr_t>(args.grad_y) |
+           static_cast<uintptr_t>(block.out_width()) * sizeof(scalar_t)) %
+              kVectorBytes ==
+          0;
+    }
     args.row_to_pair = static_cast<const int32_t*>(block.row_to_pair.data_ptr());
     args.offsets = block.offsets_data();
     args.num_experts = block.num_experts();

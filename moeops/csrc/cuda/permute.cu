@@ -17,12 +17,13 @@ bool is_aligned(const Tensor& t, int64_t row_bytes) {
          reinterpret_cast<uintptr_t>(t.data_ptr()) % kVectorBytes == 0;
 }
 
-// Threads along a row of `words`, and rows per block: whole warps on a row, short rows share a
-// block.
+// Threads along a row of `words`, and rows per block: whole warps on a row, long rows in equal
+// passes with few idle threads, short rows side by side in a block.
 dim3 row_block(int64_t words) {
-  int along = kWarpSize;
-  while (along < kThreads && along < words) along *= 2;
-  return dim3(along, kThreads / along);
+  const int64_t passes = std::max<int64_t>(1, ceil_div(words, kThreads));
+  const int64_t along = ceil_div(std::max<int64_t>(1, ceil_div(words, passes)), kWarpSize);
+  const int x = static_cast<int>(along * kWarpSize);
+  return dim3(x, kThreads / x);
 }
 
 template <typename Word>
@@ -38,21 +39,34 @@ void launch_permute(const Tensor& x, const Tensor& pair_to_row, const Tensor& of
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-template <typename T, int kElements>
+template <typename T, int kElements, int kRows>
 void launch_unpermute(const Tensor& rows, const std::optional<Tensor>& topk_weights,
                       const Tensor& pair_to_row, const Tensor& offsets, Tensor& y,
                       cudaStream_t stream) {
   using Acc = device_accumulate_t<T>;
   const int64_t width = rows.size(1);
-  const dim3 block = row_block(ceil_div(width, kElements));
+  constexpr int kColumns = kUnpermuteLoads / kRows;
+  const dim3 block = row_block(ceil_div(width, kElements * kColumns));
   const int64_t num_tokens = pair_to_row.size(0);
-  unpermute_kernel<T, kElements><<<grid_blocks(num_tokens, block.y), block, 0, stream>>>(
+  unpermute_kernel<T, kElements, kRows><<<grid_blocks(num_tokens, block.y), block, 0, stream>>>(
       static_cast<const T*>(rows.data_ptr()),
       topk_weights ? static_cast<const Acc*>(topk_weights->data_ptr()) : nullptr,
       static_cast<const int32_t*>(pair_to_row.data_ptr()),
       static_cast<const int32_t*>(offsets.data_ptr()), static_cast<int>(offsets.size(0) - 1),
       num_tokens, static_cast<int>(pair_to_row.size(1)), width, static_cast<T*>(y.data_ptr()));
   STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+// As many rows at a time as a token has, so that none of the loads in flight is idle.
+template <typename T, int kElements>
+void launch_unpermute_for_k(const Tensor& rows, const std::optional<Tensor>& topk_weights,
+                            const Tensor& pair_to_row, const Tensor& offsets, Tensor& y,
+                            cudaStream_t stream) {
+  const int64_t top_k = pair_to_row.size(1);
+  auto* launch = top_k == 1   ? &launch_unpermute<T, kElements, 1>
+                 : top_k == 2 ? &launch_unpermute<T, kElements, 2>
+                              : &launch_unpermute<T, kElements, 4>;
+  launch(rows, topk_weights, pair_to_row, offsets, y, stream);
 }
 
 }  // namespace
@@ -81,8 +95,8 @@ void unpermute(const Tensor& rows, const std::optional<Tensor>& topk_weights,
   const bool aligned = is_aligned(rows, row_bytes) && is_aligned(y, row_bytes);
   MOEOPS_DISPATCH_DEVICE_FLOAT(rows.scalar_type(), "unpermute_tokens", [&] {
     constexpr int kElements = kVectorBytes / sizeof(scalar_t);
-    auto* launch =
-        aligned ? &launch_unpermute<scalar_t, kElements> : &launch_unpermute<scalar_t, 1>;
+    auto* launch = aligned ? &launch_unpermute_for_k<scalar_t, kElements>
+                           : &launch_unpermute_for_k<scalar_t, 1>;
     launch(rows, topk_weights, pair_to_row, offsets, y, stream);
   });
 }

@@ -100,6 +100,7 @@ struct ActivationBackwardArgs {
   const Acc* topk_weights;  // [T, K]
   const T* grad_y;          // [T, D_out], read only with b_down
   const T* b_down;          // [E, D_out] or null
+  bool wide_out;            // rows of grad_y and b_down are whole 16-byte vectors
   const int32_t* row_to_pair;
   const int32_t* offsets;
   int num_experts;
@@ -165,8 +166,21 @@ __global__ void __launch_bounds__(256)
       const T* bias =
           args.b_down + expert_of_row(args.offsets, args.num_experts, row) * args.out_width;
       const T* grad = args.grad_y + pair / args.top_k * args.out_width;
-      for (int64_t c = threadIdx.x; c < args.out_width; c += blockDim.x) {
-        dot += to_accumulate(grad[c]) * to_accumulate(bias[c]);
+      if (args.wide_out) {
+        constexpr int kWide = 16 / sizeof(T);
+        for (int64_t c = static_cast<int64_t>(threadIdx.x) * kWide; c < args.out_width;
+             c += static_cast<int64_t>(blockDim.x) * kWide) {
+          const auto g = load_vector<Vector<T, kWide>>(grad + c);
+          const auto b = load_vector<Vector<T, kWide>>(bias + c);
+#pragma unroll
+          for (int i = 0; i < kWide; ++i) {
+            dot += to_accumulate(g.value[i]) * to_accumulate(b.value[i]);
+          }
+        }
+      } else {
+        for (int64_t c = threadIdx.x; c < args.out_width; c += blockDim.x) {
+          dot += to_accumulate(grad[c]) * to_accumulate(bias[c]);
+        }
       }
     }
   }

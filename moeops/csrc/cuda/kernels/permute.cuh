@@ -32,13 +32,13 @@ __global__ void __launch_bounds__(256)
   }
 }
 
-// Rows of one token whose loads are in flight together: more cost registers and with them resident
-// blocks.
-constexpr int kUnpermuteUnroll = 4;
+// Vectors a thread has in flight together: more cost registers and with them resident blocks.
+constexpr int kUnpermuteLoads = 4;
 
 // y[t] = sum_k weight * rows[pair_to_row[t, k]]; same ownership as permute_kernel. Dropped pairs
-// are not read. Plain loads: evict-first ones (ld.cs) halve the bandwidth here.
-template <typename T, int kElements>
+// are not read. A thread takes kRows rows at a time, and as many columns as fill its loads. Plain
+// loads: evict-first ones (ld.cs) halve the bandwidth here.
+template <typename T, int kElements, int kRows>
 __global__ void __launch_bounds__(256)
     unpermute_kernel(const T* __restrict__ rows,
                      const device_accumulate_t<T>* __restrict__ topk_weights,
@@ -47,37 +47,48 @@ __global__ void __launch_bounds__(256)
                      T* __restrict__ y) {
   using Acc = device_accumulate_t<T>;
   using Vec = Vector<T, kElements>;
+  constexpr int kColumns = kUnpermuteLoads / kRows;
   const int64_t live = live_rows(offsets, num_experts, num_tokens * top_k);
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.y;
-  for (int64_t t = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y; t < num_tokens;
-       t += stride) {
-    const int32_t* sources = pair_to_row + t * top_k;
-    for (int64_t c = static_cast<int64_t>(threadIdx.x) * kElements; c < width;
-         c += static_cast<int64_t>(blockDim.x) * kElements) {
-      Acc sum[kElements] = {};
-      for (int first = 0; first < top_k; first += kUnpermuteUnroll) {
-        Vec value[kUnpermuteUnroll];
-        Acc weight[kUnpermuteUnroll];
+  const int64_t t = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  if (t >= num_tokens) return;
+  const int64_t step = static_cast<int64_t>(blockDim.x) * kElements;
+  for (int64_t c = static_cast<int64_t>(threadIdx.x) * kElements; c < width; c += kColumns * step) {
+    Acc sum[kColumns][kElements] = {};
+    for (int first = 0; first < top_k; first += kRows) {
+      Vec value[kRows][kColumns];
+      Acc weight[kRows];
 #pragma unroll
-        for (int u = 0; u < kUnpermuteUnroll; ++u) {
-          const int k = first + u;
-          const int64_t row = k < top_k ? sources[k] : -1;
-          const bool used = row >= 0 && row < live;
-          weight[u] = used ? (topk_weights ? topk_weights[t * top_k + k] : Acc(1)) : Acc(0);
-          value[u] = used ? load_vector<Vec>(rows + row * width + c) : Vec{};
+      for (int u = 0; u < kRows; ++u) {
+        const int64_t pair = t * top_k + first + u;
+        const int64_t row = first + u < top_k ? pair_to_row[pair] : -1;
+        const bool used = row >= 0 && row < live;
+        weight[u] = used ? (topk_weights ? topk_weights[pair] : Acc(1)) : Acc(0);
+#pragma unroll
+        for (int v = 0; v < kColumns; ++v) {
+          const int64_t column = c + v * step;
+          value[u][v] =
+              used && column < width ? load_vector<Vec>(rows + row * width + column) : Vec{};
         }
+      }
 #pragma unroll
-        for (int u = 0; u < kUnpermuteUnroll; ++u) {
+      for (int u = 0; u < kRows; ++u) {
+#pragma unroll
+        for (int v = 0; v < kColumns; ++v) {
 #pragma unroll
           for (int i = 0; i < kElements; ++i) {
-            sum[i] += weight[u] * to_accumulate(value[u].value[i]);
+            sum[v][i] += weight[u] * to_accumulate(value[u][v].value[i]);
           }
         }
       }
+    }
+#pragma unroll
+    for (int v = 0; v < kColumns; ++v) {
+      const int64_t column = c + v * step;
+      if (column >= width) continue;
       Vec out;
 #pragma unroll
-      for (int i = 0; i < kElements; ++i) out.value[i] = from_accumulate<T>(sum[i]);
-      store_vector(y + t * width + c, out);
+      for (int i = 0; i < kElements; ++i) out.value[i] = from_accumulate<T>(sum[v][i]);
+      store_vector(y + t * width + column, out);
     }
   }
 }

@@ -1,0 +1,82 @@
+"""Every op once on CUDA, for awkward sizes and each dtype: what compute-sanitizer watches.
+
+    compute-sanitizer --tool racecheck python3 scripts/sanitize_ops.py
+
+Values are the tests' business; this only has to reach every kernel in few launches. Inputs hold every element they
+should, so initcheck may complain about nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+
+import moeops
+
+# (tokens, experts, choices per token, model width, hidden width, dropped pairs)
+SHAPES = [
+    (37, 5, 2, 24, 40, True),  # whole vectors, ragged tiles
+    (130, 33, 3, 33, 17, True),  # no vectors, two registers of experts per lane
+    (300, 8, 1, 136, 72, False),  # more rows than a tile
+    (0, 4, 2, 16, 16, False),
+]
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def leaf(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    """A random leaf on the device."""
+    return torch.randn(*shape, device="cuda", dtype=dtype).requires_grad_()
+
+
+def route(T: int, E: int, K: int, drop: bool, dtype: torch.dtype) -> tuple:
+    """Weights and a plan, through every way of choosing."""
+    logits = leaf(T, E, dtype=dtype)
+    bias = torch.randn(E, device="cuda")
+    weights, ids = moeops.topk_route(logits, K)
+    weights.sum().backward()
+    moeops.topk_route(logits, K, score="sigmoid", renormalize=False, bias=bias)
+    if E % 4 == 0 and K <= E // 2:
+        moeops.topk_route(logits, K, bias=bias, num_groups=4, top_groups=2)
+    if drop:
+        ids = ids.masked_fill(torch.rand(T, K, device="cuda") < 0.3, -1)
+    moeops.limit_capacity(ids, E, 3)
+    moeops.limit_capacity(ids, E, 3, priority=weights.detach())
+    plan = moeops.sort_tokens(ids.to(torch.int32), E)
+    return weights.detach(), moeops.sort_tokens(ids, E) if T else plan
+
+
+def run(T: int, E: int, K: int, D: int, H: int, drop: bool, dtype: torch.dtype) -> None:
+    """Forward and backward of every op."""
+    weights, plan = route(T, E, K, drop, dtype)
+    x = leaf(T, D, dtype=dtype)
+    routed = weights.clone().requires_grad_()
+    rows = moeops.permute_tokens(x, plan)
+    padded = moeops.pad_rows(rows, plan.expert_offsets, 7)
+    rows = rows + moeops.unpad_rows(padded, plan.expert_offsets, T * K)
+    moeops.unpermute_tokens(rows, plan).sum().backward(retain_graph=True)
+    up, bias = leaf(E, D, D, dtype=dtype), leaf(E, D, dtype=dtype)
+    rows = moeops.grouped_linear(rows, up, plan.expert_offsets, bias=bias)
+    rows = moeops.grouped_linear(rows, up.transpose(1, 2), plan.expert_offsets)
+    moeops.unpermute_tokens(rows, plan, routed).sum().backward()
+    for activation in ("swiglu", "gelu", "relu", "silu", "relu_squared"):
+        width = 2 * H if activation == "swiglu" else H
+        weights_up, weights_down = leaf(E, width, D, dtype=dtype), leaf(E, D, H, dtype=dtype)
+        biases = {"b_up": leaf(E, width, dtype=dtype), "b_down": leaf(E, D, dtype=dtype)}
+        for options in ({}, biases):
+            y = moeops.moe_mlp(
+                x, routed, plan, weights_up, weights_down, activation=activation, **options
+            )
+            y.square().sum().backward()
+
+
+def main() -> None:
+    """All shapes in all dtypes."""
+    torch.manual_seed(0)
+    for dtype in DTYPES:
+        for shape in SHAPES:
+            run(*shape, dtype)
+    torch.cuda.synchronize()
+    print("every op ran")
+
+
+if __name__ == "__main__":
+    main()

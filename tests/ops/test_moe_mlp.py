@@ -1,0 +1,279 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+import moeops
+from moeops import TokenPlan, reference
+from samples import SAMPLES, SMALL, Sample, assert_matches_reference, mlp_tensors
+
+ACTIVATIONS = ("swiglu", "gelu", "relu", "silu", "relu_squared")
+bias_options = pytest.mark.parametrize("with_bias", [False, True], ids=["no_bias", "bias"])
+
+
+def call(function, plan, activation):
+    """The op or its reference as a function of named tensors."""
+    return lambda x, topk_weights, **weights: function(
+        x, topk_weights, plan, activation=activation, **weights
+    )
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=str)
+@bias_options
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+def test_moe_mlp(sample, activation, with_bias, values_dtype, device):
+    plan = sample.plan(device)
+    cpu_plan = TokenPlan(*(t.cpu() for t in plan))
+    assert_matches_reference(
+        call(moeops.moe_mlp, plan, activation),
+        call(reference.moe_mlp, cpu_plan, activation),
+        mlp_tensors(sample, values_dtype, device, activation, with_bias),
+        values_dtype,
+    )
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@bias_options
+def test_activations(activation, with_bias, dtype, device):
+    sample = Sample("dropped", T=37, D=9, H=11, dropped=0.2)
+    plan = sample.plan(device)
+    cpu_plan = TokenPlan(*(t.cpu() for t in plan))
+    assert_matches_reference(
+        call(moeops.moe_mlp, plan, activation),
+        call(reference.moe_mlp, cpu_plan, activation),
+        mlp_tensors(sample, dtype, device, activation, with_bias),
+        dtype,
+    )
+
+
+@pytest.mark.parametrize("sample", SMALL, ids=str)
+@pytest.mark.parametrize("activation", ["swiglu", "gelu", "silu"])
+@bias_options
+def test_gradcheck(sample, activation, with_bias, device):
+    plan = sample.plan(device)
+    tensors = mlp_tensors(sample, torch.float64, device, activation, with_bias)
+    names = list(tensors)
+    leaves = tuple(t.detach().requires_grad_() for t in tensors.values())
+    assert torch.autograd.gradcheck(
+        lambda *values: call(moeops.moe_mlp, plan, activation)(
+            **dict(zip(names, values, strict=True))
+        ),
+        leaves,
+        fast_mode=True,
+    )
+
+
+def test_equals_the_composition_of_the_other_ops(device):
+    sample = Sample("dropped", T=50, dropped=0.1)
+    plan = sample.plan(device)
+    t = mlp_tensors(sample, torch.float64, device, "swiglu", with_bias=True)
+    rows = moeops.permute_tokens(t["x"], plan)
+    pre = moeops.grouped_linear(rows, t["w_up"], plan.expert_offsets, bias=t["b_up"])
+    hidden = reference.activate(pre, "swiglu")
+    out = moeops.grouped_linear(hidden, t["w_down"], plan.expert_offsets, bias=t["b_down"])
+    want = moeops.unpermute_tokens(out, plan, t["topk_weights"])
+    torch.testing.assert_close(moeops.moe_mlp(t.pop("x"), t.pop("topk_weights"), plan, **t), want)
+
+
+def test_other_output_width(device):
+    sample = Sample("plain")
+    plan = sample.plan(device)
+    cpu_plan = TokenPlan(*(t.cpu() for t in plan))
+    tensors = mlp_tensors(sample, torch.float64, device, "relu", with_bias=False)
+    tensors["w_down"] = torch.randn(sample.E, 3, sample.H, dtype=torch.float64, device=device)
+    y = assert_matches_reference(
+        call(moeops.moe_mlp, plan, "relu"),
+        call(reference.moe_mlp, cpu_plan, "relu"),
+        tensors,
+        torch.float64,
+    )
+    assert y.shape == (sample.T, 3)
+
+
+@pytest.mark.parametrize("needed", list(itertools.product([False, True], repeat=4))[1:], ids=str)
+def test_only_needed_gradients_are_computed(needed, device):
+    sample = Sample("dropped", dropped=0.2)
+    plan = sample.plan(device)
+    tensors = mlp_tensors(sample, torch.float64, device, "swiglu", with_bias=True)
+    block = call(moeops.moe_mlp, plan, "swiglu")
+    leaves = {n: t.detach().requires_grad_() for n, t in tensors.items()}
+    want = dict(
+        zip(
+            leaves,
+            torch.autograd.grad(block(**leaves).square().sum(), leaves.values()),
+            strict=True,
+        )
+    )
+    wanted = [
+        n for n, need in zip(("x", "topk_weights", "w_up", "b_down"), needed, strict=True) if need
+    ]
+    leaves = {n: t.detach().requires_grad_(n in wanted) for n, t in tensors.items()}
+    grads = torch.autograd.grad(block(**leaves).square().sum(), [leaves[n] for n in wanted])
+    for name, grad in zip(wanted, grads, strict=True):
+        torch.testing.assert_close(grad, want[name], msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=4)), ids=str)
+def test_backward_returns_empty_tensors_for_what_is_not_needed(needs, device):
+    sample = Sample("plain")
+    t = mlp_tensors(sample, torch.float32, device, "swiglu", with_bias=True)
+    pre = sample.tensor(sample.N, 2 * sample.H, dtype=torch.float32, device=device)
+    block = [t["x"], t["topk_weights"], t["w_up"], t["w_down"], t["b_up"], t["b_down"]]
+    grads = torch.ops.moeops.moe_mlp_backward(
+        torch.randn_like(t["x"]), *block, pre, *sample.plan(device), "swiglu", *needs
+    )
+    need_x, need_weights, need_up, need_down = needs
+    for grad, source, need in zip(
+        grads, block, (need_x, need_weights, need_up, need_down, need_up, need_down), strict=True
+    ):
+        assert grad.shape == (source.shape if need else (0,))
+        assert grad.dtype == torch.float32
+
+
+def test_expanded_gradient(dtype, device):
+    sample = Sample("plain")
+    block = call(moeops.moe_mlp, sample.plan(device), "swiglu")
+    tensors = mlp_tensors(sample, dtype, device, "swiglu", with_bias=True)
+    leaves = {n: t.detach().requires_grad_() for n, t in tensors.items()}
+    y = block(**leaves)
+    want = torch.autograd.grad(y, leaves.values(), torch.ones_like(y), retain_graph=True)
+    for got, expected in zip(torch.autograd.grad(y.sum(), leaves.values()), want, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+def test_nan_of_a_dropped_pair_stays_out(device):
+    sample = Sample("dropped", dropped=0.4)
+    plan = sample.plan(device)
+    tensors = mlp_tensors(sample, torch.float32, device, "swiglu", with_bias=True)
+    dead = plan.pair_to_row >= plan.expert_offsets[-1]
+    assert dead.any()
+    tensors["topk_weights"][dead] = float("nan")
+    leaves = {n: t.detach().requires_grad_() for n, t in tensors.items()}
+    y = call(moeops.moe_mlp, plan, "swiglu")(**leaves)
+    assert y.isfinite().all()
+    y.square().sum().backward()
+    for name, leaf in leaves.items():
+        assert leaf.grad.isfinite().all(), name
+    assert (leaves["topk_weights"].grad[dead] == 0).all()
+
+
+def test_keeps_only_inputs_and_pre_activation(device):
+    sample = Sample("plain", T=64, D=32, H=16)
+    tensors = mlp_tensors(sample, torch.float32, device, "swiglu", with_bias=False)
+    leaves = {n: t.detach().requires_grad_() for n, t in tensors.items()}
+    plan = sample.plan(device)
+    known = {t.data_ptr() for t in (*leaves.values(), *plan)}
+    saved = []
+
+    def pack(tensor):
+        if tensor.data_ptr() not in known:
+            saved.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        call(moeops.moe_mlp, plan, "swiglu")(**leaves)
+    assert saved == [(sample.N, 2 * sample.H)]
+
+
+def test_autocast(device):
+    sample = Sample("plain")
+    plan = sample.plan(device)
+    leaves = {
+        n: t.requires_grad_()
+        for n, t in mlp_tensors(sample, torch.float32, device, "swiglu", with_bias=True).items()
+    }
+    with torch.autocast(device, dtype=torch.bfloat16):
+        y = call(moeops.moe_mlp, plan, "swiglu")(**leaves)
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert {leaf.grad.dtype for leaf in leaves.values()} == {torch.float32}
+
+
+def test_public_errors(device):
+    sample = Sample("plain")
+    plan = sample.plan(device)
+    good = mlp_tensors(sample, torch.float32, device, "swiglu", with_bias=True)
+
+    def block(activation="swiglu", **changed):
+        return call(moeops.moe_mlp, plan, activation)(**{**good, **changed})
+
+    for changed, error, text in (
+        ({"activation": "tanh"}, ValueError, r"activation must be one of .* got 'tanh'"),
+        ({"activation": "gelu"}, ValueError, r"w_up must have size 6 in dim.*\[4, 12, 8\]"),
+        ({"x": good["x"][1:]}, ValueError, r"x must have size 13 in dimension 0 .*\[12, 8\]"),
+        (
+            {"x": good["x"].double()},
+            TypeError,
+            r"w_up must be torch.float64 like x, got torch.float32",
+        ),
+        ({"w_up": good["w_up"][1:]}, ValueError, r"w_up must have size 4 in dim.*\[3, 12, 8\]"),
+        ({"w_up": good["w_up"][:, :, 1:]}, ValueError, r"w_up must have size 8 .*\[4, 12, 7\]"),
+        ({"w_down": good["w_down"][0]}, ValueError, r"w_down must have 3 dimensions.*\[8, 6\]"),
+        ({"b_up": good["b_up"][:, 1:]}, ValueError, r"b_up must have size 12 .*\[4, 11\]"),
+        ({"b_down": good["b_down"].half()}, TypeError, r"b_down must be torch.float32 .*float16"),
+        (
+            {"topk_weights": good["topk_weights"][:, :1]},
+            ValueError,
+            r"topk_weights must .*\[13, 1\]",
+        ),
+    ):
+        with pytest.raises(error, match=f"moe_mlp: {text}"):
+            block(**changed)
+
+
+def test_bare_op_refuses_what_would_corrupt_memory():
+    sample = Sample("plain")
+    plan = sample.plan()
+    t = mlp_tensors(sample, torch.float32, "cpu", "swiglu", with_bias=True)
+    good = [t["x"], t["topk_weights"], t["w_up"], t["w_down"], t["b_up"], t["b_down"], *plan]
+
+    def block(position, value, activation="swiglu"):
+        args = list(good)
+        args[position] = value
+        return torch.ops.moeops.moe_mlp(*args, activation)
+
+    for position, value, text in (
+        (0, t["x"][1:], r"x must have size 13 in dimension 0, got shape \[12, 8\]"),
+        (1, t["topk_weights"].double(), r"topk_weights must be float32.*got Double"),
+        (2, t["w_up"][:, 1:], r"w_up must have size 12 in dimension 1, got shape \[4, 11, 8\]"),
+        (3, t["w_down"].double(), r"w_down must be Float like x, got Double"),
+        (4, t["b_up"][1:], r"b_up must have size 4 in dimension 0, got shape \[3, 12\]"),
+        (5, t["b_down"][:, 1:], r"b_down must have size 8 in dimension 1, got shape \[4, 7\]"),
+        (6, plan[0] + 1, r"row_to_pair must be in \[0, 26\), got 26"),
+        (8, plan[2] + 1, r"expert_offsets must start with 0, got 1 at \[0\]"),
+    ):
+        with pytest.raises(RuntimeError, match=f"moe_mlp: {text}"):
+            block(position, value)
+    with pytest.raises(RuntimeError, match=r"activation must be .* got 'tanh'"):
+        block(0, t["x"], "tanh")
+    pre = torch.randn(26, 11)
+    with pytest.raises(RuntimeError, match=r"pre_activation must have size 12 .*\[26, 11\]"):
+        torch.ops.moeops.moe_mlp_backward(
+            t["x"], *good[:6], pre, *plan, "swiglu", True, True, True, True
+        )
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "gelu", "relu", "silu", "relu_squared"])
+def test_activations_far_out(activation, device):
+    x = torch.cat([torch.linspace(-120, 120, 2003), torch.tensor([0.0, -0.0, 1e-30, 3e4, -3e4])])
+    x = x.float()[:, None]
+    num_tokens = x.shape[0]
+    plan = reference.sort_tokens(torch.zeros(num_tokens, 1, dtype=torch.int64), 1)
+    tensors = {
+        "x": x.to(device),
+        "w_up": torch.ones(1, 2 if activation == "swiglu" else 1, 1, device=device),
+        "w_down": torch.ones(1, 1, 1, device=device),
+        "topk_weights": torch.ones(num_tokens, 1, device=device),
+    }
+    on_device = TokenPlan(*(t.to(device) for t in plan))
+    y = call(moeops.moe_mlp, on_device, activation)(**tensors).cpu()
+    want = call(reference.moe_mlp, plan, activation)(
+        **{n: t.cpu().double() for n, t in tensors.items()}
+    )
+    # Each value by itself: the other tests allow an error relative to the largest one.
+    torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=1e-6)
+
+    tensors["x"] = torch.full_like(tensors["x"], float("nan"))
+    assert call(moeops.moe_mlp, on_device, activation)(**tensors).isnan().all()

@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+import moeops
+from moeops import reference
+from samples import SAMPLES, Sample
+
+ID_DTYPES = pytest.mark.parametrize("id_dtype", [torch.int32, torch.int64], ids=["int32", "int64"])
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=str)
+@ID_DTYPES
+def test_sort_tokens(sample, id_dtype, device, filled):
+    ids = sample.ids(device, id_dtype)
+    plan = moeops.sort_tokens(ids, sample.E)
+    for name, got, want in zip(
+        plan._fields, plan, reference.sort_tokens(ids.cpu(), sample.E), strict=True
+    ):
+        assert got.dtype == torch.int32, name
+        assert got.device == ids.device, name
+        assert got.is_contiguous(), name
+        assert torch.equal(got.cpu(), want), name
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=str)
+def test_maps_are_inverse_permutations(sample, device):
+    ids = sample.ids(device)
+    row_to_pair, pair_to_row, offsets = moeops.sort_tokens(ids, sample.E)
+    everyone = torch.arange(sample.N, device=device)
+    assert torch.equal(row_to_pair.sort().values, everyone.int())
+    assert torch.equal(pair_to_row.reshape(-1)[row_to_pair.long()], everyone.int())
+    counts = torch.bincount(ids[ids >= 0], minlength=sample.E)
+    assert torch.equal(offsets[1:].long(), counts.cumsum(0))
+    in_order = ids.reshape(-1)[row_to_pair.long()]
+    live = int(offsets[-1])
+    assert torch.equal(in_order[:live], in_order[:live].sort().values)
+    assert (in_order[live:] == -1).all()
+
+
+@ID_DTYPES
+def test_drop_out_of_range(id_dtype, device):
+    ids = torch.tensor([[0, 7], [3, 1], [-1, 4]], dtype=id_dtype, device=device)
+    plan = moeops.sort_tokens(ids, 4, drop_out_of_range=True)
+    want = reference.sort_tokens(ids.cpu(), 4, drop_out_of_range=True)
+    assert want.expert_offsets.tolist() == [0, 1, 2, 2, 3]
+    for got, expected in zip(plan, want, strict=True):
+        assert torch.equal(got.cpu(), expected)
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=str)
+@pytest.mark.parametrize("capacity", [0, 3, 10**6])
+@pytest.mark.parametrize("priority_dtype", [None, torch.float32, torch.bfloat16], ids=str)
+@ID_DTYPES
+def test_limit_capacity(sample, capacity, priority_dtype, id_dtype, device, filled):
+    ids = sample.ids(device, id_dtype)
+    priority = None
+    if priority_dtype is not None:
+        # Few different values, so that ties decide.
+        priority = torch.randint(-3, 3, ids.shape).to(device, priority_dtype)
+    kept = moeops.limit_capacity(ids, sample.E, capacity, priority=priority)
+    want = reference.limit_capacity(
+        ids.cpu(), sample.E, capacity, priority=None if priority is None else priority.cpu()
+    )
+    assert kept.dtype == ids.dtype
+    assert torch.equal(kept.cpu(), want)
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=str)
+@pytest.mark.parametrize("by_priority", [False, True], ids=["by_position", "by_priority"])
+def test_capacity_keeps_the_right_pairs(sample, by_priority, device):
+    capacity = 2
+    ids = sample.ids(device)
+    rank = torch.randperm(sample.N).view(ids.shape).to(device)  # all different
+    kept = moeops.limit_capacity(
+        ids, sample.E, capacity, priority=-rank.double() if by_priority else None
+    )
+    if not by_priority:
+        rank = torch.arange(sample.N, device=device).view(ids.shape)
+    assert torch.equal(kept[kept >= 0], ids[kept >= 0])
+    for e in ids.unique().tolist():
+        if e < 0:
+            continue
+        wanted = rank[ids == e].sort().values[:capacity]
+        assert torch.equal(rank[kept == e].sort().values, wanted)
+
+
+def test_priority_takes_nan_first_as_torch_sort_does(device):
+    ids = torch.zeros(4, 1, dtype=torch.int64, device=device)
+    priority = torch.tensor([[1.0], [float("nan")], [float("inf")], [-1.0]], device=device)
+    kept = moeops.limit_capacity(ids, 1, 2, priority=priority)
+    assert kept.view(-1).tolist() == [-1, 0, 0, -1]
+    assert torch.equal(kept, reference.limit_capacity(ids, 1, 2, priority=priority))
+
+
+def test_public_errors(device):
+    ids = torch.zeros(4, 2, dtype=torch.int64, device=device)
+    with pytest.raises(
+        TypeError, match=r"sort_tokens: topk_ids must be int32 or int64, got torch.f"
+    ):
+        moeops.sort_tokens(ids.float(), 4)
+    with pytest.raises(ValueError, match=r"sort_tokens: topk_ids must have 2 dimensions.*\[8\]"):
+        moeops.sort_tokens(ids.view(-1), 4)
+    with pytest.raises(ValueError, match=r"sort_tokens: num_experts must be at least 1, got 0"):
+        moeops.sort_tokens(ids, 0)
+    with pytest.raises(TypeError, match=r"sort_tokens: num_experts must be an int, got True"):
+        moeops.sort_tokens(ids, True)
+    with pytest.raises(ValueError, match=r"limit_capacity: capacity must be at least 0, got -1"):
+        moeops.limit_capacity(ids, 4, -1)
+    with pytest.raises(ValueError, match=r"limit_capacity: priority must have size 2.*\[4, 1\]"):
+        moeops.limit_capacity(ids, 4, 1, priority=torch.ones(4, 1, device=device))
+    with pytest.raises(TypeError, match=r"limit_capacity: priority must be float64.*torch.int64"):
+        moeops.limit_capacity(ids, 4, 1, priority=ids)
+
+
+@ID_DTYPES
+@pytest.mark.parametrize("bad", [4, -2, 2**31 - 1])
+def test_ids_out_of_range(bad, id_dtype):
+    ids = torch.tensor([[0, 1], [3, bad]], dtype=id_dtype)
+    for call in (
+        lambda: moeops.sort_tokens(ids, 4),
+        lambda: moeops.limit_capacity(ids, 4, 2),
+        lambda: moeops.limit_capacity(ids, 4, 2, priority=torch.ones(2, 2)),
+    ):
+        with pytest.raises(
+            RuntimeError, match=rf"topk_ids must be in \[-1, 4\), got {bad} at pair 3"
+        ):
+            call()
+
+
+def test_negative_ids_are_an_error_even_when_dropping():
+    with pytest.raises(RuntimeError, match=r"got -7 at pair 0"):
+        moeops.sort_tokens(torch.tensor([[-7]]), 4, drop_out_of_range=True)
+
+
+def test_first_bad_id_is_named_whichever_thread_finds_it():
+    ids = Sample("long", T=100_003, K=1).ids()
+    ids[50_001] = 9
+    ids[99_999] = 9
+    with pytest.raises(RuntimeError, match=r"got 9 at pair 50001\."):
+        moeops.sort_tokens(ids, 4)

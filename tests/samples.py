@@ -1,0 +1,339 @@
+"""Shapes, routings and op arguments that every family is tested with.
+
+T tokens, K experts per token, N = T * K pairs, E experts, D model width, H hidden width, C capacity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from moeops import TokenPlan, reference
+from tolerances import assert_close
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# --- shapes and routings ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One problem: sizes, how tokens choose their experts, and whether inputs are contiguous."""
+
+    name: str
+    T: int = 13
+    K: int = 2
+    E: int = 4
+    D: int = 8
+    H: int = 6
+    only_experts: tuple[int, ...] | None = None  # the others stay empty
+    dropped: float = 0.0  # share of pairs with id -1
+    strided: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def N(self) -> int:
+        return self.T * self.K
+
+    def tensor(self, *shape: int, dtype: torch.dtype, device: str = "cpu") -> Tensor:
+        """Random values; for a strided sample neither the first nor the last dimension is dense."""
+        if not self.strided:
+            return torch.randn(shape).to(device, dtype)
+        wide = torch.randn(*shape[:-1], 2 * shape[-1] + 1).transpose(0, -1).contiguous()
+        return wide.to(device, dtype).transpose(0, -1)[..., : 2 * shape[-1] : 2]
+
+    def weights(self, dtype: torch.dtype, device: str = "cpu") -> Tensor:
+        """Routing weights [T, K] in the type that goes with rows of ``dtype``."""
+        values = torch.rand(self.T, self.K) + 0.1
+        if self.strided:
+            values = values.t().contiguous().t()
+        return values.to(device, accumulate_dtype(dtype))
+
+    def ids(self, device: str = "cpu", dtype: torch.dtype = torch.int64) -> Tensor:
+        """Chosen experts [T, K], different for the choices of one token where there are enough experts."""
+        pool = torch.tensor(self.only_experts or range(self.E))
+        scores = torch.rand(self.T, max(len(pool), self.K))
+        ids = pool[scores.argsort(-1)[:, : self.K] % len(pool)]
+        ids = torch.where(torch.rand(self.T, self.K) < self.dropped, -1, ids)
+        if self.strided:
+            ids = ids.t().contiguous().t()
+        return ids.to(device, dtype)
+
+    def plan(self, device: str = "cpu") -> TokenPlan:
+        return TokenPlan(*(t.to(device) for t in reference.sort_tokens(self.ids(), self.E)))
+
+
+SAMPLES = (
+    Sample("plain"),
+    Sample("no_tokens", T=0),
+    Sample("one_token", T=1),
+    Sample("empty_experts", E=7, only_experts=(1, 4)),
+    Sample("all_to_one", T=17, K=1, only_experts=(2,)),
+    Sample("top_1", K=1),
+    Sample("top_all", K=4),
+    Sample("one_expert", K=1, E=1),
+    Sample("many_experts", T=40, K=4, E=512),
+    Sample("dropped", dropped=0.4),
+    Sample("all_dropped", T=5, dropped=1.0),
+    Sample("odd", T=11, K=3, E=5, D=7, H=5),
+    Sample("one_column", D=1, H=1),
+    Sample("strided", D=7, strided=True),
+    # Wide and long enough for several threads, column blocks and thread blocks.
+    Sample("wide", T=97, K=2, E=3, D=515, H=259),
+    Sample("long", T=20011, K=2, E=5, D=3, H=2, dropped=0.1),
+)
+SMALL = tuple(s for s in SAMPLES if s.name in ("plain", "dropped", "empty_experts", "strided"))
+
+
+# --- comparison with the reference -------------------------------------------------------------------
+
+
+def assert_matches_reference(
+    op: Callable[..., Tensor],
+    truth: Callable[..., Tensor],
+    tensors: dict[str, Tensor],
+    dtype: torch.dtype,
+) -> Tensor:
+    """Value of ``op(**tensors)`` and its gradient for every tensor against ``truth`` in float64 on the CPU.
+
+    ``dtype`` is the type the op computes in. Returns the op's value.
+    """
+    leaves = {name: t.detach().requires_grad_() for name, t in tensors.items()}
+    exact = {
+        name: t.detach().to("cpu", torch.float64).requires_grad_() for name, t in tensors.items()
+    }
+    actual, expected = op(**leaves), truth(**exact)
+    assert actual.device == next(iter(tensors.values())).device
+    assert_close(actual, expected, dtype)
+    grad = torch.randn(expected.shape).to(actual.device, actual.dtype)
+    actual_grads = torch.autograd.grad(actual, tuple(leaves.values()), grad)
+    expected_grads = torch.autograd.grad(
+        expected, tuple(exact.values()), grad.to("cpu", torch.float64)
+    )
+    for name, got, want in zip(tensors, actual_grads, expected_grads, strict=True):
+        assert got.dtype == tensors[name].dtype
+        assert_close(got, want, dtype, f"gradient of {name}")
+    return actual
+
+
+# --- arguments of every registered op ----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class OpCase:
+    """Arguments of one bare op call: ``torch.ops.moeops.<op>(*args)``.
+
+    ``token_dims`` names, by argument position, the dimension that grows with the number of tokens; ``token_ints`` are
+    the positions of integers that do. ``differentiable`` are the positions that get a gradient.
+    """
+
+    op: str
+    args: tuple
+    token_dims: dict[int, int]
+    differentiable: tuple[int, ...] = ()
+    token_ints: tuple[int, ...] = ()
+
+    @property
+    def overload(self):
+        return getattr(torch.ops.moeops, self.op).default
+
+    def with_grad(self) -> OpCase:
+        """The same arguments as leaves that ask for gradients."""
+        args = tuple(
+            a.detach().requires_grad_(i in self.differentiable) if isinstance(a, Tensor) else a
+            for i, a in enumerate(self.args)
+        )
+        return replace(self, args=args)
+
+    def _places(self) -> list[int]:
+        return [i for i, a in enumerate(self.args) if isinstance(a, Tensor) or i in self.token_ints]
+
+    def inputs(self) -> list[Tensor]:
+        """The tensor arguments; an integer that follows the token count comes as the length of a tensor."""
+        values = [self.args[i] for i in self._places()]
+        return [v if isinstance(v, Tensor) else torch.zeros(v) for v in values]
+
+    def input_token_dims(self) -> list[int | None]:
+        """For each of ``inputs``, the dimension that grows with the number of tokens."""
+        return [0 if i in self.token_ints else self.token_dims.get(i) for i in self._places()]
+
+    def as_function(self) -> Callable[..., object]:
+        """A function of ``inputs``, with everything else written into it as a constant."""
+        places = self._places()
+        names = [f"input_{i}" for i in range(len(places))]
+        args = [repr(a) for a in self.args]
+        for place, name in zip(places, names, strict=True):
+            args[place] = f"{name}.shape[0]" if place in self.token_ints else name
+        source = f"lambda {', '.join(names)}: op({', '.join(args)})"
+        return eval(source, {"op": self.overload})
+
+
+def _topk_route(p, dtype, device, groups):
+    bias = torch.randn(p.E).to(device) if groups else None
+    num_groups, top_groups = 1, 1
+    if groups:
+        num_groups, top_groups = (2, 1) if p.E % 2 == 0 and p.K <= p.E // 2 else (p.E, p.K)
+    logits = p.tensor(p.T, p.E, dtype=dtype, device=device)
+    args = (
+        logits,
+        bias,
+        p.K,
+        "sigmoid" if groups else "softmax",
+        True,
+        1.5,
+        num_groups,
+        top_groups,
+    )
+    return OpCase("topk_route", args, {0: 0}, (0,))
+
+
+def _topk_route_backward(p, dtype, device):
+    logits = p.tensor(p.T, p.E, dtype=dtype, device=device)
+    ids = torch.rand(p.T, p.E).argsort(-1)[:, : p.K].to(device)
+    args = (p.weights(dtype, device), logits, ids, "softmax", True, 1.5)
+    return OpCase("topk_route_backward", args, {0: 0, 1: 0, 2: 0})
+
+
+def _sort_tokens(p, dtype, device):
+    return OpCase("sort_tokens", (p.ids(device), p.E, False), {0: 0})
+
+
+def _limit_capacity(p, dtype, device, by_priority):
+    priority = p.weights(dtype, device) if by_priority else None
+    token_dims = {0: 0, 1: 0} if by_priority else {0: 0}
+    return OpCase("limit_capacity", (p.ids(device), priority, p.E, 3), token_dims)
+
+
+def _permute_tokens(p, dtype, device):
+    args = (p.tensor(p.T, p.D, dtype=dtype, device=device), *p.plan(device))
+    return OpCase("permute_tokens", args, {0: 0, 1: 0, 2: 0}, (0,))
+
+
+def _unpermute_tokens(p, dtype, device, weighted):
+    rows = p.tensor(p.N, p.D, dtype=dtype, device=device)
+    weights = p.weights(dtype, device) if weighted else None
+    token_dims = {0: 0, 2: 0, 3: 0} | ({1: 0} if weighted else {})
+    differentiable = (0, 1) if weighted else (0,)
+    return OpCase("unpermute_tokens", (rows, weights, *p.plan(device)), token_dims, differentiable)
+
+
+def _unpermute_tokens_backward(p, dtype, device):
+    grad_y = p.tensor(p.T, p.D, dtype=dtype, device=device)
+    rows = p.tensor(p.N, p.D, dtype=dtype, device=device)
+    args = (grad_y, rows, p.weights(dtype, device), *p.plan(device))
+    return OpCase("unpermute_tokens_backward", args, {i: 0 for i in range(5)})
+
+
+def _pad_rows(p, dtype, device):
+    rows = p.tensor(p.N, p.D, dtype=dtype, device=device)
+    return OpCase("pad_rows", (rows, p.plan(device).expert_offsets, 5), {0: 0}, (0,))
+
+
+def _unpad_rows(p, dtype, device):
+    padded = p.tensor(p.E, 5, p.D, dtype=dtype, device=device)
+    return OpCase("unpad_rows", (padded, p.plan(device).expert_offsets, p.N), {}, (0,), (2,))
+
+
+def _grouped_linear(p, dtype, device, with_bias):
+    rows = p.tensor(p.N, p.D, dtype=dtype, device=device)
+    weight = p.tensor(p.E, p.H, p.D, dtype=dtype, device=device)
+    bias = p.tensor(p.E, p.H, dtype=dtype, device=device) if with_bias else None
+    args = (rows, weight, p.plan(device).expert_offsets, bias)
+    return OpCase("grouped_linear", args, {0: 0}, (0, 1, 3) if with_bias else (0, 1))
+
+
+def _grouped_linear_weight_grad(p, dtype, device):
+    grad = p.tensor(p.N, p.H, dtype=dtype, device=device)
+    rows = p.tensor(p.N, p.D, dtype=dtype, device=device)
+    args = (grad, rows, p.plan(device).expert_offsets)
+    return OpCase("grouped_linear_weight_grad", args, {0: 0, 1: 0}, (0, 1))
+
+
+def _grouped_sum(p, dtype, device):
+    rows = p.tensor(p.N, p.D, dtype=dtype, device=device)
+    return OpCase("grouped_sum", (rows, p.plan(device).expert_offsets), {0: 0}, (0,))
+
+
+def mlp_tensors(
+    p: Sample, dtype: torch.dtype, device: str, activation: str, with_bias: bool
+) -> dict[str, Tensor]:
+    """x, topk_weights, weights and, if asked for, biases of a moe_mlp whose values stay near one."""
+    up = 2 * p.H if activation == "swiglu" else p.H
+    shapes = {"x": (p.T, p.D), "w_up": (p.E, up, p.D), "w_down": (p.E, p.D, p.H)}
+    if with_bias:
+        shapes |= {"b_up": (p.E, up), "b_down": (p.E, p.D)}
+    tensors = {n: p.tensor(*s, dtype=dtype, device=device) for n, s in shapes.items()}
+    tensors["w_up"] = tensors["w_up"] * p.D**-0.5
+    tensors["w_down"] = tensors["w_down"] * p.H**-0.5
+    return tensors | {"topk_weights": p.weights(dtype, device)}
+
+
+def _moe_mlp(p, dtype, device, activation, with_bias):
+    t = mlp_tensors(p, dtype, device, activation, with_bias)
+    block = (t["x"], t["topk_weights"], t["w_up"], t["w_down"], t.get("b_up"), t.get("b_down"))
+    args = (*block, *p.plan(device), activation)
+    differentiable = tuple(i for i, a in enumerate(block) if a is not None)
+    return OpCase("moe_mlp", args, {0: 0, 1: 0, 6: 0, 7: 0}, differentiable)
+
+
+def _moe_mlp_backward(p, dtype, device, activation, with_bias, needs):
+    *block, row_to_pair, pair_to_row, offsets, _ = _moe_mlp(
+        p, dtype, device, activation, with_bias
+    ).args
+    plan = (row_to_pair, pair_to_row, offsets)
+    grad_y = p.tensor(p.T, p.D, dtype=dtype, device=device)
+    pre = p.tensor(p.N, block[2].shape[1], dtype=dtype, device=device)
+    args = (grad_y, *block, pre, *plan, activation, *needs)
+    return OpCase("moe_mlp_backward", args, {0: 0, 1: 0, 2: 0, 7: 0, 8: 0, 9: 0})
+
+
+OP_CASES: dict[str, list[Callable[[Sample, torch.dtype, str], OpCase]]] = {
+    "topk_route": [
+        lambda *a: _topk_route(*a, groups=False),
+        lambda *a: _topk_route(*a, groups=True),
+    ],
+    "topk_route_backward": [_topk_route_backward],
+    "sort_tokens": [_sort_tokens],
+    "limit_capacity": [
+        lambda *a: _limit_capacity(*a, by_priority=False),
+        lambda *a: _limit_capacity(*a, by_priority=True),
+    ],
+    "permute_tokens": [_permute_tokens],
+    "unpermute_tokens": [
+        lambda *a: _unpermute_tokens(*a, weighted=True),
+        lambda *a: _unpermute_tokens(*a, weighted=False),
+    ],
+    "unpermute_tokens_backward": [_unpermute_tokens_backward],
+    "pad_rows": [_pad_rows],
+    "unpad_rows": [_unpad_rows],
+    "grouped_linear": [
+        lambda *a: _grouped_linear(*a, with_bias=True),
+        lambda *a: _grouped_linear(*a, with_bias=False),
+    ],
+    "grouped_linear_weight_grad": [_grouped_linear_weight_grad],
+    "grouped_sum": [_grouped_sum],
+    "moe_mlp": [
+        lambda *a: _moe_mlp(*a, activation="swiglu", with_bias=False),
+        lambda *a: _moe_mlp(*a, activation="gelu", with_bias=True),
+    ],
+    "moe_mlp_backward": [
+        lambda *a: _moe_mlp_backward(*a, "swiglu", True, (True, True, True, True)),
+        lambda *a: _moe_mlp_backward(*a, "gelu", False, (False, True, False, True)),
+        lambda *a: _moe_mlp_backward(*a, "relu", True, (True, False, False, False)),
+    ],
+}
+
+
+def op_cases(
+    op: str, sample: Sample, dtype: torch.dtype = torch.float64, device: str = "cpu"
+) -> list[OpCase]:
+    """Every kind of call of ``op`` on one sample."""
+    return [build(sample, dtype, device) for build in OP_CASES[op]]
