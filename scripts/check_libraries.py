@@ -25,6 +25,8 @@ TOOLCHAIN = {
     "_ITM_registerTMCloneTable",
     "__cxa_finalize",
 }
+# Shims that came after torch 2.11, the oldest torch that the libraries must load into.
+TOO_NEW = {"torch_new_stable_ivalue", "torch_get_current_stream_native_handle"}
 NEEDED_LIBRARY = re.compile(
     r"lib(torch|m|c|stdc\+\+|gcc_s|gomp|dl|rt|pthread)\.so(\.\d+)?|ld-linux.*"
 )
@@ -73,17 +75,25 @@ def run(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
+def not_allowed(symbols: list[str]) -> list[str]:
+    """The undefined symbols that tie a library to one build of torch, or to Python."""
+    return [
+        symbol
+        for symbol in symbols
+        if symbol in TOO_NEW
+        or not (TORCH_SHIM.fullmatch(symbol) or SYSTEM.fullmatch(symbol) or symbol in TOOLCHAIN)
+    ]
+
+
 def check_symbols(library: Path) -> tuple[list[str], int]:
     """Symbols and libraries that ``library`` asks for but must not; and how many symbols it asks for."""
-    problems = []
     symbols = [
         line.split()[-1] for line in run("nm", "-D", "--undefined-only", str(library)).splitlines()
     ]
-    for symbol in symbols:
-        allowed = TORCH_SHIM.fullmatch(symbol) or SYSTEM.fullmatch(symbol) or symbol in TOOLCHAIN
-        if not allowed:
-            name = run("c++filt", symbol).strip()
-            problems.append(f"{library.name}: must use torch's stable ABI only, got {name}")
+    problems = [
+        f"{library.name}: must use torch's stable ABI only, got {run('c++filt', symbol).strip()}"
+        for symbol in not_allowed(symbols)
+    ]
     needed = re.findall(r"\(NEEDED\).*\[(.+)\]", run("readelf", "-d", "--wide", str(library)))
     if "libtorch.so" not in needed:
         problems.append(f"{library.name}: must need libtorch.so, got {needed}. It will not load.")
