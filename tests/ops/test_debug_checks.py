@@ -58,7 +58,7 @@ def test_switch_off_stays_inside_memory(name, cuda_device):
 
 
 @pytest.mark.cuda
-def test_good_values_pass_with_the_switch_on(device):
+def test_good_values_pass_with_the_switch_on(cuda_device):
     code = (
         "moeops.topk_route(logits, 2); moeops.sort_tokens(ids, 8); moeops.limit_capacity(ids, 8, 3)"
     )
@@ -66,7 +66,7 @@ def test_good_values_pass_with_the_switch_on(device):
 
 
 @pytest.mark.cuda
-def test_switch_refuses_graph_capture(device):
+def test_switch_refuses_graph_capture(cuda_device):
     code = """
 graph = torch.cuda.CUDAGraph()
 with torch.cuda.graph(graph):
