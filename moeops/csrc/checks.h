@@ -86,6 +86,26 @@ inline void check_num_experts(const char* op, int64_t num_experts) {
                   ". Pass the number of experts.");
 }
 
+inline void check_score(const char* op, const std::string& score) {
+  STD_TORCH_CHECK(score == "softmax" || score == "sigmoid", op,
+                  ": score must be 'softmax' or 'sigmoid', got '", score, "'. Pick one of them.");
+}
+
+// The choice of top_k experts among equal groups of which a token may use top_groups.
+inline void check_route_options(const char* op, int64_t num_experts, int64_t top_k,
+                                const std::string& score, int64_t num_groups, int64_t top_groups) {
+  check_score(op, score);
+  STD_TORCH_CHECK(num_groups >= 1 && num_experts >= 1 && num_experts % num_groups == 0, op,
+                  ": num_groups must divide the ", num_experts, " experts, got ", num_groups,
+                  ". Choose a divisor.");
+  STD_TORCH_CHECK(top_groups >= 1 && top_groups <= num_groups, op,
+                  ": top_groups must be from 1 to num_groups = ", num_groups, ", got ", top_groups,
+                  ". Change it.");
+  const int64_t reachable = num_experts / num_groups * top_groups;
+  STD_TORCH_CHECK(top_k >= 1 && top_k <= reachable, op, ": top_k must be from 1 to the ", reachable,
+                  " experts a token can reach, got ", top_k, ". Change it.");
+}
+
 // expert_offsets [E + 1] int32, contiguous, on the device of `like`.
 inline void check_offsets(const char* op, const Tensor& offsets, const Tensor& like) {
   check_dim(op, "expert_offsets", offsets, 1);

@@ -96,7 +96,7 @@ void clear_rows_from(Tensor& rows, int64_t first) {
 Tensor linear_rows(const Tensor& rows, const Tensor& weight, const Offsets& offsets,
                    const std::optional<Tensor>& bias) {
   const NoGradGuard no_grad;
-  Tensor source = contiguous(multiplicand(rows));
+  Tensor source = as_contiguous(multiplicand(rows));
   Tensor out = torch::stable::new_empty(rows, {rows.size(0), weight.size(1)}, source.scalar_type());
   if (out.numel() == 0) return result(out, rows);
   for (int64_t e = 0; e < offsets.num_experts; ++e) {
@@ -107,7 +107,7 @@ Tensor linear_rows(const Tensor& rows, const Tensor& weight, const Offsets& offs
   }
   clear_rows_from(out, offsets.num_live);
   if (bias && offsets.num_live > 0) {
-    const Tensor bias_rows = contiguous(multiplicand(*bias));
+    const Tensor bias_rows = as_contiguous(multiplicand(*bias));
     MOEOPS_DISPATCH_FLOAT(out.scalar_type(), "grouped_linear", [&] {
       add_bias<scalar_t>(static_cast<scalar_t*>(out.mutable_data_ptr()),
                          static_cast<const scalar_t*>(bias_rows.const_data_ptr()), offsets,
@@ -119,8 +119,8 @@ Tensor linear_rows(const Tensor& rows, const Tensor& weight, const Offsets& offs
 
 Tensor linear_weight_grad(const Tensor& grad, const Tensor& rows, const Offsets& offsets) {
   const NoGradGuard no_grad;
-  Tensor left = contiguous(multiplicand(grad));
-  Tensor right = contiguous(multiplicand(rows));
+  Tensor left = as_contiguous(multiplicand(grad));
+  Tensor right = as_contiguous(multiplicand(rows));
   Tensor out = torch::stable::new_empty(rows, {offsets.num_experts, grad.size(1), rows.size(1)},
                                         right.scalar_type());
   if (out.numel() == 0) return result(out, rows);
@@ -139,7 +139,7 @@ Tensor linear_weight_grad(const Tensor& grad, const Tensor& rows, const Offsets&
 }
 
 Tensor sum_by_expert(const Tensor& rows, const Offsets& offsets, const void* row_weights) {
-  const Tensor source = contiguous(rows);
+  const Tensor source = as_contiguous(rows);
   Tensor out = torch::stable::new_empty(rows, {offsets.num_experts, rows.size(1)});
   if (out.numel() == 0) return out;
   MOEOPS_DISPATCH_FLOAT(rows.scalar_type(), "grouped_sum", [&] {

@@ -198,7 +198,7 @@ std::tuple<Tensor, Tensor> moe_mlp(const Tensor& x, const Tensor& topk_weights, 
   const int64_t width =
       check_block(kOp, x, topk_weights, w_up, w_down, b_up, b_down, plan, pair_to_row, activation);
 
-  Tensor pre = linear_rows(gather_rows(contiguous(x), plan), w_up, plan.offsets, b_up);
+  Tensor pre = linear_rows(gather_rows(as_contiguous(x), plan), w_up, plan.offsets, b_up);
   Tensor hidden = torch::stable::new_empty(x, {plan.num_rows, width});
   MOEOPS_DISPATCH_FLOAT(x.scalar_type(), "moe_mlp", [&] {
     with_activation(kOp, activation, [&](auto functions, auto gated) {
@@ -237,16 +237,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(
   check_size(kOp, "pre_activation", pre_activation, 1, w_up.size(1));
 
   const bool need_pre = need_x || need_w_up;
-  const Tensor pre = contiguous(pre_activation);
-  const Tensor weights = contiguous(topk_weights);
+  const Tensor pre = as_contiguous(pre_activation);
+  const Tensor weights = as_contiguous(topk_weights);
   std::optional<Tensor> bias;
-  if (b_down) bias = contiguous(*b_down);
+  if (b_down) bias = as_contiguous(*b_down);
   const auto empty = [&](bool needed, const Tensor& like, std::initializer_list<int64_t> size) {
     return needed ? torch::stable::new_empty(like, size) : torch::stable::new_empty(x, {0});
   };
 
-  const Tensor grad_out = gather_rows(contiguous(grad_y), plan);  // [N, D_out]
-  std::optional<Tensor> grad_hidden;                              // [N, H]
+  const Tensor grad_out = gather_rows(as_contiguous(grad_y), plan);  // [N, D_out]
+  std::optional<Tensor> grad_hidden;                                 // [N, H]
   if (need_pre || need_topk_weights) {
     grad_hidden =
         linear_rows(grad_out, torch::stable::transpose(w_down, 1, 2), plan.offsets, std::nullopt);
@@ -287,7 +287,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(
   }
   Tensor grad_w_up = empty(false, x, {}), grad_b_up = empty(false, x, {});
   if (need_w_up) {
-    grad_w_up = linear_weight_grad(grad_pre, gather_rows(contiguous(x), plan), plan.offsets);
+    grad_w_up = linear_weight_grad(grad_pre, gather_rows(as_contiguous(x), plan), plan.offsets);
     if (b_up) grad_b_up = sum_by_expert(grad_pre, plan.offsets, nullptr);
   }
   Tensor grad_w_down = empty(false, x, {}), grad_b_down = empty(false, x, {});

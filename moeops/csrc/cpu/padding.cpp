@@ -20,7 +20,7 @@ Tensor pad_rows(const Tensor& rows, const Tensor& expert_offsets, int64_t capaci
   Tensor padded = torch::stable::new_empty(rows, {offsets.num_experts, capacity, num_columns});
   if (padded.numel() == 0) return padded;
 
-  const Tensor source = contiguous(rows);
+  const Tensor source = as_contiguous(rows);
   const auto row_bytes = static_cast<size_t>(num_columns) * rows.element_size();
   const auto* from = static_cast<const char*>(source.const_data_ptr());
   auto* to = static_cast<char*>(padded.mutable_data_ptr());
@@ -53,7 +53,7 @@ Tensor unpad_rows(const Tensor& padded, const Tensor& expert_offsets, int64_t nu
   Tensor rows = torch::stable::new_empty(padded, {num_rows, num_columns});
   if (rows.numel() == 0) return rows;
 
-  const Tensor source = contiguous(padded);
+  const Tensor source = as_contiguous(padded);
   const auto row_bytes = static_cast<size_t>(num_columns) * padded.element_size();
   const auto* from = static_cast<const char*>(source.const_data_ptr());
   auto* to = static_cast<char*>(rows.mutable_data_ptr());

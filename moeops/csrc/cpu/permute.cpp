@@ -117,7 +117,7 @@ Tensor sum_rows(const Tensor& rows, const std::optional<Tensor>& topk_weights, c
   Tensor y = torch::stable::new_empty(rows, {plan.num_tokens, num_columns});
   if (y.numel() == 0) return y;
   std::optional<Tensor> weights;
-  if (topk_weights) weights = contiguous(*topk_weights);
+  if (topk_weights) weights = as_contiguous(*topk_weights);
   MOEOPS_DISPATCH_FLOAT(rows.scalar_type(), "unpermute_tokens", [&] {
     using acc_t = accumulate_t<scalar_t>;
     sum_rows_kernel<scalar_t>(
@@ -138,7 +138,7 @@ Tensor permute_tokens(const Tensor& x, const Tensor& row_to_pair, const Tensor& 
   check_float(kOp, "x", x);
   const Plan plan = read_plan(kOp, row_to_pair, pair_to_row, expert_offsets, x);
   check_size(kOp, "x", x, 0, plan.num_tokens);
-  return gather_rows(contiguous(x), plan);
+  return gather_rows(as_contiguous(x), plan);
 }
 
 Tensor unpermute_tokens(const Tensor& rows, const std::optional<Tensor>& topk_weights,
@@ -150,7 +150,7 @@ Tensor unpermute_tokens(const Tensor& rows, const std::optional<Tensor>& topk_we
   const Plan plan = read_plan(kOp, row_to_pair, pair_to_row, expert_offsets, rows);
   check_size(kOp, "rows", rows, 0, plan.num_rows);
   if (topk_weights) check_topk_weights(kOp, *topk_weights, rows.scalar_type(), pair_to_row);
-  return sum_rows(contiguous(rows), topk_weights, plan);
+  return sum_rows(as_contiguous(rows), topk_weights, plan);
 }
 
 std::tuple<Tensor, Tensor> unpermute_tokens_backward(const Tensor& grad_y, const Tensor& rows,
@@ -170,9 +170,9 @@ std::tuple<Tensor, Tensor> unpermute_tokens_backward(const Tensor& grad_y, const
   check_size(kOp, "grad_y", grad_y, 1, rows.size(1));
   check_topk_weights(kOp, topk_weights, rows.scalar_type(), pair_to_row);
 
-  const Tensor grad_y_rows = contiguous(grad_y);
-  const Tensor source_rows = contiguous(rows);
-  const Tensor weights = contiguous(topk_weights);
+  const Tensor grad_y_rows = as_contiguous(grad_y);
+  const Tensor source_rows = as_contiguous(rows);
+  const Tensor weights = as_contiguous(topk_weights);
   Tensor grad_rows = torch::stable::new_empty(rows, rows.sizes());
   Tensor grad_weights = torch::stable::new_empty(weights, weights.sizes());
   if (plan.num_rows == 0) return {grad_rows, grad_weights};

@@ -22,8 +22,7 @@ constexpr int64_t kMaxInsertion = 16;
 enum class Score { kSoftmax, kSigmoid };
 
 Score parse_score(const char* op, const std::string& score) {
-  STD_TORCH_CHECK(score == "softmax" || score == "sigmoid", op,
-                  ": score must be 'softmax' or 'sigmoid', got '", score, "'. Pick one of them.");
+  check_score(op, score);
   return score == "softmax" ? Score::kSoftmax : Score::kSigmoid;
 }
 
@@ -163,7 +162,7 @@ void refuse_logits(const char* op, const scalar_t* logits, int64_t token, int64_
 // may be infinite.
 template <typename acc_t>
 std::vector<acc_t> read_bias(const char* op, const Tensor& bias) {
-  const Tensor source = contiguous(bias);
+  const Tensor source = as_contiguous(bias);
   std::vector<acc_t> values(source.numel());
   MOEOPS_DISPATCH_FLOAT(source.scalar_type(), "topk_route", [&] {
     const auto* data = static_cast<const scalar_t*>(source.const_data_ptr());
@@ -184,16 +183,8 @@ std::tuple<Tensor, Tensor> topk_route(const Tensor& logits, const std::optional<
   check_dim(kOp, "logits", logits, 2);
   check_float(kOp, "logits", logits);
   const int64_t num_tokens = logits.size(0), num_experts = logits.size(1);
+  check_route_options(kOp, num_experts, top_k, score, num_groups, top_groups);
   const Score parsed = parse_score(kOp, score);
-  STD_TORCH_CHECK(num_groups >= 1 && num_experts >= 1 && num_experts % num_groups == 0, kOp,
-                  ": num_groups must divide the ", num_experts, " experts, got ", num_groups,
-                  ". Choose a divisor.");
-  STD_TORCH_CHECK(top_groups >= 1 && top_groups <= num_groups, kOp,
-                  ": top_groups must be from 1 to num_groups = ", num_groups, ", got ", top_groups,
-                  ". Change it.");
-  const int64_t reachable = num_experts / num_groups * top_groups;
-  STD_TORCH_CHECK(top_k >= 1 && top_k <= reachable, kOp, ": top_k must be from 1 to the ",
-                  reachable, " experts a token can reach, got ", top_k, ". Change it.");
   STD_TORCH_CHECK(num_experts < std::numeric_limits<int32_t>::max(), kOp,
                   ": logits must have fewer than 2^31 columns, got ", num_experts, ".");
   if (bias) {
@@ -203,7 +194,7 @@ std::tuple<Tensor, Tensor> topk_route(const Tensor& logits, const std::optional<
     check_size(kOp, "bias", *bias, 0, num_experts);
   }
 
-  const Tensor source = contiguous(logits);
+  const Tensor source = as_contiguous(logits);
   Tensor weights =
       torch::stable::new_empty(logits, {num_tokens, top_k}, accumulate_type(logits.scalar_type()));
   Tensor ids = torch::stable::new_empty(logits, {num_tokens, top_k}, ScalarType::Long);
@@ -301,9 +292,9 @@ Tensor topk_route_backward(const Tensor& grad_topk_weights, const Tensor& logits
   check_size(kOp, "grad_topk_weights", grad_topk_weights, 1, topk_ids.size(1));
   const Score parsed = parse_score(kOp, score);
 
-  const Tensor source = contiguous(logits);
-  const Tensor grad = contiguous(grad_topk_weights);
-  const Tensor ids = contiguous(topk_ids);
+  const Tensor source = as_contiguous(logits);
+  const Tensor grad = as_contiguous(grad_topk_weights);
+  const Tensor ids = as_contiguous(topk_ids);
   Tensor grad_logits = torch::stable::new_empty(logits, logits.sizes());
   if (grad_logits.numel() == 0) return grad_logits;
   const auto* id_data = static_cast<const int64_t*>(ids.const_data_ptr());

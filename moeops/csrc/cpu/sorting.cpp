@@ -103,7 +103,7 @@ std::tuple<Tensor, Tensor, Tensor> sort_tokens(const Tensor& topk_ids, int64_t n
                                                bool drop_out_of_range) {
   constexpr const char* kOp = "sort_tokens";
   check_arguments(kOp, topk_ids, num_experts);
-  const Tensor ids = contiguous(topk_ids);
+  const Tensor ids = as_contiguous(topk_ids);
   const int64_t num_pairs = ids.numel();
   Tensor row_to_pair = torch::stable::new_empty(ids, {num_pairs}, ScalarType::Int);
   Tensor pair_to_row = torch::stable::new_empty(ids, ids.sizes(), ScalarType::Int);
@@ -181,7 +181,7 @@ Tensor limit_capacity(const Tensor& topk_ids, const std::optional<Tensor>& prior
     check_size(kOp, "priority", *priority, 0, topk_ids.size(0));
     check_size(kOp, "priority", *priority, 1, topk_ids.size(1));
   }
-  const Tensor ids = contiguous(topk_ids);
+  const Tensor ids = as_contiguous(topk_ids);
   const int64_t num_pairs = ids.numel();
   Tensor kept = torch::stable::new_empty(ids, ids.sizes());
   with_ids(ids, [&](const auto* data) {
@@ -192,7 +192,7 @@ Tensor limit_capacity(const Tensor& topk_ids, const std::optional<Tensor>& prior
       keep_first(out, data, counts, num_experts, capacity);
       return;
     }
-    const Tensor values = contiguous(*priority);
+    const Tensor values = as_contiguous(*priority);
     MOEOPS_DISPATCH_FLOAT(values.scalar_type(), kOp, [&] {
       keep_best(out, data, static_cast<const scalar_t*>(values.const_data_ptr()), counts, num_pairs,
                 num_experts, capacity);

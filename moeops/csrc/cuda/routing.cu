@@ -17,19 +17,9 @@ constexpr int kMaxExperts = kMaxSlots * kWarpSize;
 RouteOptions make_options(const char* op, int64_t num_experts, int64_t top_k,
                           const std::string& score, bool renormalize, double scale,
                           int64_t num_groups, int64_t top_groups) {
-  STD_TORCH_CHECK(score == "softmax" || score == "sigmoid", op,
-                  ": score must be softmax or sigmoid, got ", score, ". Pick one of them.");
-  STD_TORCH_CHECK(num_experts >= 1 && num_experts <= kMaxExperts, op, ": logits must have 1 to ",
-                  kMaxExperts, " experts on CUDA, got ", num_experts, ". Use fewer experts.");
-  STD_TORCH_CHECK(num_groups >= 1 && num_experts % num_groups == 0, op,
-                  ": num_groups must divide the ", num_experts, " experts, got ", num_groups,
-                  ". Choose a divisor.");
-  STD_TORCH_CHECK(top_groups >= 1 && top_groups <= num_groups, op,
-                  ": top_groups must be from 1 to num_groups = ", num_groups, ", got ", top_groups,
-                  ". Change it.");
-  const int64_t reachable = num_experts / num_groups * top_groups;
-  STD_TORCH_CHECK(top_k >= 1 && top_k <= reachable, op, ": top_k must be from 1 to the ", reachable,
-                  " experts a token can reach, got ", top_k, ". Change top_k.");
+  check_route_options(op, num_experts, top_k, score, num_groups, top_groups);
+  STD_TORCH_CHECK(num_experts <= kMaxExperts, op, ": logits must have at most ", kMaxExperts,
+                  " experts on CUDA, got ", num_experts, ". Use fewer experts.");
   return {static_cast<int>(num_experts),
           static_cast<int>(top_k),
           static_cast<int>(num_groups),
