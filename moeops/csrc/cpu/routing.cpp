@@ -97,6 +97,24 @@ struct RouteOptions {
   int64_t top_groups;
 };
 
+// Scores of the chosen experts, best first in `order`; a renormalised softmax may leave out the
+// common divisor.
+template <typename acc_t>
+void score_chosen(const RouteOptions& options, const acc_t* logits, int64_t num_experts,
+                  const int32_t* order, acc_t* scores) {
+  const acc_t top = logits[order[0]];
+  acc_t divisor = 1;
+  if (options.score == Score::kSoftmax && !options.renormalize) {
+    divisor = 0;
+    for (int64_t e = 0; e < num_experts; ++e) divisor += std::exp(logits[e] - top);
+  }
+  for (int64_t k = 0; k < options.top_k; ++k) {
+    const acc_t z = logits[order[k]];
+    scores[order[k]] =
+        options.score == Score::kSigmoid ? 1 / (1 + std::exp(-z)) : std::exp(z - top) / divisor;
+  }
+}
+
 template <typename scalar_t>
 void route_kernel(accumulate_t<scalar_t>* weights, int64_t* ids, const scalar_t* logits,
                   const accumulate_t<scalar_t>* bias, int64_t num_tokens, int64_t num_experts,
@@ -124,17 +142,18 @@ void route_kernel(accumulate_t<scalar_t>* weights, int64_t* ids, const scalar_t*
         bad_logit.report(token);
         continue;
       }
-      compute_scores(options.score, z, scores, num_experts);
-      // The scores rise with the logits, but rounding makes them tie where the logits do not.
-      const acc_t* by = z;
-      if (bias || options.num_groups > 1) {
+      // Without bias and groups the choice follows the logits: the scores rise with them, but
+      // rounding makes them tie where the logits do not. Only the chosen scores are needed then.
+      const bool by_logit = !bias && options.num_groups == 1;
+      if (!by_logit) {
+        compute_scores(options.score, z, scores, num_experts);
         for (int64_t e = 0; e < num_experts; ++e) choice[e] = scores[e] + (bias ? bias[e] : 0);
         if (options.num_groups > 1) {
           mask_groups(choice, num_experts, options.num_groups, options.top_groups, worth, order);
         }
-        by = choice;
       }
-      select_top(by, num_experts, options.top_k, order);
+      select_top(by_logit ? z : choice, num_experts, options.top_k, order);
+      if (by_logit) score_chosen(options, z, num_experts, order, scores);
       acc_t sum = 0;
       for (int64_t k = 0; k < options.top_k; ++k) sum += scores[order[k]];
       if (!options.renormalize) sum = 1;
