@@ -21,6 +21,8 @@ from lm.errors import UsageError
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 NEEDED = ("torch", "moeops", "tqdm", "matplotlib", "numpy")
+# The keys of lm.model.GATES, repeated because that module imports torch.
+GATE_NAMES = ("naive", "switch", "gshard", "noisy", "mixtral", "qwen3", "gpt-oss", "deepseek")
 QUICK = {
     "experts": 4,
     "d_model": 32,
@@ -52,9 +54,7 @@ def make_parser() -> Parser:
         epilog="Values in brackets are defaults.",
     )
     model = parser.add_argument_group("model")
-    model.add_argument(
-        "--gate", choices=("naive", "switch", "gshard"), default="gshard", help="[gshard]"
-    )
+    model.add_argument("--gate", choices=GATE_NAMES, default="gshard", help="[gshard]")
     model.add_argument(
         "--experts", type=positive_int, default=8, help="experts per layer [%(default)s]"
     )

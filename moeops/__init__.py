@@ -4,7 +4,11 @@ from moeops import _extension
 
 _extension.load()
 
-from moeops import gates  # noqa: E402  (the ops register themselves on the loaded libraries)
+from moeops import (  # noqa: E402  (the ops register themselves on the loaded libraries)
+    gates,
+    losses,
+)
+from moeops.gates.base import auxiliary_loss  # noqa: E402
 from moeops.layers import FMoE, FMoELinear, FMoETransformerMLP  # noqa: E402
 from moeops.ops import (  # noqa: E402
     grouped_linear,
@@ -26,9 +30,11 @@ __all__ = [
     "FMoELinear",
     "FMoETransformerMLP",
     "TokenPlan",
+    "auxiliary_loss",
     "gates",
     "grouped_linear",
     "limit_capacity",
+    "losses",
     "moe_mlp",
     "pad_rows",
     "permute_tokens",

@@ -3,15 +3,37 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moeops.gates import GShardGate, NaiveGate, SwitchGate
+import moeops
+from moeops.gates import (
+    DeepSeekV3Gate,
+    GptOssGate,
+    GShardGate,
+    MixtralGate,
+    NaiveGate,
+    NoisyGate,
+    Qwen3Gate,
+    SwitchGate,
+)
 from moeops.layers import FMoETransformerMLP
 
-GATES = {"naive": NaiveGate, "switch": SwitchGate, "gshard": GShardGate}
+# The routers of published models come with a balance loss here; deepseek's bias does that work instead.
+GATES = {
+    "naive": NaiveGate,
+    "switch": SwitchGate,
+    "gshard": GShardGate,
+    "noisy": NoisyGate,
+    "mixtral": partial(MixtralGate, balance=True),
+    "qwen3": partial(Qwen3Gate, balance=True),
+    "gpt-oss": partial(GptOssGate, balance=True),
+    "deepseek": partial(DeepSeekV3Gate, scale=2.5),
+}
+BIAS_SPEED = 0.001  # of the deepseek gate, per step
 VOCABULARY = 256  # bytes
 
 
@@ -162,13 +184,13 @@ class GPT(nn.Module):
         """Cross-entropy in nats per byte, and the gates' auxiliary loss summed over the layers."""
         logits = self(tokens)
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-        auxiliary = loss.new_zeros(())
-        if self.config.gate is not None:
-            for block in self.blocks:
-                gate_loss = block.mlp.gate.get_loss(clear=True)
-                if gate_loss is not None:
-                    auxiliary = auxiliary + gate_loss.sum()
-        return loss, auxiliary
+        return loss, moeops.auxiliary_loss(self)
+
+    def update_biases(self) -> None:
+        """Once per optimizer step: move the selection bias of gates that balance with one."""
+        for module in self.modules():
+            if isinstance(module, DeepSeekV3Gate):
+                module.update_bias(BIAS_SPEED)
 
     def take_load(self) -> Tensor:
         """Share of the pairs that each expert of each layer got since the last call, ``[layers, E]``."""

@@ -306,6 +306,7 @@ class Trainer:
         (loss + self._config.aux_loss_weight * auxiliary).backward()
         torch.nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
         self._optimizer.step()
+        self._model.update_biases()
         self._optimizer.zero_grad()
         self._pending.append(loss.detach())
         self._step += 1

@@ -15,8 +15,8 @@ def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def _exporting() -> bool:
-    """torch.export is tracing. Its flag is read directly: torch 2.11's Dynamo takes is_exporting() for always true."""
+def exporting() -> bool:
+    """torch.export is tracing. Its flag is read directly: torch 2.11's Dynamo takes isexporting() for always true."""
     return torch.compiler._is_exporting_flag
 
 
@@ -27,8 +27,8 @@ class BaseGate(nn.Module):
     ``[-1, E)``, -1 for a dropped slot, and the float weights of the experts' outputs. Layers call the class as
     ``gate(d_model, num_expert, world_size, top_k)``, with ``gate_bias=`` where the constructor takes it.
 
-    An auxiliary loss goes to ``set_loss`` in ``forward``; the training loop fetches it with ``get_loss``. Only the
-    newest loss is held. What happens to it elsewhere:
+    An auxiliary loss goes to ``set_loss`` in ``forward``; the training loop fetches it with ``get_loss``, or those of
+    all gates with ``moeops.auxiliary_loss``. Only the newest loss is held. What happens to it elsewhere:
 
     - ``torch.compile``: the loss is one more output of the graph. ``torch.export``: skipped, an exported program has
       no attributes to write to.
@@ -77,13 +77,16 @@ class BaseGate(nn.Module):
             "Return (topk_ids [T, K], topk_weights [T, K])."
         )
 
+    def _records(self) -> bool:
+        """This forward may leave something behind: it is not exported, nor a recomputation by checkpointing."""
+        if exporting():
+            return False
+        return torch.compiler.is_compiling() or not _in_backward()
+
     def set_loss(self, loss: Tensor) -> None:
         """Keep the auxiliary loss of this forward; what is left of an earlier one is replaced."""
-        if _exporting():
-            return
-        if not torch.compiler.is_compiling() and _in_backward():
-            return
-        self.loss = loss
+        if self._records():
+            self.loss = loss
 
     def get_loss(self, clear: bool = True) -> Tensor | None:
         """Hand over the auxiliary loss: a scalar with a gradient to the gate, ``None`` if there is none.
@@ -113,3 +116,44 @@ def check_top_k(gate: str, top_k: object, num_experts: int) -> None:
         raise ValueError(
             f"{gate}: top_k must be at most the {num_experts} experts, got {top_k}. Lower top_k."
         )
+
+
+def auxiliary_loss(model: nn.Module, clear: bool = True) -> Tensor:
+    """Sum the losses that the gates of a model have set and that were not fetched yet.
+
+    Call it after each forward, before the backward: with gradient accumulation once per micro-batch, scaled like the
+    micro-batch's own loss. Inside a compiled function it is part of the graph. A gate that several layers share is
+    counted once, with the loss of its newest forward.
+
+    Args:
+        model: any module; every ``BaseGate`` in ``model.modules()`` is asked.
+        clear: forget the losses, so that each is counted once and its graph can be freed.
+
+    Returns:
+        A scalar with gradients to the gates, at least float32, on the device of the model's first parameter; 0 if no
+        gate has a loss.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+    Host sync: none.
+
+    Example:
+        >>> from moeops.gates import SwitchGate
+        >>> model = nn.ModuleList(SwitchGate(8, 4) for _ in range(2))
+        >>> _ = [gate(torch.randn(5, 8)) for gate in model]
+        >>> bool(auxiliary_loss(model) > 0), float(auxiliary_loss(model))
+        (True, 0.0)
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"auxiliary_loss: model must be a torch.nn.Module, got {_checks.describe(model)}. "
+            "Pass the module that holds the gates."
+        )
+    first = next(model.parameters(), None)
+    total = torch.zeros((), device=None if first is None else first.device)
+    for module in model.modules():
+        if isinstance(module, BaseGate):
+            loss = module.get_loss(clear)
+            if loss is not None:
+                total = total + loss.to(total.device)
+    return total

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,10 +11,6 @@ from torch import Tensor, nn
 from moeops.ops import _checks
 
 _MILLION = 1_000_000
-
-# Makes 0 / 0 tokens 0 and changes no other quotient. A maximum would do the same in eager mode, but a compiler that
-# takes a symbolic token count to be at least 2 simplifies it away, and then meets 0.
-_TINY = 1e-30
 
 
 def router_logits(x: Tensor, router: nn.Linear) -> Tensor:
@@ -49,35 +47,6 @@ def router_logits(x: Tensor, router: nn.Linear) -> Tensor:
     return F.linear(x.to(dtype), weight, bias)
 
 
-def balance_loss(router_probs: Tensor, topk_ids: Tensor) -> Tensor:
-    """Compute the load-balancing loss of GShard and Switch: ``E * sum_e f_e * P_e``, 1 at perfect balance.
-
-    ``f_e`` is the share of the ``T * K`` entries of ``topk_ids`` that name expert ``e`` (a constant for autograd),
-    ``P_e`` the mean probability that the router gives to it. GShard counts first choices only: pass one column.
-
-    Args:
-        router_probs: ``[T, E]`` float, each row sums to 1.
-        topk_ids: ``[T, K]`` integers, before any token is dropped.
-
-    Returns:
-        A scalar of the type of ``router_probs``; 0 for no tokens.
-
-    Gradients: ``router_probs``.  Host sync: none.  Deterministic: yes.
-    Source: GShard, arXiv:2006.16668, algorithm 1; Switch Transformer, arXiv:2101.03961, equation 4.
-
-    Example:
-        >>> balance_loss(torch.full((4, 2), 0.5), torch.tensor([[0], [1], [0], [1]]))
-        tensor(1.)
-    """
-    num_tokens, num_experts = router_probs.shape
-    experts = torch.arange(num_experts, device=topk_ids.device)
-    chosen = topk_ids[:, :, None] == experts  # [T, K, E]
-    counts = chosen.to(router_probs.dtype).sum((0, 1))  # [E]
-    pairs = num_tokens * topk_ids.shape[1]
-    probs = router_probs.sum(0) / (num_tokens + _TINY)  # [E]
-    return num_experts * (counts / (pairs + _TINY) * probs).sum()
-
-
 def expert_capacity(capacity_factor: float, num_tokens: int, top_k: int, num_experts: int) -> int:
     """Compute the capacity in rows per expert: ``ceil(capacity_factor * T * K / E)``.
 
@@ -99,6 +68,43 @@ def expert_capacity(capacity_factor: float, num_tokens: int, top_k: int, num_exp
     divisor = _MILLION * num_experts
     rows = num_tokens * (round(capacity_factor * _MILLION) * top_k)
     return (rows + divisor - 1) // divisor
+
+
+def expert_loads(topk_ids: Tensor, num_experts: int) -> Tensor:
+    """Count the pairs of each expert.
+
+    Args:
+        topk_ids: ``[T, K]`` integers in ``[-1, E)``; -1 counts for no expert.
+        num_experts: ``E``.
+
+    Returns:
+        ``[E]`` int64.
+
+    Raises:
+        ValueError: ``topk_ids`` is not ``[T, K]``.  TypeError: it does not hold integers.
+    Host sync: none.  Deterministic: yes.
+
+    Example:
+        >>> expert_loads(torch.tensor([[0, 2], [2, -1]]), 3).tolist()
+        [1, 0, 2]
+    """
+    if not torch.compiler.is_compiling():
+        _checks.check_ids("expert_loads", "topk_ids", topk_ids)
+        _checks.check_int(
+            "expert_loads", "num_experts", num_experts, 1, "Pass the number of experts."
+        )
+    ids = topk_ids.reshape(-1).to(torch.int64)
+    ids = torch.where(ids < 0, num_experts, ids)  # a bin of their own
+    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=ids.device)
+    return counts.scatter_add(0, ids, torch.ones_like(ids))[:num_experts]
+
+
+def check_scale(gate: str, scale: object) -> None:
+    """``scale`` is a finite number above 0."""
+    if not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
+        raise ValueError(
+            f"{gate}: scale must be above 0 and finite, got {scale!r}. Use 1.0 for none."
+        )
 
 
 def check_capacity(gate: str, capacity: object) -> tuple[float, float] | None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moeops.gates.functional import balance_loss, check_capacity, expert_capacity, router_logits
+from moeops.gates.functional import check_capacity, expert_capacity, router_logits
 from moeops.gates.naive import NaiveGate
+from moeops.losses import gshard_loss
 from moeops.ops.routing import topk_route
 from moeops.ops.sorting import limit_capacity
 
@@ -75,7 +76,7 @@ class GShardGate(NaiveGate):
         """Choose two experts per token: ``inp [T, D]`` to topk_ids ``[T, 2]`` and topk_weights ``[T, 2]``."""
         logits = router_logits(inp, self.gate)  # [T, E]
         topk_weights, topk_ids = topk_route(logits, 2)
-        self.set_loss(balance_loss(torch.softmax(logits, dim=-1), topk_ids[:, :1]))
+        self.set_loss(gshard_loss(logits, topk_ids))
         if self.random_routing == "always" or (self.random_routing and self.training):
             first, second = topk_ids.unbind(1)  # [T] each
             weight = topk_weights[:, 1].detach()

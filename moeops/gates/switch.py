@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moeops.gates.functional import balance_loss, check_capacity, expert_capacity, router_logits
+from moeops.gates.functional import check_capacity, expert_capacity, router_logits
 from moeops.gates.naive import NaiveGate
+from moeops.losses import switch_loss
 from moeops.ops.routing import topk_route
 from moeops.ops.sorting import limit_capacity
 
@@ -94,7 +95,7 @@ class SwitchGate(NaiveGate):
         if noisy and self.jitter == "logits":
             logits = logits + self._noise(logits)
         topk_weights, topk_ids = topk_route(logits, 1, renormalize=False)
-        self.set_loss(balance_loss(torch.softmax(logits, dim=-1), topk_ids))
+        self.set_loss(switch_loss(logits, topk_ids))
         if self.capacity is not None:
             factor = self.capacity[0 if self.training else 1]
             rows = expert_capacity(factor, inp.shape[0], 1, self.tot_expert)

@@ -27,7 +27,7 @@ import train_lm  # noqa: E402
 from lm.checkpoint import save_checkpoint  # noqa: E402
 from lm.data import Batches, load_corpus, order0_entropy  # noqa: E402
 from lm.errors import UsageError  # noqa: E402
-from lm.model import GPT, ModelConfig  # noqa: E402
+from lm.model import BIAS_SPEED, GATES, GPT, ModelConfig  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -119,6 +119,9 @@ def test_compare_dense(quick, tmp_path):
         ["--gate", "naive"],
         ["--gate", "switch"],
         ["--gate", "gshard", "--dtype", "bfloat16"],
+        ["--gate", "noisy"],
+        ["--gate", "qwen3"],
+        ["--gate", "deepseek", "--dtype", "bfloat16"],
         ["--dense"],
     ],
     ids=lambda o: "-".join(o).replace("--", ""),
@@ -128,6 +131,34 @@ def test_gates_and_types(quick, tmp_path, options):
     assert code == 0, stderr
     (run,) = read_metrics(tmp_path / "out")["runs"].values()
     assert run["held_out"][-1][1] < 7  # 8 bits at the start
+
+
+def test_every_gate_of_the_table_can_be_chosen():
+    assert tuple(GATES) == train_lm.GATE_NAMES
+
+
+def test_deepseek_moves_its_bias_each_step(quick, tmp_path):
+    code, _, stderr = quick("--gate", "deepseek", "--steps", "6")
+    assert code == 0, stderr
+    state = torch.load(tmp_path / "out" / "moe.pt", weights_only=True)
+    biases = [v for k, v in find_tensors(state) if k.endswith("selection_bias")]
+    loads = [v for k, v in find_tensors(state) if k.endswith("gate.loads")]
+    assert len(biases) == len(loads) == 2
+    for bias in biases:
+        steps = bias / BIAS_SPEED
+        assert float(steps.abs().max()) > 0.5
+        torch.testing.assert_close(steps, steps.round(), atol=1e-3, rtol=0)
+        assert float(steps.abs().max()) < 6.5
+    assert not any(load.any() for load in loads)
+
+
+def find_tensors(tree, path=""):
+    """Path and tensor of every leaf of nested dictionaries."""
+    if isinstance(tree, torch.Tensor):
+        yield path, tree
+    elif isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from find_tensors(value, f"{path}.{key}")
 
 
 def test_dense_baseline_has_equal_active_parameters():

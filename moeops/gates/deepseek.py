@@ -1,0 +1,199 @@
+"""DeepSeek-V3's gate. T tokens, K experts per token, E experts, D model width, S tokens per sequence."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moeops.gates.base import exporting
+from moeops.gates.functional import check_scale, expert_loads, router_logits
+from moeops.gates.naive import NaiveGate
+from moeops.gates.topk import expert_probs
+from moeops.losses import TINY
+from moeops.ops import _checks
+from moeops.ops.routing import topk_route
+
+
+class DeepSeekV3Gate(NaiveGate):
+    """Balance the experts with a bias on the choice instead of a loss, as in DeepSeek-V3.
+
+    ``s = sigmoid(W x)``. The experts stand in ``num_groups`` equal groups; a token may use the ``top_groups`` groups
+    whose two best ``s + bias`` have the largest sum, and in them the ``top_k`` experts with the largest ``s + bias``.
+    The weights do not see the bias: ``scale * s / sum of the chosen s``. DeepSeek-V3 itself: ``top_k=8,
+    num_groups=8, top_groups=4, scale=2.5``, on 256 experts.
+
+    **The bias** is the buffer ``selection_bias``, which no gradient reaches. Training forwards count the tokens of
+    each expert in the buffer ``loads``, on the device and without a graph break; recomputations by activation
+    checkpointing and exported programs do not count. Call ``update_bias`` once per optimizer step, after the
+    backward. Both buffers are saved in ``state_dict``. They keep their types, float32 and int64, when the module is
+    cast: a step of 0.001 is lost in bfloat16.
+
+    **Several ranks** with replicas of this gate must agree on the bias, and DDP does not sum buffers (it can
+    overwrite them with rank 0's, which would lose the other ranks' counts: pass ``broadcast_buffers=False``). Sum the
+    loads first; the same sums then give the same bias everywhere::
+
+        torch.distributed.all_reduce(gate.loads)
+        gate.update_bias(0.001)
+
+    **The loss**, with ``sequence_length``, is the sequence-wise balance loss without its factor: the mean over the
+    sequences of ``sum_e f_e * P_e``; ``f_e = E / (K * S) *`` the number of the sequence's tokens that have ``e``
+    among the ``top_k`` best ``s``, without bias and groups, and ``P_e`` the mean of ``s_e / sum_j s_j``. 1 at perfect
+    balance; the paper's factor is 0.0001. It takes ``S`` tokens in a row as a sequence; a last one with fewer than
+    ``S`` is averaged over those it has.
+
+    Args:
+        d_model: ``D``.
+        num_expert: experts on this rank.
+        world_size: ranks that hold different experts.
+        top_k: ``K``.
+        num_groups: number of equal expert groups, a divisor of ``E``.
+        top_groups: groups a token may use.
+        scale: factor on the weights, above 0.
+        sequence_length: ``S``; ``None`` for no loss.
+
+    Attributes:
+        gate: the router, ``nn.Linear(D, E)``.
+        selection_bias: ``[E]`` float32, starts with 0.
+        loads: ``[E]`` int64, tokens of each expert since the last ``update_bias``.
+
+    Raises:
+        ValueError: a number does not fit.  TypeError: a number is not an int.
+    Source: DeepSeek-V3, arXiv:2412.19437, section 2.1.2; the bias: arXiv:2408.15664.
+
+    Example:
+        >>> gate = DeepSeekV3Gate(8, 16, top_k=4, num_groups=4, top_groups=2, scale=2.5)
+        >>> topk_ids, topk_weights = gate(torch.randn(5, 8))
+        >>> topk_weights.sum(-1).allclose(torch.full((5,), 2.5)), int(gate.loads.sum())
+        (True, 20)
+        >>> gate.update_bias(0.001)
+        >>> int(gate.loads.sum())
+        0
+    """
+
+    selection_bias: Tensor
+    loads: Tensor
+
+    def __init__(
+        self,
+        d_model: int,
+        num_expert: int,
+        world_size: int = 1,
+        top_k: int = 2,
+        *,
+        num_groups: int = 1,
+        top_groups: int = 1,
+        scale: float = 1.0,
+        sequence_length: int | None = None,
+    ) -> None:
+        super().__init__(d_model, num_expert, world_size, top_k, gate_bias=False)
+        name = type(self).__name__
+        self._check_groups(name, num_groups, top_groups)
+        check_scale(name, scale)
+        if sequence_length is not None:
+            _checks.check_int(
+                name, "sequence_length", sequence_length, 1, "Use None for no sequence-wise loss."
+            )
+        self.num_groups = num_groups
+        self.top_groups = top_groups
+        self.scale = float(scale)
+        self.sequence_length = sequence_length
+        self.register_buffer("selection_bias", torch.zeros(self.tot_expert, dtype=torch.float32))
+        self.register_buffer("loads", torch.zeros(self.tot_expert, dtype=torch.int64))
+
+    def _check_groups(self, name: str, num_groups: int, top_groups: int) -> None:
+        _checks.check_int(name, "num_groups", num_groups, 1, "Use 1 for no groups.")
+        _checks.check_int(name, "top_groups", top_groups, 1, "Use 1 for no groups.")
+        if self.tot_expert % num_groups != 0:
+            raise ValueError(
+                f"{name}: num_groups must divide the {self.tot_expert} experts, got {num_groups}. Choose a divisor."
+            )
+        if top_groups > num_groups:
+            raise ValueError(
+                f"{name}: top_groups must be at most num_groups = {num_groups}, got {top_groups}. Lower it."
+            )
+        reachable = self.tot_expert // num_groups * top_groups
+        if self.top_k > reachable:
+            raise ValueError(
+                f"{name}: top_k must be at most the {reachable} experts of the groups, got {self.top_k}. "
+                "Lower top_k or raise top_groups."
+            )
+
+    def forward(  # type: ignore[override]
+        self, inp: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Choose experts: ``inp [T, D]`` to topk_ids ``[T, K]`` and topk_weights ``[T, K]``."""
+        logits = router_logits(inp, self.gate)  # [T, E]
+        topk_weights, topk_ids = topk_route(
+            logits,
+            self.top_k,
+            score="sigmoid",
+            scale=self.scale,
+            bias=self.selection_bias,
+            num_groups=self.num_groups,
+            top_groups=self.top_groups,
+        )
+        if self.training and self._records():
+            self.loads.add_(expert_loads(topk_ids, self.tot_expert))
+        # Not skipped in recomputations, which must save the same tensors as the forward.
+        if self.sequence_length is not None and not exporting():
+            self.set_loss(self._sequence_loss(logits, self.sequence_length))
+        return topk_ids, topk_weights
+
+    def _sequence_loss(self, logits: Tensor, length: int) -> Tensor:
+        """The mean over the sequences of ``sum_e f_e * P_e``."""
+        num_tokens, num_experts = logits.shape
+        num_sequences = (num_tokens + length - 1) // length
+        missing = num_sequences * length - num_tokens
+        _, topk_ids = topk_route(logits.detach(), self.top_k, score="sigmoid")
+        chosen = torch.zeros_like(logits).scatter(1, topk_ids, 1.0)  # [T, E]
+        sums = [
+            F.pad(t, (0, 0, 0, missing)).view(num_sequences, length, num_experts).sum(1)
+            for t in (chosen, expert_probs(logits, "sigmoid"))
+        ]  # [sequences, E] each
+        first = torch.arange(num_sequences, device=logits.device) * length
+        tokens = (num_tokens - first).clamp(max=length).to(logits.dtype)  # [sequences]
+        products = (sums[0] * sums[1]).sum(1) / tokens.square()
+        return num_experts / self.top_k * products.sum() / (num_sequences + TINY)
+
+    @torch.no_grad()
+    def update_bias(self, speed: float) -> None:
+        """Raise the bias of experts with less than the mean load by ``speed``, lower that of the others; clear loads.
+
+        ``selection_bias += speed * sign(mean(loads) - loads)``: in place, without a host copy, one graph under
+        ``torch.compile``. Without loads nothing moves. With several ranks sum ``loads`` over them first.
+
+        Args:
+            speed: step of the bias, at least 0; the paper's is 0.001, and 0 at the end of training.
+
+        Raises:
+            ValueError: ``speed`` is negative or not finite.
+        """
+        if not torch.compiler.is_compiling() and not 0 <= speed < math.inf:
+            raise ValueError(
+                f"{type(self).__name__}.update_bias: speed must be at least 0 and finite, got {speed}. Use 0.001."
+            )
+        # In integers, so that a load equal to the mean is seen as such.
+        above = self.loads * self.tot_expert - self.loads.sum()
+        self.selection_bias.sub_(speed * torch.sign(above).to(self.selection_bias.dtype))
+        self.loads.zero_()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        before = self.selection_bias
+        out = super()._apply(fn, recurse)
+        after = self.selection_bias
+        if after.dtype != torch.float32:
+            # The values of before: a trip through bfloat16 would round them.
+            source = after if before.is_meta else before
+            self.selection_bias = source.to(after.device, torch.float32)
+        return out
+
+    def extra_repr(self) -> str:
+        """Sizes and options of the gate."""
+        return (
+            f"{super().extra_repr()}, num_groups={self.num_groups}, top_groups={self.top_groups}, "
+            f"scale={self.scale}, sequence_length={self.sequence_length}"
+        )

@@ -1,0 +1,206 @@
+"""NoisyGate against straight-line float64, and what its noise does."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from gate_checks import (
+    D,
+    E,
+    assert_gradient,
+    best,
+    check_checkpoint,
+    check_compile,
+    check_export,
+    gradcheck,
+    parameters_float64,
+)
+
+from moeops.gates import NoisyGate
+from tolerances import assert_close
+
+
+def cv2(values):
+    mean = sum(values) / len(values)
+    return sum((v - mean) ** 2 for v in values) / len(values) / mean**2
+
+
+def phi(value):
+    return 0.5 * (1 + torch.erf(value / math.sqrt(2)))
+
+
+def reference(x, w, w_noise, k, noise):
+    """Equations 3 to 11 of the paper, expert by expert; ``noise`` is None in evaluation."""
+    T, num_experts = x.shape[0], w.shape[0]
+    clean = x @ w.t()
+    h = clean
+    if noise is not None:
+        sigma = torch.log(1 + torch.exp(x @ w_noise.t())) + 0.01
+        h = clean + noise * sigma
+    ids = best(h, k)
+    chosen = torch.exp(h.gather(1, ids))
+    weights = chosen / chosen.sum(-1, keepdim=True)
+    sums = [x.new_zeros(()) for _ in range(num_experts)]
+    load = [x.new_zeros(()) for _ in range(num_experts)]
+    for t in range(T):
+        for j in range(k):
+            sums[ids[t, j]] = sums[ids[t, j]] + weights[t, j]
+        for e in range(num_experts):
+            if noise is None or k == num_experts:
+                load[e] = load[e] + float(e in ids[t])
+                continue
+            others = torch.cat((h[t, :e], h[t, e + 1 :]))
+            kth = torch.sort(others, descending=True).values[k - 1]
+            load[e] = load[e] + phi((clean[t, e] - kth) / sigma[t, e])
+    return ids, weights, cv2(sums) + cv2(load)
+
+
+@pytest.mark.parametrize("k", [1, 2, 4, E])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_values_and_gradients(training, k, dtype, device):
+    T = 19
+    gate = NoisyGate(D, E, 1, k).to(device, dtype).train(training)
+    x = torch.randn(T, D, device=device).to(dtype).requires_grad_()
+    router_type = torch.float64 if dtype == torch.float64 else torch.float32
+    torch.manual_seed(3)
+    ids, weights = gate(x)
+    loss = gate.get_loss()
+    torch.manual_seed(3)
+    noise = torch.randn(T, E, dtype=router_type, device=device).cpu().double()
+
+    x64 = x.detach().cpu().double().requires_grad_()
+    params = parameters_float64(gate)
+    want_ids, want_weights, want_loss = reference(
+        x64, params["gate.weight"], params["noise.weight"], k, noise if training else None
+    )
+    assert ids.dtype == torch.int64
+    assert torch.equal(ids.cpu(), want_ids)
+    assert weights.dtype == router_type
+    assert_close(weights, want_weights, router_type, "weights")
+    assert_close(loss, want_loss, router_type, "loss")
+
+    factors = torch.randn(T, k, dtype=torch.float64)
+    ((weights * factors.to(weights)).sum() + 3 * loss).backward()
+    ((want_weights * factors).sum() + 3 * want_loss).backward()
+    assert_gradient(x.grad, x64.grad, dtype, "gradient of x")
+    assert_gradient(gate.gate.weight.grad, params["gate.weight"].grad, dtype, "gradient of W")
+    if training:
+        want = params["noise.weight"].grad
+        assert_gradient(gate.noise.weight.grad, want, dtype, "gradient of W_noise")
+    else:
+        assert gate.noise.weight.grad is None
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_no_tokens(training, device):
+    gate = NoisyGate(D, E, 1, 2).to(device).train(training)
+    ids, weights = gate(torch.randn(0, D, device=device))
+    assert ids.shape == weights.shape == (0, 2)
+    assert float(gate.get_loss().detach()) == 0
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_one_expert(training, device):
+    gate = NoisyGate(D, 1, 1, 1).to(device).train(training)
+    ids, weights = gate(torch.randn(4, D, device=device))
+    assert ids.tolist() == [[0]] * 4
+    assert weights.tolist() == [[1.0]] * 4
+    assert float(gate.get_loss().detach()) == 0
+    assert ids.device == weights.device == gate.gate.weight.device
+
+
+def test_gradcheck():
+    gradcheck(NoisyGate(D, E, 1, 2))
+    gradcheck(NoisyGate(D, E, 1, 3).eval())
+
+
+def test_seed_reproduces_the_noise_and_evaluation_has_none(device):
+    gate = NoisyGate(D, E, 1, 2).to(device)
+    x = torch.randn(64, D, device=device)
+    runs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        runs.append(gate(x)[1])
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[0], runs[2])
+    gate.eval()
+    assert torch.equal(gate(x)[1], gate(x)[1])
+    assert torch.equal(gate(x)[0], best(gate.gate(x), 2))
+
+
+def test_noise_picks_experts_as_often_as_the_normal_distribution_says(device):
+    """Two experts whose logits differ by 1, sigma = log 2 + 0.01 each: P = Phi(1 / (sqrt(2) * sigma))."""
+    gate = NoisyGate(1, 2, 1, 1).to(device)
+    with torch.no_grad():
+        gate.gate.weight.copy_(torch.tensor([[1.0], [0.0]]))
+        gate.noise.weight.zero_()
+    count = 40000
+    ids, _ = gate(torch.ones(count, 1, device=device))
+    want = float(phi(torch.tensor(1 / (math.sqrt(2) * (math.log(2) + 0.01)))))
+    bound = 5 * math.sqrt(want * (1 - want) / count)  # five standard deviations of the mean
+    assert abs(float((ids == 0).float().mean()) - want) < bound
+
+
+def test_training_on_the_loss_balances_the_experts():
+    gate = NoisyGate(D, E, 1, 2)
+    x = torch.randn(256, D) + 1  # a mean that the router can use to prefer an expert
+    with torch.no_grad():
+        gate.gate.weight[0] += 0.5
+
+    def largest_share():
+        ids = gate(x)[0].reshape(-1)
+        return float(ids.bincount(minlength=E).max()) / ids.numel()
+
+    before = largest_share()
+    optimizer = torch.optim.SGD(gate.parameters(), lr=0.05)
+    for _ in range(100):
+        gate(x)
+        optimizer.zero_grad()
+        gate.get_loss().backward()
+        optimizer.step()
+    assert before > 0.45
+    assert largest_share() < 0.25
+
+
+@pytest.mark.parametrize(("backend", "k"), [("inductor", 2), ("aot_eager", 1), ("aot_eager", E)])
+def test_compile(backend, k, device):
+    check_compile(NoisyGate, device, backend, k)
+
+
+def test_compile_in_evaluation(device):
+    check_compile(NoisyGate, device, "aot_eager", training=False)
+
+
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "non_strict"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_export(strict, training, device):
+    check_export(NoisyGate, device, strict, training)
+
+
+@pytest.mark.parametrize("compile_it", [False, True], ids=["eager", "compiled"])
+def test_checkpoint(compile_it):
+    check_checkpoint(NoisyGate, compile_it)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        ((D, 4, 1, 5), ValueError, r"NoisyGate: top_k must be at most the 4 experts, got 5"),
+        ((D, 4, 1, 0), ValueError, r"NoisyGate: top_k must be at least 1, got 0"),
+        ((D, 4, 1, 1.5), TypeError, r"NoisyGate: top_k must be an int, got 1\.5"),
+        ((0, 4, 1, 1), ValueError, r"NoisyGate: d_model must be at least 1, got 0"),
+    ],
+)
+def test_bad_arguments(arguments, error, match):
+    with pytest.raises(error, match=match):
+        NoisyGate(*arguments)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite(value):
+    x = torch.randn(4, D)
+    x[2, 3] = value
+    with pytest.raises(RuntimeError, match=r"topk_route: logits"):
+        NoisyGate(D, 4, 1)(x)

@@ -1,0 +1,331 @@
+"""Losses against straight-line float64, and the sum of a model's pending losses."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+
+import moeops
+from moeops import FMoETransformerMLP, auxiliary_loss
+from moeops.gates import BaseGate, GShardGate, NaiveGate, SwitchGate
+from moeops.losses import (
+    balance_loss,
+    cv_squared,
+    gshard_loss,
+    importance,
+    router_entropy,
+    switch_loss,
+    z_loss,
+)
+from tolerances import assert_close
+
+T, E, K = 9, 5, 3
+
+
+# --- straight-line references -----------------------------------------------------------------------
+
+
+def probabilities(logits):
+    return torch.exp(logits) / torch.exp(logits).sum(-1, keepdim=True)
+
+
+def balance_reference(probs, ids):
+    total = probs.new_zeros(())
+    for e in range(E):
+        share = sum(int(i) == e for i in ids.reshape(-1)) / ids.numel()
+        total = total + E * share * probs[:, e].sum() / T
+    return total
+
+
+def z_reference(logits):
+    return sum(torch.log(torch.exp(row).sum()) ** 2 for row in logits) / T
+
+
+def entropy_reference(logits):
+    p = probabilities(logits)
+    return sum(-(p[t, e] * torch.log(p[t, e])) for t in range(T) for e in range(E)) / T
+
+
+LOSSES = {
+    "switch": (switch_loss, lambda z, ids: balance_reference(probabilities(z), ids)),
+    "gshard": (gshard_loss, lambda z, ids: balance_reference(probabilities(z), ids[:, :1])),
+    "z": (lambda z, ids: z_loss(z), lambda z, ids: z_reference(z)),
+    "entropy": (lambda z, ids: router_entropy(z), lambda z, ids: entropy_reference(z)),
+}
+
+
+def choose(num_tokens=T, device="cpu"):
+    """Random choices, no expert twice in a row."""
+    return torch.rand(num_tokens, E, device=device).argsort(-1)[:, :K]
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_values_and_gradients(name, dtype, device):
+    function, reference = LOSSES[name]
+    logits = (2 * torch.randn(T, E, device=device)).to(dtype).requires_grad_()
+    ids = choose(device=device)
+    z64 = logits.detach().cpu().double().requires_grad_()
+    loss, want = function(logits, ids), reference(z64, ids.cpu())
+    result_type = torch.float64 if dtype == torch.float64 else torch.float32
+    assert loss.dtype == result_type
+    assert_close(loss, want, result_type)
+    loss.backward()
+    want.backward()
+    assert_close(logits.grad, z64.grad, dtype, "gradient")
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradcheck(name):
+    ids = choose()
+    logits = torch.randn(T, E, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda z: LOSSES[name][0](z, ids), (logits,))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_no_tokens(name, device):
+    logits = torch.randn(0, E, device=device, requires_grad=True)
+    loss = LOSSES[name][0](logits, choose(0, device))
+    loss.backward()
+    assert float(loss.detach()) == 0
+
+
+def test_known_values():
+    uniform = torch.zeros(4, E, dtype=torch.float64)
+    ids = torch.arange(4)[:, None]
+    assert float(z_loss(uniform)) == pytest.approx(math.log(E) ** 2, rel=1e-12)
+    assert float(router_entropy(uniform)) == pytest.approx(math.log(E), rel=1e-12)
+    assert float(switch_loss(uniform, ids)) == pytest.approx(1, rel=1e-12)
+    certain = torch.full((4, E), -1000.0, dtype=torch.float64)
+    certain[:, 2] = 1000.0
+    assert float(router_entropy(certain)) == 0
+    assert float(switch_loss(certain, torch.full((4, 1), 2))) == E
+    assert float(z_loss(certain)) == 1e6
+
+
+@pytest.mark.parametrize("ids_type", [torch.int32, torch.int64])
+def test_importance(ids_type, dtype, device):
+    ids = choose(device=device).to(ids_type)
+    ids[2, 0] = ids[2, 2] = ids[5, 1] = -1
+    weights = torch.rand(T, K, device=device).to(dtype).requires_grad_()
+    w64 = weights.detach().cpu().double().requires_grad_()
+    want = [w64.new_zeros(()) for _ in range(E)]
+    for t in range(T):
+        for k in range(K):
+            if ids[t, k] >= 0:
+                want[ids[t, k]] = want[ids[t, k]] + w64[t, k]
+    want = torch.stack(want)
+    result = importance(weights, ids, E)
+    assert result.dtype == dtype
+    assert_close(result, want, dtype)
+    factors = torch.randn(E, dtype=torch.float64).to(dtype).double()
+    (result * factors.to(result)).sum().backward()
+    (want * factors).sum().backward()
+    assert_close(weights.grad, w64.grad, dtype, "gradient")
+
+
+def test_cv_squared(device):
+    values = torch.rand(E, dtype=torch.float64, device=device, requires_grad=True)
+    v = values.detach().tolist()
+    mean = sum(v) / E
+    want = sum((a - mean) ** 2 for a in v) / E / mean**2
+    assert_close(cv_squared(values), torch.tensor(want, dtype=torch.float64), torch.float64)
+    assert torch.autograd.gradcheck(cv_squared, (values,))
+    one_for_all = torch.zeros(E, dtype=torch.float64, device=device)
+    assert float(cv_squared(one_for_all)) == 0
+    one_for_all[1] = 7
+    assert_close(cv_squared(one_for_all), torch.tensor(E - 1.0), torch.float64)
+    assert float(cv_squared(torch.ones(1, device=device))) == 0
+
+
+def test_all_of_them_compile_in_one_graph(device):
+    torch._dynamo.reset()
+    counters.clear()
+
+    def everything(logits, weights, ids):
+        total = switch_loss(logits, ids) + gshard_loss(logits, ids) + z_loss(logits)
+        return total + router_entropy(logits) + cv_squared(importance(weights, ids, E))
+
+    compiled = torch.compile(everything, fullgraph=True, backend="aot_eager")
+    for num_tokens in (5, 9, 1, 0, 30):
+        logits = torch.randn(num_tokens, E, device=device)
+        weights, ids = torch.rand(num_tokens, K, device=device), choose(num_tokens, device)
+        leaves = [t.clone().requires_grad_() for t in (logits, weights)]
+        marked = [t.clone().requires_grad_() for t in (logits, weights)]
+        for tensor in (*marked, ids):
+            torch._dynamo.decorators.mark_unbacked(tensor, 0)
+        want = everything(*leaves, ids)
+        result = compiled(*marked, ids)
+        torch.testing.assert_close(result, want)
+        want.backward()
+        result.backward()
+        for actual, expected in zip(marked, leaves, strict=True):
+            torch.testing.assert_close(actual.grad, expected.grad)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_old_import_paths():
+    assert moeops.gates.balance_loss is balance_loss
+    assert moeops.gates.auxiliary_loss is auxiliary_loss
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "match"),
+    [
+        (lambda: z_loss(torch.ones(3)), ValueError, r"z_loss: logits must have 2 dimensions"),
+        (lambda: z_loss([1.0]), TypeError, r"z_loss: logits must be a tensor, got \[1\.0\]"),
+        (
+            lambda: router_entropy(torch.ones(3, 2, dtype=torch.int64)),
+            TypeError,
+            r"router_entropy: logits must be float64.*got torch\.int64",
+        ),
+        (
+            lambda: switch_loss(torch.ones(3, 2), torch.zeros(4, 1, dtype=torch.int64)),
+            ValueError,
+            r"switch_loss: topk_ids must have size 3 .*\[4, 1\]",
+        ),
+        (
+            lambda: gshard_loss(torch.ones(3, 2), torch.ones(3, 1)),
+            TypeError,
+            r"gshard_loss: topk_ids must be int32 or int64, got torch\.float32",
+        ),
+        (
+            lambda: importance(torch.ones(3, 2), torch.zeros(3, 1, dtype=torch.int64), 4),
+            ValueError,
+            r"importance: topk_ids must have size 2 .*\[3, 1\]",
+        ),
+        (
+            lambda: importance(torch.ones(3, 1), torch.zeros(3, 1, dtype=torch.int64), 0),
+            ValueError,
+            r"importance: num_experts must be at least 1, got 0",
+        ),
+        (lambda: cv_squared(torch.ones(2, 2)), ValueError, r"cv_squared: values must have 1"),
+        (
+            lambda: auxiliary_loss("model"),
+            TypeError,
+            r"auxiliary_loss: model must be .* got 'model'",
+        ),
+    ],
+)
+def test_bad_input(call, error, match):
+    with pytest.raises(error, match=match):
+        call()
+
+
+# --- auxiliary_loss ---------------------------------------------------------------------------------
+
+D = 8
+
+
+def model_of(*gates, device="cpu"):
+    layers = [FMoETransformerMLP(4, D, 12, top_k=gate.top_k, gate=gate) for gate in gates]
+    return nn.Sequential(*layers).to(device)
+
+
+def quiet_gates():
+    """One of each kind, without noise."""
+    return (
+        SwitchGate(D, 4, switch_eps=0.0),
+        NaiveGate(D, 4),
+        GShardGate(D, 4, random_routing=False),
+    )
+
+
+def test_sums_every_pending_loss_once(device):
+    switch, naive, gshard = quiet_gates()
+    model = model_of(switch, naive, gshard, device=device)
+    model(torch.randn(6, D, device=device))
+    want = switch.get_loss(clear=False) + gshard.get_loss(clear=False)
+    assert torch.equal(auxiliary_loss(model, clear=False), want)
+    total = auxiliary_loss(model)
+    assert torch.equal(total, want)
+    assert not switch.has_loss
+    assert not gshard.has_loss
+    assert float(auxiliary_loss(model)) == 0
+    total.backward()
+    for gate in (switch, gshard):
+        assert float(gate.gate.weight.grad.abs().sum()) > 0
+
+
+@pytest.mark.parametrize("clear", [True, False])
+def test_a_shared_gate_counts_once(clear):
+    gate = SwitchGate(D, 4, switch_eps=0.0)
+    model = model_of(gate, gate)
+    model(torch.randn(6, D))
+    want = gate.get_loss(clear=False)
+    assert torch.equal(auxiliary_loss(model, clear), want)
+    assert gate.has_loss is not clear
+
+
+def test_zero_without_a_loss(device):
+    for module in (nn.Linear(2, 2, device=device), model_of(NaiveGate(D, 4), device=device)):
+        total = auxiliary_loss(module)
+        assert total.shape == ()
+        assert total.device.type == device
+        assert float(total) == 0
+    assert auxiliary_loss(nn.ReLU()).device.type == "cpu"
+
+
+def test_keeps_float64_and_widens_bfloat16():
+    class Constant(BaseGate):
+        pass
+
+    gate = Constant(2)
+    gate.set_loss(torch.tensor(1 + 2**-40, dtype=torch.float64))
+    assert float(auxiliary_loss(gate)) == 1 + 2**-40
+    gate.set_loss(torch.tensor(1.5, dtype=torch.bfloat16))
+    assert auxiliary_loss(gate).dtype == torch.float32
+
+
+def train(model, loss_of, micro_batches):
+    """Gradient accumulation over micro-batches; the gradients by name."""
+    model.zero_grad()
+    for x in micro_batches:
+        loss_of(model, x).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def micro_loss(model, x):
+    return (model(x).square().mean() + 0.1 * auxiliary_loss(model)) / 3
+
+
+def test_gradient_accumulation():
+    model = model_of(*quiet_gates())
+    batches = torch.randn(3, 16, D).unbind()
+    actual = train(model, micro_loss, batches)
+
+    other = copy.deepcopy(model)
+    total = 0
+    for x in batches:  # one graph for the whole step, the losses fetched by hand
+        y = other(x)
+        gates = [layer.gate for layer in other]
+        total = total + y.square().mean() / 3
+        total = total + sum(0.1 * g.get_loss() / 3 for g in gates if g.has_loss)
+    total.backward()
+    for name, parameter in other.named_parameters():
+        assert_close(actual[name], parameter.grad, torch.float32, name)
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["inside", "outside"])
+def test_compile_and_accumulation(inside):
+    torch._dynamo.reset()
+    counters.clear()
+    model = model_of(*quiet_gates())
+    batches = torch.randn(3, 16, D).unbind()
+    want = train(copy.deepcopy(model), micro_loss, batches)
+    if inside:
+        compiled = torch.compile(micro_loss, fullgraph=True, backend="aot_eager")
+        actual = train(model, compiled, batches)
+    else:
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        actual = train(compiled, micro_loss, batches)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+    assert not any(layer.gate.has_loss for layer in model)
+    for name, value in want.items():
+        result = actual[name if inside else f"_orig_mod.{name}"]
+        assert_close(result, value, torch.float32, name)
