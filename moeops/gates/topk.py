@@ -187,5 +187,8 @@ def expert_probs(logits: Tensor, score: str) -> Tensor:
     """Scores of all experts, each row divided by its sum, ``[T, E]``."""
     if score == "softmax":
         return torch.softmax(logits, dim=-1)
-    # sigmoid(z) / sum sigmoid is the softmax of log sigmoid(z) = -log(1 + exp(-z)), which cannot divide by zero.
-    return torch.softmax(-torch.logaddexp(-logits, logits.new_zeros(())), dim=-1)
+    # sigmoid(z) / sum sigmoid is the softmax of log sigmoid(z), which cannot divide by zero. With m = max(-z, 0) held
+    # constant, no exponent below is positive. (logaddexp with a constant cannot be compiled for CUDA with an unbacked
+    # token count on torch 2.11.)
+    m = torch.relu(-logits).detach()  # [T, E]
+    return torch.softmax(-m - torch.log(torch.exp(-m) + torch.exp(-logits - m)), dim=-1)

@@ -31,10 +31,10 @@ __device__ __forceinline__ void activate(Acc z, Acc& value, Acc& slope) {
     value = z * cdf;
     slope = cdf + z * kInvSqrt2Pi * exp(Acc(-0.5) * z * z);
   } else if constexpr (kActivation == Activation::kRelu) {
-    value = z > 0 ? z : Acc(0);
-    slope = z > 0 ? Acc(1) : Acc(0);
+    value = z < 0 ? Acc(0) : z;  // keeps NaN
+    slope = z <= 0 ? Acc(0) : Acc(1);
   } else if constexpr (kActivation == Activation::kReluSquared) {
-    const Acc kept = z > 0 ? z : Acc(0);
+    const Acc kept = z < 0 ? Acc(0) : z;  // keeps NaN
     value = kept * kept;
     slope = 2 * kept;
   } else {
