@@ -11,6 +11,7 @@ from moeops import (  # noqa: E402  (the ops register themselves on the loaded l
 from moeops.gates.base import auxiliary_loss  # noqa: E402
 from moeops.layers import FMoE, FMoELinear, FMoETransformerMLP  # noqa: E402
 from moeops.ops import (  # noqa: E402
+    count_tokens,
     grouped_linear,
     limit_capacity,
     moe_mlp,
@@ -21,7 +22,7 @@ from moeops.ops import (  # noqa: E402
     unpad_rows,
     unpermute_tokens,
 )
-from moeops.types import TokenPlan  # noqa: E402
+from moeops.types import Routing, SlotRouting, TokenPlan  # noqa: E402
 
 __version__ = "0.1.0"
 
@@ -29,8 +30,11 @@ __all__ = [
     "FMoE",
     "FMoELinear",
     "FMoETransformerMLP",
+    "Routing",
+    "SlotRouting",
     "TokenPlan",
     "auxiliary_loss",
+    "count_tokens",
     "gates",
     "grouped_linear",
     "limit_capacity",

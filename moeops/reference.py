@@ -1,6 +1,6 @@
 """The truth for every op, in plain PyTorch: slow, readable, right in float64, differentiable by autograd.
 
-Same names and arguments as the public functions. T tokens, K experts per token, N = T * K pairs, E experts,
+Same names and arguments as the public functions. T tokens, K experts per token, N = T * K pairs, R rows, E experts,
 D model width, H hidden width of one expert, C capacity in rows. Loops and host copies are welcome here.
 """
 
@@ -54,9 +54,13 @@ def topk_route(
 
 
 def sort_tokens(
-    topk_ids: Tensor, num_experts: int, *, drop_out_of_range: bool = False
+    topk_ids: Tensor,
+    num_experts: int,
+    num_rows: int | None = None,
+    *,
+    drop_out_of_range: bool = False,
 ) -> TokenPlan:
-    """Stable sort of pairs by expert, dropped pairs last."""
+    """Stable sort of pairs by expert, dropped pairs last or, with fewer rows than pairs, without a row."""
     flat = topk_ids.reshape(-1).to(torch.int64)
     dropped = flat < 0
     if drop_out_of_range:
@@ -68,11 +72,24 @@ def sort_tokens(
     counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=flat.device)
     counts.scatter_add_(0, flat, torch.ones_like(flat))
     offsets = F.pad(counts[:num_experts].cumsum(0), (1, 0))
+    if num_rows is not None:
+        live = int(offsets[-1])
+        if live > num_rows:
+            raise RuntimeError(f"sort_tokens: {live} pairs do not fit into {num_rows} rows")
+        owned = live if num_rows < flat.numel() else flat.numel()
+        row_to_pair = F.pad(row_to_pair[:owned], (0, num_rows - owned))
+        pair_to_row = torch.where(pair_to_row < owned, pair_to_row, num_rows)
     return TokenPlan(
         row_to_pair.to(torch.int32),
         pair_to_row.to(torch.int32).view(topk_ids.shape),
         offsets.to(torch.int32),
     )
+
+
+def count_tokens(topk_ids: Tensor, num_experts: int) -> Tensor:
+    """How many pairs each expert has, by comparison."""
+    experts = torch.arange(num_experts, device=topk_ids.device)
+    return (topk_ids.reshape(-1, 1) == experts).sum(0, dtype=torch.int32)
 
 
 def limit_capacity(
@@ -91,11 +108,12 @@ def limit_capacity(
 
 
 def permute_tokens(x: Tensor, plan: TokenPlan) -> Tensor:
-    """``rows[r] = x[row_to_pair[r] // K]``, zero for dropped pairs."""
+    """``rows[r] = x[row_to_pair[r] // K]``, zero for rows that hold no pair that counts."""
     row_to_pair, pair_to_row, expert_offsets = plan
     K = max(1, pair_to_row.shape[1])
-    live = torch.arange(row_to_pair.numel(), device=x.device) < expert_offsets[-1]
-    return torch.where(live[:, None], x[row_to_pair.long() // K], 0)
+    live = int(expert_offsets[-1])
+    rows = x[row_to_pair[:live].long() // K]
+    return F.pad(rows, (0, 0, 0, row_to_pair.numel() - live))
 
 
 def unpermute_tokens(rows: Tensor, plan: TokenPlan, topk_weights: Tensor | None = None) -> Tensor:
@@ -103,8 +121,10 @@ def unpermute_tokens(rows: Tensor, plan: TokenPlan, topk_weights: Tensor | None 
     _, pair_to_row, expert_offsets = plan
     acc = _accumulate_dtype(rows.dtype)
     live = pair_to_row < expert_offsets[-1]  # [T, K]
-    picked = rows[pair_to_row.long()].to(acc)  # [T, K, D]
-    picked = torch.where(live[:, :, None], picked, 0)
+    last = rows.shape[0]  # a zero row for pairs without one
+    picked = F.pad(rows, (0, 0, 0, 1))[torch.where(live, pair_to_row, last).long()].to(
+        acc
+    )  # [T, K, D]
     if topk_weights is not None:
         picked = picked * torch.where(live, topk_weights.to(acc), 0)[:, :, None]
     return picked.sum(1).to(rows.dtype)
@@ -165,7 +185,7 @@ def grouped_sum(rows: Tensor, expert_offsets: Tensor) -> Tensor:
 
 
 def activate(pre_activation: Tensor, activation: str) -> Tensor:
-    """``[N, 2H] -> [N, H]`` for swiglu (rows hold gate, then up), elementwise for the others."""
+    """``[R, 2H] -> [R, H]`` for swiglu (rows hold gate, then up), elementwise for the others."""
     if activation == "swiglu":
         gate, up = pre_activation.chunk(2, dim=-1)
         return F.silu(gate) * up

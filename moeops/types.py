@@ -6,21 +6,59 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["TokenPlan"]
+__all__ = ["Routing", "SlotRouting", "TokenPlan"]
 
 
 class TokenPlan(NamedTuple):
     """Where every token-expert pair goes: what ``combine`` needs from ``dispatch``.
 
     Pair ``t * K + k`` is choice ``k`` of token ``t``. Rows are in expert order, token order within an expert; the
-    rows of dropped pairs come last, from ``expert_offsets[E]`` on.
+    rows from ``expert_offsets[E]`` on hold no pair that counts. There are ``R = N`` rows unless ``sort_tokens`` was
+    given fewer: with ``R = N`` the dropped pairs own those last rows, with fewer they own none.
 
     Attributes:
-        row_to_pair: ``[N]`` int32, the pair held by each row.
-        pair_to_row: ``[T, K]`` int32, the row of each pair; the inverse permutation.
+        row_to_pair: ``[R]`` int32, the pair held by each row.
+        pair_to_row: ``[T, K]`` int32, the row of each pair, ``R`` or more for a dropped pair without one.
         expert_offsets: ``[E + 1]`` int32, expert ``e`` owns rows ``expert_offsets[e]`` to ``expert_offsets[e + 1]``.
     """
 
     row_to_pair: Tensor
     pair_to_row: Tensor
     expert_offsets: Tensor
+
+
+class Routing(NamedTuple):
+    """What a gate returns when ids and weights alone do not say it all. A plain pair means the defaults.
+
+    Attributes:
+        topk_ids: ``[T, K]`` int64 or int32, chosen experts in ``[-1, E)``; -1 is a slot that holds nothing.
+        topk_weights: ``[T, K]`` float, factor of each chosen expert; not read where the slot holds nothing.
+        num_rows: upper bound of the slots that hold something, an int or a symbolic int, if it is below ``T * K``:
+            the experts then work on that many rows. ``None`` means ``T * K``.
+        scale_inputs: multiply the expert's input by the weight and not its output, as Llama-4 does.
+    """
+
+    topk_ids: Tensor
+    topk_weights: Tensor
+    num_rows: int | None = None
+    scale_inputs: bool = False
+
+
+class SlotRouting(NamedTuple):
+    """What a gate returns when experts work on mixtures of tokens (SoftMoE): the second dispatch contract.
+
+    Expert ``e`` owns slots ``e * S`` to ``(e + 1) * S``; the input of slot ``s`` is
+    ``sum_t dispatch_weights[t, s] * x[t]``, and token ``t`` gets ``sum_s combine_weights[t, s] * output[s]``.
+
+    With ``group_size`` that many tokens in a row are a group (a sequence, say; the last one may be shorter), the sums
+    stay within a group, and every group has ``E * S`` slots of its own.
+
+    Attributes:
+        dispatch_weights: ``[T, E * S]`` float.
+        combine_weights: ``[T, E * S]`` float.
+        group_size: tokens per group, a plain int; ``None`` for one group of all tokens.
+    """
+
+    dispatch_weights: Tensor
+    combine_weights: Tensor
+    group_size: int | None = None

@@ -12,12 +12,13 @@ import torch
 
 import moeops
 
-# (tokens, experts, choices per token, model width, hidden width, dropped pairs)
+# (tokens, experts, choices per token, model width, hidden width, share of dropped pairs, rows of the plan)
 SHAPES = [
-    (37, 5, 2, 24, 40, True),  # whole vectors, ragged tiles
-    (130, 33, 3, 33, 17, True),  # no vectors, two registers of experts per lane
-    (300, 8, 1, 136, 72, False),  # more rows than a tile
-    (0, 4, 2, 16, 16, False),
+    (37, 5, 2, 24, 40, 0.3, None),  # whole vectors, ragged tiles
+    (130, 33, 3, 33, 17, 0.3, None),  # no vectors, two registers of experts per lane
+    (300, 8, 1, 136, 72, 0.0, None),  # more rows than a tile
+    (41, 40, 40, 24, 16, 0.95, 200),  # most slots empty, rows to spare
+    (0, 4, 2, 16, 16, 0.0, 3),
 ]
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -27,7 +28,7 @@ def leaf(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(*shape, device="cuda", dtype=dtype).requires_grad_()
 
 
-def route(T: int, E: int, K: int, drop: bool, dtype: torch.dtype) -> tuple:
+def route(T: int, E: int, K: int, drop: float, num_rows: int | None, dtype: torch.dtype) -> tuple:
     """Weights and a plan, through every way of choosing."""
     logits = leaf(T, E, dtype=dtype)
     bias = torch.randn(E, device="cuda")
@@ -36,22 +37,33 @@ def route(T: int, E: int, K: int, drop: bool, dtype: torch.dtype) -> tuple:
     moeops.topk_route(logits, K, score="sigmoid", renormalize=False, bias=bias)
     if E % 4 == 0 and K <= E // 2:
         moeops.topk_route(logits, K, bias=bias, num_groups=4, top_groups=2)
-    if drop:
-        ids = ids.masked_fill(torch.rand(T, K, device="cuda") < 0.3, -1)
+    ids = ids.masked_fill(torch.rand(T, K, device="cuda") < drop, -1)
     moeops.limit_capacity(ids, E, 3)
     moeops.limit_capacity(ids, E, 3, priority=weights.detach())
-    plan = moeops.sort_tokens(ids.to(torch.int32), E)
-    return weights.detach(), moeops.sort_tokens(ids, E) if T else plan
+    moeops.count_tokens(ids, E)
+    moeops.count_tokens(ids.to(torch.int32)[:, 1:], 2049)  # too many experts for shared memory
+    moeops.sort_tokens(ids, E, T * K // 9)  # too few rows: the last pairs are left out
+    plan = moeops.sort_tokens(ids.to(torch.int32), E, num_rows)
+    return weights.detach(), moeops.sort_tokens(ids, E, num_rows) if T else plan
 
 
-def run(T: int, E: int, K: int, D: int, H: int, drop: bool, dtype: torch.dtype) -> None:
+def run(
+    T: int,
+    E: int,
+    K: int,
+    D: int,
+    H: int,
+    drop: float,
+    num_rows: int | None,
+    dtype: torch.dtype,
+) -> None:
     """Forward and backward of every op."""
-    weights, plan = route(T, E, K, drop, dtype)
+    weights, plan = route(T, E, K, drop, num_rows, dtype)
     x = leaf(T, D, dtype=dtype)
     routed = weights.clone().requires_grad_()
     rows = moeops.permute_tokens(x, plan)
     padded = moeops.pad_rows(rows, plan.expert_offsets, 7)
-    rows = rows + moeops.unpad_rows(padded, plan.expert_offsets, T * K)
+    rows = rows + moeops.unpad_rows(padded, plan.expert_offsets, rows.shape[0])
     moeops.unpermute_tokens(rows, plan).sum().backward(retain_graph=True)
     up, bias = leaf(E, D, D, dtype=dtype), leaf(E, D, dtype=dtype)
     rows = moeops.grouped_linear(rows, up, plan.expert_offsets, bias=bias)

@@ -1,6 +1,6 @@
 """Shapes, routings and op arguments that every family is tested with.
 
-T tokens, K experts per token, N = T * K pairs, E experts, D model width, H hidden width, C capacity.
+T tokens, K experts per token, N = T * K pairs, R rows, E experts, D model width, H hidden width, C capacity.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ class Sample:
     only_experts: tuple[int, ...] | None = None  # the others stay empty
     dropped: float = 0.0  # share of pairs with id -1
     strided: bool = False
+    rows_per_pair: float | None = None  # R / N of plans that ask for a number of rows
 
     def __str__(self) -> str:
         return self.name
@@ -42,6 +43,15 @@ class Sample:
     @property
     def N(self) -> int:
         return self.T * self.K
+
+    @property
+    def num_rows(self) -> int | None:
+        """What ``sort_tokens`` is asked for."""
+        return None if self.rows_per_pair is None else int(self.rows_per_pair * self.N)
+
+    @property
+    def R(self) -> int:
+        return self.N if self.num_rows is None else self.num_rows
 
     def tensor(self, *shape: int, dtype: torch.dtype, device: str = "cpu") -> Tensor:
         """Random values; for a strided sample neither the first nor the last dimension is dense."""
@@ -63,12 +73,16 @@ class Sample:
         scores = torch.rand(self.T, max(len(pool), self.K))
         ids = pool[scores.argsort(-1)[:, : self.K] % len(pool)]
         ids = torch.where(torch.rand(self.T, self.K) < self.dropped, -1, ids)
+        if self.num_rows is not None:  # what is kept fits, and a row is left over
+            nth = (ids >= 0).view(-1).cumsum(0).view(ids.shape)
+            ids = torch.where(nth < self.R, ids, -1)
         if self.strided:
             ids = ids.t().contiguous().t()
         return ids.to(device, dtype)
 
     def plan(self, device: str = "cpu") -> TokenPlan:
-        return TokenPlan(*(t.to(device) for t in reference.sort_tokens(self.ids(), self.E)))
+        plan = reference.sort_tokens(self.ids(), self.E, self.num_rows)
+        return TokenPlan(*(t.to(device) for t in plan))
 
 
 SAMPLES = (
@@ -86,11 +100,18 @@ SAMPLES = (
     Sample("odd", T=11, K=3, E=5, D=7, H=5),
     Sample("one_column", D=1, H=1),
     Sample("strided", D=7, strided=True),
+    Sample("few_rows", K=6, E=6, D=7, H=5, dropped=0.6, rows_per_pair=0.5),
+    Sample("more_rows", dropped=0.3, rows_per_pair=1.5),
+    Sample("no_rows", T=5, dropped=1.0, rows_per_pair=0.0),
+    # Most slots are empty, and a warp looks at them in three steps; rows of whole vectors.
+    Sample("expert_choice", T=41, K=70, E=70, D=136, H=24, dropped=0.95, rows_per_pair=0.06),
     # Wide and long enough for several threads, column blocks and thread blocks.
     Sample("wide", T=97, K=2, E=3, D=515, H=259),
     Sample("long", T=20011, K=2, E=5, D=3, H=2, dropped=0.1),
 )
-SMALL = tuple(s for s in SAMPLES if s.name in ("plain", "dropped", "empty_experts", "strided"))
+SMALL = tuple(
+    s for s in SAMPLES if s.name in ("plain", "dropped", "empty_experts", "strided", "few_rows")
+)
 
 
 # --- comparison with the reference -------------------------------------------------------------------
@@ -202,8 +223,16 @@ def _topk_route_backward(p, dtype, device):
     return OpCase("topk_route_backward", args, {0: 0, 1: 0, 2: 0})
 
 
-def _sort_tokens(p, dtype, device):
-    return OpCase("sort_tokens", (p.ids(device), p.E, False), {0: 0})
+def _sort_tokens(p, dtype, device, with_rows):
+    if not with_rows:
+        return OpCase("sort_tokens", (p.ids(device), p.E, None, False), {0: 0})
+    if p.num_rows is None:
+        p = replace(p, rows_per_pair=0.75)
+    return OpCase("sort_tokens", (p.ids(device), p.E, p.R, False), {0: 0}, token_ints=(2,))
+
+
+def _count_tokens(p, dtype, device):
+    return OpCase("count_tokens", (p.ids(device), p.E), {0: 0})
 
 
 def _limit_capacity(p, dtype, device, by_priority):
@@ -218,7 +247,7 @@ def _permute_tokens(p, dtype, device):
 
 
 def _unpermute_tokens(p, dtype, device, weighted):
-    rows = p.tensor(p.N, p.D, dtype=dtype, device=device)
+    rows = p.tensor(p.R, p.D, dtype=dtype, device=device)
     weights = p.weights(dtype, device) if weighted else None
     token_dims = {0: 0, 2: 0, 3: 0} | ({1: 0} if weighted else {})
     differentiable = (0, 1) if weighted else (0,)
@@ -227,23 +256,23 @@ def _unpermute_tokens(p, dtype, device, weighted):
 
 def _unpermute_tokens_backward(p, dtype, device):
     grad_y = p.tensor(p.T, p.D, dtype=dtype, device=device)
-    rows = p.tensor(p.N, p.D, dtype=dtype, device=device)
+    rows = p.tensor(p.R, p.D, dtype=dtype, device=device)
     args = (grad_y, rows, p.weights(dtype, device), *p.plan(device))
     return OpCase("unpermute_tokens_backward", args, {i: 0 for i in range(5)})
 
 
 def _pad_rows(p, dtype, device):
-    rows = p.tensor(p.N, p.D, dtype=dtype, device=device)
+    rows = p.tensor(p.R, p.D, dtype=dtype, device=device)
     return OpCase("pad_rows", (rows, p.plan(device).expert_offsets, 5), {0: 0}, (0,))
 
 
 def _unpad_rows(p, dtype, device):
     padded = p.tensor(p.E, 5, p.D, dtype=dtype, device=device)
-    return OpCase("unpad_rows", (padded, p.plan(device).expert_offsets, p.N), {}, (0,), (2,))
+    return OpCase("unpad_rows", (padded, p.plan(device).expert_offsets, p.R), {}, (0,), (2,))
 
 
 def _grouped_linear(p, dtype, device, with_bias):
-    rows = p.tensor(p.N, p.D, dtype=dtype, device=device)
+    rows = p.tensor(p.R, p.D, dtype=dtype, device=device)
     weight = p.tensor(p.E, p.H, p.D, dtype=dtype, device=device)
     bias = p.tensor(p.E, p.H, dtype=dtype, device=device) if with_bias else None
     args = (rows, weight, p.plan(device).expert_offsets, bias)
@@ -251,14 +280,14 @@ def _grouped_linear(p, dtype, device, with_bias):
 
 
 def _grouped_linear_weight_grad(p, dtype, device):
-    grad = p.tensor(p.N, p.H, dtype=dtype, device=device)
-    rows = p.tensor(p.N, p.D, dtype=dtype, device=device)
+    grad = p.tensor(p.R, p.H, dtype=dtype, device=device)
+    rows = p.tensor(p.R, p.D, dtype=dtype, device=device)
     args = (grad, rows, p.plan(device).expert_offsets)
     return OpCase("grouped_linear_weight_grad", args, {0: 0, 1: 0}, (0, 1))
 
 
 def _grouped_sum(p, dtype, device):
-    rows = p.tensor(p.N, p.D, dtype=dtype, device=device)
+    rows = p.tensor(p.R, p.D, dtype=dtype, device=device)
     return OpCase("grouped_sum", (rows, p.plan(device).expert_offsets), {0: 0}, (0,))
 
 
@@ -290,9 +319,15 @@ def _moe_mlp_backward(p, dtype, device, activation, with_bias, needs):
     ).args
     plan = (row_to_pair, pair_to_row, offsets)
     grad_y = p.tensor(p.T, p.D, dtype=dtype, device=device)
-    pre = p.tensor(p.N, block[2].shape[1], dtype=dtype, device=device)
+    pre = p.tensor(p.R, block[2].shape[1], dtype=dtype, device=device)
     args = (grad_y, *block, pre, *plan, activation, *needs)
     return OpCase("moe_mlp_backward", args, {0: 0, 1: 0, 2: 0, 7: 0, 8: 0, 9: 0})
+
+
+def _all_to_all_rows(p, dtype, device):
+    # One rank, which needs no process group; tests/distributed has more.
+    rows = p.tensor(p.N, p.D, dtype=dtype, device=device)
+    return OpCase("all_to_all_rows", (rows, [p.N], [p.N], ""), {0: 0}, differentiable=(0,))
 
 
 OP_CASES: dict[str, list[Callable[[Sample, torch.dtype, str], OpCase]]] = {
@@ -301,7 +336,11 @@ OP_CASES: dict[str, list[Callable[[Sample, torch.dtype, str], OpCase]]] = {
         lambda *a: _topk_route(*a, groups=True),
     ],
     "topk_route_backward": [_topk_route_backward],
-    "sort_tokens": [_sort_tokens],
+    "sort_tokens": [
+        lambda *a: _sort_tokens(*a, with_rows=False),
+        lambda *a: _sort_tokens(*a, with_rows=True),
+    ],
+    "count_tokens": [_count_tokens],
     "limit_capacity": [
         lambda *a: _limit_capacity(*a, by_priority=False),
         lambda *a: _limit_capacity(*a, by_priority=True),
@@ -329,6 +368,7 @@ OP_CASES: dict[str, list[Callable[[Sample, torch.dtype, str], OpCase]]] = {
         lambda *a: _moe_mlp_backward(*a, "gelu", False, (False, True, False, True)),
         lambda *a: _moe_mlp_backward(*a, "relu", True, (True, False, False, False)),
     ],
+    "all_to_all_rows": [_all_to_all_rows],
 }
 
 

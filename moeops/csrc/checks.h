@@ -71,14 +71,28 @@ inline void check_same_device(const char* op, const char* name, const Tensor& t,
                   " must be on the device of the first argument, got another device. Move it.");
 }
 
-inline void check_ids(const char* op, const Tensor& ids) {
-  check_dim(op, "topk_ids", ids, 2);
+inline void check_id_type(const char* op, const Tensor& ids) {
   STD_TORCH_CHECK(ids.scalar_type() == ScalarType::Int || ids.scalar_type() == ScalarType::Long, op,
                   ": topk_ids must be int32 or int64, got ", ids.scalar_type(),
                   ". Cast it with topk_ids.to(torch.int32).");
   STD_TORCH_CHECK(ids.numel() < std::numeric_limits<int32_t>::max(), op,
                   ": topk_ids must hold fewer than 2^31 pairs, got ", ids.numel(),
                   ". Split the tokens into several calls.");
+}
+
+inline void check_ids(const char* op, const Tensor& ids) {
+  check_dim(op, "topk_ids", ids, 2);
+  check_id_type(op, ids);
+}
+
+// Rows of a plan: what the caller asked for, or one for each pair. A row number is an int32.
+inline int64_t plan_rows(const char* op, const std::optional<int64_t>& num_rows,
+                         int64_t num_pairs) {
+  if (!num_rows) return num_pairs;
+  STD_TORCH_CHECK(*num_rows >= 0 && *num_rows < std::numeric_limits<int32_t>::max(), op,
+                  ": num_rows must be from 0 to 2^31 - 2, got ", *num_rows,
+                  ". Pass an upper bound of the pairs that are kept.");
+  return *num_rows;
 }
 
 inline void check_num_experts(const char* op, int64_t num_experts) {
@@ -116,8 +130,8 @@ inline void check_offsets(const char* op, const Tensor& offsets, const Tensor& l
                   ". Build it with sort_tokens.");
 }
 
-// The three tensors of a TokenPlan fit each other; returns nothing, values are the kernels'
-// business.
+// The three tensors of a TokenPlan, whose numbers of rows and of pairs are independent; values are
+// the kernels' business.
 inline void check_plan(const char* op, const Tensor& row_to_pair, const Tensor& pair_to_row,
                        const Tensor& offsets, const Tensor& like) {
   check_dim(op, "row_to_pair", row_to_pair, 1);
@@ -126,7 +140,6 @@ inline void check_plan(const char* op, const Tensor& row_to_pair, const Tensor& 
   check_type(op, "pair_to_row", pair_to_row, ScalarType::Int, "int32");
   check_same_device(op, "row_to_pair", row_to_pair, like);
   check_same_device(op, "pair_to_row", pair_to_row, like);
-  check_size(op, "row_to_pair", row_to_pair, 0, pair_to_row.numel());
   check_offsets(op, offsets, like);
 }
 

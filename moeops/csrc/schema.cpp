@@ -1,6 +1,6 @@
 // The table of contents of torch.ops.moeops: every schema, once. Dimension names (T tokens, K
-// experts per token, N = T * K pairs, E experts, D model width, H hidden width, C capacity) and the
-// meaning of each op stand in moeops/ops/<family>.py and moeops/reference.py.
+// experts per token, N = T * K pairs, R rows, E experts, D model width, H hidden width, C capacity)
+// and the meaning of each op stand in moeops/ops/<family>.py and moeops/reference.py.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(moeops, m) {
@@ -13,15 +13,16 @@ STABLE_TORCH_LIBRARY(moeops, m) {
       "topk_route_backward(Tensor grad_topk_weights, Tensor logits, Tensor topk_ids, str score, "
       "bool renormalize, float scale) -> Tensor");
 
-  // sorting: ids [T, K] -> row_to_pair [N], pair_to_row [T, K], expert_offsets [E + 1], all int32
+  // sorting: ids [T, K] -> row_to_pair [R], pair_to_row [T, K], expert_offsets [E + 1], all int32
   m.def(
-      "sort_tokens(Tensor topk_ids, SymInt num_experts, bool drop_out_of_range) "
+      "sort_tokens(Tensor topk_ids, SymInt num_experts, SymInt? num_rows, bool drop_out_of_range) "
       "-> (Tensor row_to_pair, Tensor pair_to_row, Tensor expert_offsets)");
+  m.def("count_tokens(Tensor topk_ids, SymInt num_experts) -> Tensor");
   m.def(
       "limit_capacity(Tensor topk_ids, Tensor? priority, SymInt num_experts, SymInt capacity) "
       "-> Tensor");
 
-  // permute: x [T, D] <-> rows [N, D]
+  // permute: x [T, D] <-> rows [R, D]
   m.def(
       "permute_tokens(Tensor x, Tensor row_to_pair, Tensor pair_to_row, Tensor expert_offsets) "
       "-> Tensor");
@@ -33,17 +34,17 @@ STABLE_TORCH_LIBRARY(moeops, m) {
       "row_to_pair, "
       "Tensor pair_to_row, Tensor expert_offsets) -> (Tensor grad_rows, Tensor grad_topk_weights)");
 
-  // padding: rows [N, D] <-> padded [E, C, D]
+  // padding: rows [R, D] <-> padded [E, C, D]
   m.def("pad_rows(Tensor rows, Tensor expert_offsets, SymInt capacity) -> Tensor");
   m.def("unpad_rows(Tensor padded, Tensor expert_offsets, SymInt num_rows) -> Tensor");
 
-  // grouped linear: rows [N, D], weight [E, H, D] -> [N, H]
+  // grouped linear: rows [R, D], weight [E, H, D] -> [R, H]
   m.def(
       "grouped_linear(Tensor rows, Tensor weight, Tensor expert_offsets, Tensor? bias) -> Tensor");
   m.def("grouped_linear_weight_grad(Tensor grad, Tensor rows, Tensor expert_offsets) -> Tensor");
   m.def("grouped_sum(Tensor rows, Tensor expert_offsets) -> Tensor");
 
-  // expert block: x [T, D] -> y [T, D]; pre_activation [N, 2H or H] is what the backward needs
+  // expert block: x [T, D] -> y [T, D]; pre_activation [R, 2H or H] is what the backward needs
   m.def(
       "moe_mlp(Tensor x, Tensor topk_weights, Tensor w_up, Tensor w_down, Tensor? b_up, Tensor? "
       "b_down, "

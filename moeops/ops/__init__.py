@@ -5,9 +5,10 @@ from moeops.ops.moe_mlp import moe_mlp
 from moeops.ops.padding import pad_rows, unpad_rows
 from moeops.ops.permute import permute_tokens, unpermute_tokens
 from moeops.ops.routing import topk_route
-from moeops.ops.sorting import limit_capacity, sort_tokens
+from moeops.ops.sorting import count_tokens, limit_capacity, sort_tokens
 
 __all__ = [
+    "count_tokens",
     "grouped_linear",
     "limit_capacity",
     "moe_mlp",

@@ -1,4 +1,4 @@
-"""One matrix per expert over rows in expert order. N rows, E experts, D inputs, H outputs."""
+"""One matrix per expert over rows in expert order. R rows, E experts, D inputs, H outputs."""
 
 from __future__ import annotations
 
@@ -58,18 +58,18 @@ def grouped_linear(
     last offset are zero. Group sizes are free, 0 included.
 
     Args:
-        rows: rows in expert order, ``[N, D]``, any float type, any strides.
+        rows: rows in expert order, ``[R, D]``, any float type, any strides.
         weight: ``[E, H, D]``, dtype of ``rows``, any strides (a transposed view is not copied where the kernel can
             read it).
         expert_offsets: ``[E + 1]`` int32, rising, at most ``N``.
         bias: ``[E, H]``, dtype of ``rows``.
 
     Returns:
-        ``[N, H]``, dtype of ``rows``; products are summed in float32 (float64 for float64).
+        ``[R, H]``, dtype of ``rows``; products are summed in float32 (float64 for float64).
 
     Raises:
         ValueError: a shape or device does not fit.  TypeError: a dtype is wrong.
-    Gradients: ``rows``, ``weight``, ``bias``.  Host sync: none.  Deterministic: yes.  Cost: 2 N D H operations.
+    Gradients: ``rows``, ``weight``, ``bias``.  Host sync: none.  Deterministic: yes.  Cost: 2 R D H operations.
     Under ``torch.autocast`` the float arguments are cast to the autocast type.
 
     Example:

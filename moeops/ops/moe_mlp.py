@@ -1,4 +1,4 @@
-"""The expert block as one op. T tokens, K experts per token, N = T * K, E experts, D model width, H hidden width."""
+"""The expert block as one op. T tokens, K experts per token, R rows, E experts, D model width, H hidden width."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def moe_mlp(
     Raises:
         ValueError: a shape, device or ``activation`` does not fit.  TypeError: a dtype is wrong.
     Gradients: ``x``, ``topk_weights``, ``w_up``, ``w_down``, ``b_up``, ``b_down``.  Host sync: none.
-    Deterministic: yes.  Memory: keeps ``x`` and the pre-activation ``[N, 2H or H]`` for the backward, nothing else.
+    Deterministic: yes.  Memory: keeps ``x`` and the pre-activation ``[R, 2H or H]`` for the backward, nothing else.
     Under ``torch.autocast`` the float arguments but ``topk_weights`` are cast to the autocast type.
     Source: recomputation scheme of SonicMoE, arXiv:2512.14080.
 

@@ -1,4 +1,4 @@
-"""Rows to fixed capacity buffers and back. N rows, E experts, C capacity in rows per expert, D model width."""
+"""Rows to fixed capacity buffers and back. R rows, E experts, C capacity in rows per expert, D model width."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def pad_rows(rows: Tensor, expert_offsets: Tensor, capacity: int) -> Tensor:
     are left out.
 
     Args:
-        rows: rows in expert order, ``[N, D]``, any float type.
+        rows: rows in expert order, ``[R, D]``, any float type.
         expert_offsets: ``[E + 1]`` int32.
         capacity: ``C`` in rows per expert, at least 0.
 
@@ -87,14 +87,14 @@ def unpad_rows(padded: Tensor, expert_offsets: Tensor, num_rows: int) -> Tensor:
     Args:
         padded: ``[E, C, D]``, any float type.
         expert_offsets: ``[E + 1]`` int32.
-        num_rows: ``N``, at least ``expert_offsets[E]``.
+        num_rows: ``R``, at least ``expert_offsets[E]``.
 
     Returns:
-        ``[N, D]``, dtype of ``padded``.
+        ``[R, D]``, dtype of ``padded``.
 
     Raises:
         ValueError: a shape or device does not fit.  TypeError: a dtype is wrong.
-    Gradients: ``padded``.  Host sync: none.  Deterministic: yes.  Cost: writes N * D elements.
+    Gradients: ``padded``.  Host sync: none.  Deterministic: yes.  Cost: writes R * D elements.
 
     Example:
         >>> unpad_rows(torch.tensor([[[1.0], [0.0]]]), torch.tensor([0, 1], dtype=torch.int32), 1).tolist()

@@ -1,4 +1,4 @@
-"""Rows into expert order and back. T tokens, K experts per token, N = T * K pairs, D model width."""
+"""Rows into expert order and back. T tokens, K experts per token, R rows, D model width."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ torch.library.register_autograd(
 def permute_tokens(x: Tensor, plan: TokenPlan) -> Tensor:
     """Copy token rows into expert order, once per chosen expert.
 
-    Row ``r < expert_offsets[E]`` is ``x[row_to_pair[r] // K]``. Later rows belong to dropped pairs and are zero.
+    Row ``r < expert_offsets[E]`` is ``x[row_to_pair[r] // K]``. Later rows hold no pair that counts and are zero.
 
     Args:
         x: tokens, ``[T, D]``, any float type.
         plan: what ``sort_tokens`` returned for these tokens.
 
     Returns:
-        Rows in expert order, ``[N, D]``, dtype of ``x``.
+        Rows in expert order, ``[R, D]``, dtype of ``x``.
 
     Raises:
         ValueError: a shape or device does not fit.  TypeError: ``x`` is not float or the plan not int32.
-    Gradients: ``x``.  Host sync: none.  Deterministic: yes.  Cost: reads T * D, writes N * D elements.
+    Gradients: ``x``.  Host sync: none.  Deterministic: yes.  Cost: reads T * D, writes R * D elements.
 
     Example:
         >>> plan = sort_tokens(torch.tensor([[1], [0]]), 2)
@@ -72,7 +72,7 @@ def permute_tokens(x: Tensor, plan: TokenPlan) -> Tensor:
 def _unpermute_tokens_fake(rows, topk_weights, row_to_pair, pair_to_row, expert_offsets):
     fake_check(
         rows.shape[0] == row_to_pair.shape[0],
-        "unpermute_tokens: rows must have as many rows as row_to_pair. Check the plan's pairs.",
+        "unpermute_tokens: rows must have as many rows as row_to_pair. Check the plan's rows.",
     )
     return rows.new_empty((pair_to_row.shape[0], rows.shape[1]))
 
@@ -114,7 +114,7 @@ def unpermute_tokens(rows: Tensor, plan: TokenPlan, topk_weights: Tensor | None 
     float32 (float64 for float64).
 
     Args:
-        rows: rows in expert order, ``[N, D]``, any float type; rows of dropped pairs are not read.
+        rows: rows in expert order, ``[R, D]``, any float type; rows from ``expert_offsets[E]`` on are not read.
         plan: what ``sort_tokens`` returned.
         topk_weights: ``[T, K]`` float, cast to float32 (float64 for float64 rows); ``None`` means all ones.
 
@@ -124,7 +124,7 @@ def unpermute_tokens(rows: Tensor, plan: TokenPlan, topk_weights: Tensor | None 
     Raises:
         ValueError: a shape or device does not fit.  TypeError: a dtype is wrong.
     Gradients: ``rows`` and ``topk_weights``, from one pass.  Host sync: none.  Deterministic: yes.
-    Cost: reads N * D, writes T * D elements.
+    Cost: reads R * D, writes T * D elements.
 
     Example:
         >>> plan = sort_tokens(torch.tensor([[1, 0]]), 2)
@@ -136,7 +136,7 @@ def unpermute_tokens(rows: Tensor, plan: TokenPlan, topk_weights: Tensor | None 
         _checks.check_tensor(op, "rows", rows, 2)
         _checks.check_float(op, "rows", rows)
         _checks.check_plan(op, plan, "rows", rows)
-        _checks.check_size(op, "rows", rows, 0, plan[0].shape[0], "the plan's pairs")
+        _checks.check_size(op, "rows", rows, 0, plan[0].shape[0], "the plan's rows")
         if topk_weights is not None:
             check_topk_weights(op, topk_weights, plan, "rows", rows)
     if topk_weights is not None:

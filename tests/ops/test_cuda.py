@@ -15,7 +15,8 @@ CAPTURED = [
     (op, i)
     for op, cases in (
         ("topk_route", 2),
-        ("sort_tokens", 1),
+        ("sort_tokens", 2),
+        ("count_tokens", 1),
         ("limit_capacity", 2),
         ("permute_tokens", 1),
         ("unpermute_tokens", 2),

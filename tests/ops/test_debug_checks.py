@@ -33,6 +33,14 @@ CASES = {
         "ids[7, 1] = -3; moeops.limit_capacity(ids, 8, 4)",
         "limit_capacity: topk_ids must be from -1 to 7, got 1 ids outside",
     ),
+    "id too large to count": (
+        "ids[7, 1] = 8; print(moeops.count_tokens(ids, 8))",
+        "count_tokens: topk_ids must be from -1 to 7, got 1 ids outside",
+    ),
+    "too few rows": (
+        "plan = moeops.sort_tokens(ids, 8, 599); moeops.permute_tokens(logits, plan)",
+        "sort_tokens: num_rows must be at least the 600 pairs that are kept, got 599",
+    ),
     "nan logit": (
         "logits[5, 3] = float('nan'); moeops.topk_route(logits, 2)",
         "topk_route: logits must be finite, got NaN or infinity in 1 places",
@@ -61,6 +69,7 @@ def test_switch_off_stays_inside_memory(name, cuda_device):
 def test_good_values_pass_with_the_switch_on(cuda_device):
     code = (
         "moeops.topk_route(logits, 2); moeops.sort_tokens(ids, 8); moeops.limit_capacity(ids, 8, 3)"
+        "; moeops.sort_tokens(ids, 8, 600); moeops.count_tokens(ids, 8)"
     )
     assert run(code, enabled=True).returncode == 0
 

@@ -59,7 +59,7 @@ def test_every_registered_op_has_samples():
 
 
 @every_case
-@pytest.mark.parametrize("sample", ["dropped", "no_tokens", "strided"])
+@pytest.mark.parametrize("sample", ["dropped", "no_tokens", "strided", "few_rows"])
 def test_opcheck(op, index, sample):
     case = case_of(op, index, sample)
     results = torch.library.opcheck(case.overload, case.args)
@@ -67,7 +67,7 @@ def test_opcheck(op, index, sample):
 
 
 @every_case
-@pytest.mark.parametrize("sample", ["dropped", "no_tokens"])
+@pytest.mark.parametrize("sample", ["dropped", "no_tokens", "few_rows", "more_rows"])
 def test_fake_has_the_shapes_types_and_strides_of_the_op(op, index, sample):
     case = case_of(op, index, sample)
     meta = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in case.args]
@@ -101,15 +101,17 @@ def test_compile_with_inductor(op, index, sample, fresh_dynamo):
     )
 
 
-def token_counts(op, index, counts):
-    return [case_of(op, index, Sample("dropped", T=T, dropped=0.2)) for T in counts]
+def token_counts(op, index, counts, rows_per_pair=None):
+    samples = [Sample("dropped", T=T, dropped=0.2, rows_per_pair=rows_per_pair) for T in counts]
+    return [case_of(op, index, sample) for sample in samples]
 
 
 @every_case
 def test_ten_token_counts_give_one_graph(op, index, fresh_dynamo):
     counter = CompileCounterWithBackend("aot_eager")
     compiled = None
-    for case in token_counts(op, index, [13, 0, 1, 2, 3, 8, 21, 64, 100, 257]):
+    # Plans with fewer rows than pairs: a fake that took one number for the other would fail here.
+    for case in token_counts(op, index, [13, 0, 1, 2, 3, 8, 21, 64, 100, 257], rows_per_pair=0.75):
         inputs = case.inputs()
         function = case.as_function()
         if compiled is None:
@@ -247,6 +249,35 @@ def test_aot_inductor_package(tmp_path, fresh_dynamo):
 def test_composed_block_is_one_graph_for_ten_token_counts(backend, fresh_dynamo):
     block = Block()
     counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(block, fullgraph=True, backend=counter)
+    for T in (13, 0, 1, 2, 3, 8, 21, 64, 100, 257):
+        results = []
+        for model in (compiled, block):
+            x = torch.randn(T, 8, generator=torch.Generator().manual_seed(T)).requires_grad_()
+            torch._dynamo.decorators.mark_unbacked(x, 0)
+            y = model(x)
+            loss = y.square().sum()
+            results.append([y.detach(), *torch.autograd.grad(loss, (x, *block.parameters()))])
+        assert_same(*results)
+    assert counter.frame_count == 1
+
+
+class BudgetBlock(Block):
+    """The same with a slot for every expert, of which a token uses some, and rows for those."""
+
+    def forward(self, x):
+        logits = self.router(x)
+        experts = torch.arange(self.num_experts, device=x.device)
+        ids = torch.where(logits > 0, experts, -1)  # [T, E]
+        capacity = (x.shape[0] * self.top_k + self.num_experts - 1) // self.num_experts
+        ids = moeops.limit_capacity(ids, self.num_experts, capacity)
+        plan = moeops.sort_tokens(ids, self.num_experts, self.num_experts * capacity)
+        return moeops.moe_mlp(x, logits.sigmoid(), plan, self.w_up, self.w_down)
+
+
+def test_rows_by_capacity_are_one_graph_for_ten_token_counts(fresh_dynamo):
+    block = BudgetBlock()
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(block, fullgraph=True, backend=counter)
     for T in (13, 0, 1, 2, 3, 8, 21, 64, 100, 257):
         results = []

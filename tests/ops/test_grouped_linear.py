@@ -13,7 +13,7 @@ bias_options = pytest.mark.parametrize("with_bias", [False, True], ids=["no_bias
 
 def problem(sample, dtype, device, with_bias):
     tensors = {
-        "rows": sample.tensor(sample.N, sample.D, dtype=dtype, device=device),
+        "rows": sample.tensor(sample.R, sample.D, dtype=dtype, device=device),
         "weight": sample.tensor(sample.E, sample.H, sample.D, dtype=dtype, device=device),
     }
     if with_bias:
@@ -40,8 +40,8 @@ def test_grouped_linear(sample, with_bias, values_dtype, device):
 @pytest.mark.parametrize("sample", SAMPLES, ids=str)
 def test_weight_grad_and_sum(sample, values_dtype, device):
     offsets = sample.plan(device).expert_offsets
-    grad = sample.tensor(sample.N, sample.H, dtype=values_dtype, device=device)
-    rows = sample.tensor(sample.N, sample.D, dtype=values_dtype, device=device)
+    grad = sample.tensor(sample.R, sample.H, dtype=values_dtype, device=device)
+    rows = sample.tensor(sample.R, sample.D, dtype=values_dtype, device=device)
     assert_matches_reference(
         lambda grad, rows: torch.ops.moeops.grouped_linear_weight_grad(grad, rows, offsets),
         lambda grad, rows: reference.grouped_linear_weight_grad(grad, rows, offsets.cpu()),
@@ -73,7 +73,7 @@ def test_gradients_of_gradients(sample, with_bias, device):
 def test_transposed_and_sliced_weights(dtype, device):
     sample = Sample("plain", D=24, H=16)
     offsets = sample.plan(device).expert_offsets
-    rows = sample.tensor(sample.N, sample.D, dtype=dtype, device=device)
+    rows = sample.tensor(sample.R, sample.D, dtype=dtype, device=device)
     weight = sample.tensor(sample.E, sample.H, sample.D, dtype=dtype, device=device)
     want = reference.grouped_linear(rows.cpu().double(), weight.cpu().double(), offsets.cpu())
     transposed = weight.transpose(1, 2).contiguous().transpose(1, 2)

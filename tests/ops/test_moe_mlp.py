@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -119,7 +120,7 @@ def test_only_needed_gradients_are_computed(needed, device):
 def test_backward_returns_empty_tensors_for_what_is_not_needed(needs, device):
     sample = Sample("plain")
     t = mlp_tensors(sample, torch.float32, device, "swiglu", with_bias=True)
-    pre = sample.tensor(sample.N, 2 * sample.H, dtype=torch.float32, device=device)
+    pre = sample.tensor(sample.R, 2 * sample.H, dtype=torch.float32, device=device)
     block = [t["x"], t["topk_weights"], t["w_up"], t["w_down"], t["b_up"], t["b_down"]]
     grads = torch.ops.moeops.moe_mlp_backward(
         torch.randn_like(t["x"]), *block, pre, *sample.plan(device), "swiglu", *needs
@@ -143,8 +144,16 @@ def test_expanded_gradient(dtype, device):
         torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
-def test_nan_of_a_dropped_pair_stays_out(device):
-    sample = Sample("dropped", dropped=0.4)
+@pytest.mark.parametrize(
+    "sample",
+    [
+        Sample("dropped", dropped=0.4),
+        Sample("few_rows", K=4, dropped=0.5, rows_per_pair=0.6),
+        Sample("more_rows", dropped=0.3, rows_per_pair=1.5),
+    ],
+    ids=str,
+)
+def test_nan_of_a_dropped_pair_stays_out(sample, device):
     plan = sample.plan(device)
     tensors = mlp_tensors(sample, torch.float32, device, "swiglu", with_bias=True)
     dead = plan.pair_to_row >= plan.expert_offsets[-1]
@@ -174,7 +183,33 @@ def test_keeps_only_inputs_and_pre_activation(device):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         call(moeops.moe_mlp, plan, "swiglu")(**leaves)
-    assert saved == [(sample.N, 2 * sample.H)]
+    assert saved == [(sample.R, 2 * sample.H)]
+
+
+def test_rows_without_tokens(device):
+    sample = Sample("no_tokens", T=0)
+    plan = moeops.sort_tokens(sample.ids(device), sample.E, 5)
+    tensors = mlp_tensors(sample, torch.float32, device, "swiglu", with_bias=True)
+    leaves = {n: t.detach().requires_grad_() for n, t in tensors.items()}
+    y = call(moeops.moe_mlp, plan, "swiglu")(**leaves)
+    assert y.shape == (0, sample.D)
+    for grad in torch.autograd.grad(y.sum(), leaves.values()):
+        assert torch.equal(grad, torch.zeros_like(grad))
+
+
+@pytest.mark.cuda
+def test_memory_follows_rows_and_not_pairs(cuda_device):
+    sample = Sample("expert_choice", T=4096, K=64, E=64, D=256, H=64, dropped=0.97)
+    sample = replace(sample, rows_per_pair=1 / 32)
+    plan = moeops.sort_tokens(sample.ids("cuda"), sample.E, sample.num_rows)
+    tensors = mlp_tensors(sample, torch.bfloat16, "cuda", "swiglu", with_bias=True)
+    leaves = {n: t.detach().requires_grad_() for n, t in tensors.items()}
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call(moeops.moe_mlp, plan, "swiglu")(**leaves).sum().backward()
+    used = torch.cuda.max_memory_allocated() - before
+    assert used < sample.N * sample.D * 2 / 2  # bytes of half an [N, D] in bfloat16
 
 
 def test_autocast(device):

@@ -15,7 +15,7 @@ def test_pad_rows(sample, capacity, values_dtype, device):
     assert_matches_reference(
         lambda rows: moeops.pad_rows(rows, offsets, capacity),
         lambda rows: reference.pad_rows(rows, offsets.cpu(), capacity),
-        {"rows": sample.tensor(sample.N, sample.D, dtype=values_dtype, device=device)},
+        {"rows": sample.tensor(sample.R, sample.D, dtype=values_dtype, device=device)},
         values_dtype,
     )
 
@@ -25,8 +25,8 @@ def test_pad_rows(sample, capacity, values_dtype, device):
 def test_unpad_rows(sample, capacity, values_dtype, device):
     offsets = sample.plan(device).expert_offsets
     assert_matches_reference(
-        lambda padded: moeops.unpad_rows(padded, offsets, sample.N),
-        lambda padded: reference.unpad_rows(padded, offsets.cpu(), sample.N),
+        lambda padded: moeops.unpad_rows(padded, offsets, sample.R),
+        lambda padded: reference.unpad_rows(padded, offsets.cpu(), sample.R),
         {"padded": sample.tensor(sample.E, capacity, sample.D, dtype=values_dtype, device=device)},
         values_dtype,
     )
@@ -35,12 +35,12 @@ def test_unpad_rows(sample, capacity, values_dtype, device):
 @pytest.mark.parametrize("sample", SMALL, ids=str)
 def test_gradients_of_gradients(sample, device):
     offsets = sample.plan(device).expert_offsets
-    rows = sample.tensor(sample.N, sample.D, dtype=torch.float64, device=device).requires_grad_()
+    rows = sample.tensor(sample.R, sample.D, dtype=torch.float64, device=device).requires_grad_()
     padded = sample.tensor(sample.E, 3, sample.D, dtype=torch.float64, device=device)
     padded.requires_grad_()
     for function, inputs in (
         (lambda rows: moeops.pad_rows(rows, offsets, 3), (rows,)),
-        (lambda padded: moeops.unpad_rows(padded, offsets, sample.N), (padded,)),
+        (lambda padded: moeops.unpad_rows(padded, offsets, sample.R), (padded,)),
     ):
         assert torch.autograd.gradcheck(function, inputs)
         assert torch.autograd.gradgradcheck(function, inputs)
@@ -53,7 +53,7 @@ def test_unpad_undoes_pad_where_everything_fits(sample, device):
     rows = moeops.permute_tokens(x, plan)
     capacity = int(plan.expert_offsets.diff().max())
     padded = moeops.pad_rows(rows, plan.expert_offsets, capacity)
-    assert torch.equal(moeops.unpad_rows(padded, plan.expert_offsets, sample.N), rows)
+    assert torch.equal(moeops.unpad_rows(padded, plan.expert_offsets, sample.R), rows)
 
 
 def test_errors(device):

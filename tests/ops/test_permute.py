@@ -7,6 +7,10 @@ import moeops
 from moeops import TokenPlan, reference
 from samples import SAMPLES, SMALL, Sample, assert_matches_reference
 
+BESIDE_DEAD_PAIRS = [
+    s for s in SAMPLES if s.name in ("dropped", "few_rows", "more_rows", "expert_choice")
+]
+
 
 @pytest.mark.parametrize("sample", SAMPLES, ids=str)
 def test_permute_tokens(sample, values_dtype, device):
@@ -27,7 +31,7 @@ def test_permute_tokens(sample, values_dtype, device):
 def test_unpermute_tokens(sample, weighted, values_dtype, device):
     plan = sample.plan(device)
     cpu_plan = TokenPlan(*(t.cpu() for t in plan))
-    tensors = {"rows": sample.tensor(sample.N, sample.D, dtype=values_dtype, device=device)}
+    tensors = {"rows": sample.tensor(sample.R, sample.D, dtype=values_dtype, device=device)}
     if weighted:
         tensors["topk_weights"] = sample.weights(values_dtype, device)
     assert_matches_reference(
@@ -42,7 +46,7 @@ def test_unpermute_tokens(sample, weighted, values_dtype, device):
 def test_gradients_of_gradients(sample, device):
     plan = sample.plan(device)
     x = sample.tensor(sample.T, sample.D, dtype=torch.float64, device=device).requires_grad_()
-    rows = sample.tensor(sample.N, sample.D, dtype=torch.float64, device=device).requires_grad_()
+    rows = sample.tensor(sample.R, sample.D, dtype=torch.float64, device=device).requires_grad_()
     weights = sample.weights(torch.float64, device).requires_grad_()
     for function, inputs in (
         (lambda x: moeops.permute_tokens(x, plan), (x,)),
@@ -75,12 +79,12 @@ def test_unpermute_undoes_permute(sample, device):
     torch.testing.assert_close(y, x, rtol=1e-14, atol=1e-14)
 
 
-def test_nan_in_dropped_rows_is_not_read(device):
-    sample = next(s for s in SAMPLES if s.name == "dropped")
+@pytest.mark.parametrize("sample", BESIDE_DEAD_PAIRS, ids=str)
+def test_nan_in_dropped_rows_is_not_read(sample, device):
     plan = sample.plan(device)
     live = int(plan.expert_offsets[-1])
-    assert 0 < live < sample.N
-    rows = sample.tensor(sample.N, sample.D, dtype=torch.float32, device=device)
+    assert 0 < live < sample.R
+    rows = sample.tensor(sample.R, sample.D, dtype=torch.float32, device=device)
     weights = sample.weights(torch.float32, device)
     weights[plan.pair_to_row >= live] = float("nan")
     poisoned = rows.clone()
@@ -101,12 +105,44 @@ def test_nan_in_dropped_rows_is_not_read(device):
 @pytest.mark.parametrize("sample", SMALL, ids=str)
 def test_expanded_gradient(sample, device):
     plan = sample.plan(device)
-    rows = sample.tensor(sample.N, sample.D, dtype=torch.float32, device=device).requires_grad_()
+    rows = sample.tensor(sample.R, sample.D, dtype=torch.float32, device=device).requires_grad_()
     weights = sample.weights(torch.float32, device).requires_grad_()
     y = moeops.unpermute_tokens(rows, plan, weights)
     expected = torch.autograd.grad(y, (rows, weights), torch.ones_like(y), retain_graph=True)
     for got, want in zip(torch.autograd.grad(y.sum(), (rows, weights)), expected, strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "plain_sum"])
+def test_rows_without_tokens(weighted, dtype, device):
+    plan = moeops.sort_tokens(torch.zeros(0, 2, dtype=torch.int64, device=device), 3, 5)
+    rows = moeops.permute_tokens(torch.empty(0, 8, dtype=dtype, device=device), plan)
+    assert torch.equal(rows, torch.zeros(5, 8, dtype=dtype, device=device))
+    rows = torch.full_like(rows, float("nan")).requires_grad_()
+    weights = torch.ones(0, 2, device=device) if weighted else None
+    y = moeops.unpermute_tokens(rows, plan, weights)
+    assert y.shape == (0, 8)
+    y.sum().backward()
+    assert torch.equal(rows.grad, torch.zeros(5, 8, dtype=dtype, device=device))
+
+
+def test_dead_rows_may_hold_anything(device):
+    # Only the live rows' pairs are read: a plan of one's own may leave the others as they are.
+    sample = next(s for s in SAMPLES if s.name == "more_rows")
+    plan = sample.plan(device)
+    live = int(plan.expert_offsets[-1])
+    own = plan._replace(row_to_pair=plan.row_to_pair.clone())
+    own.row_to_pair[live:] = -5
+    x = torch.randn(sample.T, sample.D, device=device)
+    rows = moeops.permute_tokens(x, own)
+    assert torch.equal(rows, moeops.permute_tokens(x, plan))
+    weights = sample.weights(torch.float32, device)
+    for got, want in zip(
+        torch.ops.moeops.unpermute_tokens_backward(x, rows, weights, *own),
+        torch.ops.moeops.unpermute_tokens_backward(x, rows, weights, *plan),
+        strict=True,
+    ):
+        assert torch.equal(got, want)
 
 
 def test_no_columns(device):
@@ -159,6 +195,20 @@ def test_bare_ops_refuse_bad_maps():
     pair = int(row_to_pair[5])
     with pytest.raises(RuntimeError, match=rf"inverse of row_to_pair, got row 99 for pair {pair} "):
         permute(x, row_to_pair, changed(pair_to_row, pair, 99), offsets)
+    first, second = row_to_pair[0], row_to_pair[1]
+    with pytest.raises(RuntimeError, match=rf"inverse of row_to_pair, got row 1 for pair {first} "):
+        permute(x, row_to_pair, changed(pair_to_row, first, 1), offsets)
+    fewer = changed(offsets, 4, 25)  # the last pair counts no more, but claims the first row
+    last = int(row_to_pair[25])
+    with pytest.raises(
+        RuntimeError,
+        match=rf"name the row that holds the pair, or none below 25 .* got row 0 for pair {last}",
+    ):
+        permute(x, row_to_pair, changed(pair_to_row, last, 0), fewer)
+    with pytest.raises(RuntimeError, match=rf"name the row .* got row -1 for pair {last}"):
+        permute(x, row_to_pair, changed(pair_to_row, last, -1), fewer)
+    with pytest.raises(RuntimeError, match=rf"inverse of row_to_pair.* for pair {second} of row 0"):
+        permute(x, changed(row_to_pair, 0, second), pair_to_row, offsets)
     with pytest.raises(RuntimeError, match=r"expert_offsets must start with 0, got 1 at \[0\]"):
         permute(x, row_to_pair, pair_to_row, changed(offsets, 0, 1))
     with pytest.raises(

@@ -14,10 +14,9 @@ ID_DTYPES = pytest.mark.parametrize("id_dtype", [torch.int32, torch.int64], ids=
 @ID_DTYPES
 def test_sort_tokens(sample, id_dtype, device, filled):
     ids = sample.ids(device, id_dtype)
-    plan = moeops.sort_tokens(ids, sample.E)
-    for name, got, want in zip(
-        plan._fields, plan, reference.sort_tokens(ids.cpu(), sample.E), strict=True
-    ):
+    plan = moeops.sort_tokens(ids, sample.E, sample.num_rows)
+    truth = reference.sort_tokens(ids.cpu(), sample.E, sample.num_rows)
+    for name, got, want in zip(plan._fields, plan, truth, strict=True):
         assert got.dtype == torch.int32, name
         assert got.device == ids.device, name
         assert got.is_contiguous(), name
@@ -37,6 +36,89 @@ def test_maps_are_inverse_permutations(sample, device):
     live = int(offsets[-1])
     assert torch.equal(in_order[:live], in_order[:live].sort().values)
     assert (in_order[live:] == -1).all()
+
+
+FULL = torch.tensor([[1, -1, 0], [0, 1, -1]])  # four pairs that count
+BY_ROWS = {
+    4: ([2, 3, 0, 4], [[2, 4, 0], [1, 3, 4]], [0, 2, 4]),
+    5: ([2, 3, 0, 4, 0], [[2, 5, 0], [1, 3, 5]], [0, 2, 4]),
+    6: ([2, 3, 0, 4, 1, 5], [[2, 4, 0], [1, 3, 5]], [0, 2, 4]),
+    8: ([2, 3, 0, 4, 1, 5, 0, 0], [[2, 4, 0], [1, 3, 5]], [0, 2, 4]),
+}
+
+
+@pytest.mark.parametrize("num_rows", BY_ROWS)
+def test_number_of_rows_by_hand(num_rows, device, filled):
+    plan = moeops.sort_tokens(FULL.to(device), 2, num_rows)
+    assert tuple(t.tolist() for t in plan) == BY_ROWS[num_rows]
+
+
+def test_rows_without_tokens(device):
+    plan = moeops.sort_tokens(torch.zeros(0, 2, dtype=torch.int64, device=device), 3, 5)
+    assert plan.row_to_pair.tolist() == [0] * 5
+    assert plan.pair_to_row.shape == (0, 2)
+    assert plan.expert_offsets.tolist() == [0] * 4
+
+
+@ID_DTYPES
+@pytest.mark.parametrize("num_rows", [0, 3])
+def test_too_few_rows(num_rows, id_dtype):
+    with pytest.raises(
+        RuntimeError,
+        match=rf"sort_tokens: num_rows must be at least the 4 pairs that are kept, got {num_rows}\.",
+    ):
+        moeops.sort_tokens(FULL.to(id_dtype), 2, num_rows)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("T", [2, 3000])
+def test_too_few_rows_on_cuda_drop_the_last_pairs(T, cuda_device, filled):
+    ids = FULL.repeat(T // 2, 1)
+    num_rows = 3 * T // 2  # of the 2 T pairs that count
+    want = reference.sort_tokens(ids, 2)
+    plan = moeops.sort_tokens(ids.cuda(), 2, num_rows)
+    assert torch.equal(plan.row_to_pair.cpu(), want.row_to_pair[:num_rows])
+    assert plan.expert_offsets.tolist() == [0, T, num_rows]
+    pair_to_row = torch.where(want.pair_to_row < num_rows, want.pair_to_row, num_rows)
+    assert torch.equal(plan.pair_to_row.cpu(), pair_to_row)
+    x = torch.randn(T, 8, device="cuda")
+    rows = moeops.permute_tokens(x, plan)
+    assert torch.equal(rows, x[plan.row_to_pair.long() // 3])
+
+
+COUNTED = [
+    *SAMPLES,
+    Sample("many_ids", T=100_003, K=3, E=130, dropped=0.2),
+    Sample("most_shared_bins", E=2048),
+    Sample("global_bins", T=999, E=2049, dropped=0.1),
+]
+
+
+@pytest.mark.parametrize("sample", COUNTED, ids=str)
+@ID_DTYPES
+def test_count_tokens(sample, id_dtype, device, filled):
+    ids = sample.ids(device, id_dtype)
+    counts = moeops.count_tokens(ids, sample.E)
+    assert counts.dtype == torch.int32
+    assert counts.device == ids.device
+    assert torch.equal(counts.cpu(), reference.count_tokens(ids.cpu(), sample.E))
+
+
+@ID_DTYPES
+@pytest.mark.parametrize("shape", [(), (0,), (7,), (2, 0, 3), (3, 4, 5)], ids=str)
+def test_count_tokens_of_any_shape(shape, id_dtype, device):
+    ids = torch.randint(-1, 4, shape).to(device, id_dtype)
+    want = [int((ids == e).sum()) for e in range(4)]
+    assert moeops.count_tokens(ids, 4).tolist() == want
+
+
+@ID_DTYPES
+def test_count_tokens_from_any_address(id_dtype, device):
+    ids = torch.randint(-1, 5, (10_007,)).to(device, id_dtype)
+    for first in range(5):  # whole vectors begin at every fourth, or second, id
+        part = ids[first:]
+        want = reference.count_tokens(part.cpu(), 5)
+        assert torch.equal(moeops.count_tokens(part, 5).cpu(), want)
 
 
 @ID_DTYPES
@@ -106,6 +188,14 @@ def test_public_errors(device):
         moeops.sort_tokens(ids, 0)
     with pytest.raises(TypeError, match=r"sort_tokens: num_experts must be an int, got True"):
         moeops.sort_tokens(ids, True)
+    with pytest.raises(ValueError, match=r"sort_tokens: num_rows must be at least 0, got -1"):
+        moeops.sort_tokens(ids, 4, -1)
+    with pytest.raises(TypeError, match=r"sort_tokens: num_rows must be an int, got 2\.5"):
+        moeops.sort_tokens(ids, 4, 2.5)
+    with pytest.raises(TypeError, match=r"count_tokens: topk_ids must be int32 or int64, got tor"):
+        moeops.count_tokens(ids.float(), 4)
+    with pytest.raises(ValueError, match=r"count_tokens: num_experts must be at least 1, got 0"):
+        moeops.count_tokens(ids, 0)
     with pytest.raises(ValueError, match=r"limit_capacity: capacity must be at least 0, got -1"):
         moeops.limit_capacity(ids, 4, -1)
     with pytest.raises(ValueError, match=r"limit_capacity: priority must have size 2.*\[4, 1\]"):
@@ -120,6 +210,7 @@ def test_ids_out_of_range(bad, id_dtype):
     ids = torch.tensor([[0, 1], [3, bad]], dtype=id_dtype)
     for call in (
         lambda: moeops.sort_tokens(ids, 4),
+        lambda: moeops.count_tokens(ids, 4),
         lambda: moeops.limit_capacity(ids, 4, 2),
         lambda: moeops.limit_capacity(ids, 4, 2, priority=torch.ones(2, 2)),
     ):
@@ -127,6 +218,14 @@ def test_ids_out_of_range(bad, id_dtype):
             RuntimeError, match=rf"topk_ids must be in \[-1, 4\), got {bad} at pair 3"
         ):
             call()
+
+
+@pytest.mark.parametrize("num_rows", [-1, 2**31 - 1, 2**40])
+def test_bare_op_refuses_rows_that_int32_cannot_number(num_rows, device):
+    with pytest.raises(
+        RuntimeError, match=rf"num_rows must be from 0 to 2\^31 - 2, got {num_rows}"
+    ):
+        torch.ops.moeops.sort_tokens(FULL.to(device), 2, num_rows, False)
 
 
 def test_negative_ids_are_an_error_even_when_dropping():

@@ -82,7 +82,7 @@ Tensor result(const Tensor& product, const Tensor& like) {
              : torch::stable::to(product, like.scalar_type());
 }
 
-// Zeroes rows [first, N) of a contiguous [N, columns].
+// Zeroes rows [first, R) of a contiguous [R, columns].
 void clear_rows_from(Tensor& rows, int64_t first) {
   const auto row_bytes = static_cast<size_t>(rows.size(1)) * rows.element_size();
   const auto count = static_cast<size_t>(rows.size(0) - first);

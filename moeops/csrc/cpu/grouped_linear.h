@@ -8,7 +8,7 @@
 
 namespace moeops::cpu {
 
-// [N, H] = rows @ weight[e].T + bias[e]; weight [E, H, D], any strides; rows past the last offset
+// [R, H] = rows @ weight[e].T + bias[e]; weight [E, H, D], any strides; rows past the last offset
 // are zero.
 Tensor linear_rows(const Tensor& rows, const Tensor& weight, const Offsets& offsets,
                    const std::optional<Tensor>& bias);
@@ -16,7 +16,7 @@ Tensor linear_rows(const Tensor& rows, const Tensor& weight, const Offsets& offs
 // [E, H, D] = grad[rows of e].T @ rows[rows of e].
 Tensor linear_weight_grad(const Tensor& grad, const Tensor& rows, const Offsets& offsets);
 
-// [E, D] = sum of the rows of e, each times row_weights[row] where given (accumulate type, [N]).
+// [E, D] = sum of the rows of e, each times row_weights[row] where given (accumulate type, [R]).
 Tensor sum_by_expert(const Tensor& rows, const Offsets& offsets, const void* row_weights);
 
 }  // namespace moeops::cpu

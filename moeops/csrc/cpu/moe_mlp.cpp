@@ -44,7 +44,7 @@ MOEOPS_WIDEST_VECTORS void activate_row(Activation, Gated, scalar_t* __restrict 
   }
 }
 
-// hidden [N, H] = act(pre_activation), live rows only.
+// hidden [R, H] = act(pre_activation), live rows only.
 template <typename Activation, typename Gated, typename scalar_t>
 void activate_kernel(Activation act, Gated gated, scalar_t* hidden, const scalar_t* pre,
                      int64_t num_live, int64_t width) {
@@ -59,14 +59,14 @@ void activate_kernel(Activation act, Gated gated, scalar_t* hidden, const scalar
 // Pointers of activate_backward_kernel; null where a result is not needed or a bias absent.
 template <typename scalar_t>
 struct BackwardRows {
-  scalar_t* grad_pre;                     // [N, 2H or H]
-  scalar_t* weighted_hidden;              // [N, H]
+  scalar_t* grad_pre;                     // [R, 2H or H]
+  scalar_t* weighted_hidden;              // [R, H]
   accumulate_t<scalar_t>* grad_weights;   // [T, K]
-  accumulate_t<scalar_t>* row_weights;    // [N], the routing weight of each live row
-  const scalar_t* pre;                    // [N, 2H or H]
-  const scalar_t* grad_hidden;            // [N, H]; null if nothing needs it
+  accumulate_t<scalar_t>* row_weights;    // [R], the routing weight of each live row
+  const scalar_t* pre;                    // [R, 2H or H]
+  const scalar_t* grad_hidden;            // [R, H]; null if nothing needs it
   const accumulate_t<scalar_t>* weights;  // [T, K]
-  const scalar_t* grad_out;               // [N, D_out], unweighted
+  const scalar_t* grad_out;               // [R, D_out], unweighted
   const scalar_t* b_down;                 // [E, D_out]
   int64_t width;                          // H
   int64_t out_width;                      // D_out
@@ -125,14 +125,10 @@ void activate_backward_kernel(Activation act, Gated gated, const BackwardRows<sc
   using acc_t = accumulate_t<scalar_t>;
   const int64_t live = plan.offsets.num_live;
   const int64_t width = p.width;
-  torch::stable::parallel_for(0, plan.num_rows, grain_rows(width), [&](int64_t begin, int64_t end) {
-    int64_t expert = begin < live ? plan.offsets.expert_of(begin) : 0;
+  torch::stable::parallel_for(0, live, grain_rows(width), [&](int64_t begin, int64_t end) {
+    int64_t expert = plan.offsets.expert_of(begin);
     for (int64_t row = begin; row < end; ++row) {
       const int64_t pair = plan.row_to_pair[row];
-      if (row >= live) {
-        if (p.grad_weights) p.grad_weights[pair] = acc_t(0);
-        continue;
-      }
       while (row >= plan.offsets.end(expert)) ++expert;
       const acc_t weight = p.weights[pair];
       if (p.row_weights) p.row_weights[row] = weight;
@@ -245,15 +241,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(
     return needed ? torch::stable::new_empty(like, size) : torch::stable::new_empty(x, {0});
   };
 
-  const Tensor grad_out = gather_rows(as_contiguous(grad_y), plan);  // [N, D_out]
-  std::optional<Tensor> grad_hidden;                                 // [N, H]
+  const Tensor grad_out = gather_rows(as_contiguous(grad_y), plan);  // [R, D_out]
+  std::optional<Tensor> grad_hidden;                                 // [R, H]
   if (need_pre || need_topk_weights) {
     grad_hidden =
         linear_rows(grad_out, torch::stable::transpose(w_down, 1, 2), plan.offsets, std::nullopt);
   }
   Tensor grad_pre = empty(need_pre, x, {num_rows, w_up.size(1)});
   Tensor weighted_hidden = empty(need_w_down, x, {num_rows, width});
-  Tensor grad_weights = empty(need_topk_weights, weights, {plan.num_tokens, plan.top_k});
+  // Pairs without a live row keep the zero.
+  Tensor grad_weights = need_topk_weights
+                            ? torch::stable::new_zeros(weights, {plan.num_tokens, plan.top_k})
+                            : empty(false, x, {});
   const bool need_b_down = need_w_down && b_down.has_value();
   Tensor row_weights = empty(need_b_down, weights, {num_rows});
   const auto out = [](bool needed, Tensor& t) { return needed ? t.mutable_data_ptr() : nullptr; };

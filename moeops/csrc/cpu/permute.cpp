@@ -6,6 +6,7 @@
 
 #include <cstring>
 #include <tuple>
+#include <vector>
 
 #include "dispatch.h"
 
@@ -54,30 +55,36 @@ void sum_rows_kernel(scalar_t* y, const scalar_t* rows, const accumulate_t<scala
   using acc_t = accumulate_t<scalar_t>;
   const int64_t live = plan.offsets.num_live;
   const int64_t top_k = plan.top_k;
-  torch::stable::parallel_for(
-      0, plan.num_tokens, grain_rows(num_columns * top_k), [&](int64_t begin, int64_t end) {
-        acc_t sums[kColumnBlock];
-        for (int64_t token = begin; token < end; ++token) {
-          for (int64_t column = 0; column < num_columns; column += kColumnBlock) {
-            const int64_t width = std::min(kColumnBlock, num_columns - column);
-            std::fill(sums, sums + width, acc_t(0));
-            for (int64_t pair = token * top_k; pair < (token + 1) * top_k; ++pair) {
-              const int64_t row = plan.pair_to_row[pair];
-              if (row >= live) continue;
-              const scalar_t* source = rows + row * num_columns + column;
-              const acc_t weight = weights ? weights[pair] : acc_t(1);
-              for (int64_t i = 0; i < width; ++i) {
-                sums[i] += weight * static_cast<acc_t>(source[i]);
-              }
-            }
-            scalar_t* target = y + token * num_columns + column;
-            for (int64_t i = 0; i < width; ++i) target[i] = static_cast<scalar_t>(sums[i]);
-          }
+  const int64_t rows_per_token = live / plan.num_tokens + 1;
+  const Ranges ranges(plan.num_tokens, grain_rows(num_columns * rows_per_token + top_k));
+  std::vector<int32_t> slots(ranges.count() * top_k);
+  ranges.run([&](int64_t range, int64_t begin, int64_t end) {
+    acc_t sums[kColumnBlock];
+    int32_t* kept = slots.data() + range * top_k;
+    for (int64_t token = begin; token < end; ++token) {
+      // The slots that hold something, looked for once and not once per column block.
+      const int32_t* pair_to_row = plan.pair_to_row + token * top_k;
+      int64_t num_kept = 0;
+      for (int64_t k = 0; k < top_k; ++k) {
+        if (pair_to_row[k] < live) kept[num_kept++] = static_cast<int32_t>(k);
+      }
+      for (int64_t column = 0; column < num_columns; column += kColumnBlock) {
+        const int64_t width = std::min(kColumnBlock, num_columns - column);
+        std::fill(sums, sums + width, acc_t(0));
+        for (int64_t i = 0; i < num_kept; ++i) {
+          const scalar_t* source = rows + pair_to_row[kept[i]] * num_columns + column;
+          const acc_t weight = weights ? weights[token * top_k + kept[i]] : acc_t(1);
+          for (int64_t c = 0; c < width; ++c) sums[c] += weight * static_cast<acc_t>(source[c]);
         }
-      });
+        scalar_t* target = y + token * num_columns + column;
+        for (int64_t c = 0; c < width; ++c) target[c] = static_cast<scalar_t>(sums[c]);
+      }
+    }
+  });
 }
 
-// Row by row: grad_rows = weight * grad_y, grad_weight = <grad_y, row>.
+// Row by row: grad_rows = weight * grad_y, grad_weight = <grad_y, row>. Weights without a live row
+// are not written.
 template <typename scalar_t>
 void unpermute_backward_kernel(scalar_t* grad_rows, accumulate_t<scalar_t>* grad_weights,
                                const scalar_t* grad_y, const scalar_t* rows,
@@ -88,13 +95,12 @@ void unpermute_backward_kernel(scalar_t* grad_rows, accumulate_t<scalar_t>* grad
   torch::stable::parallel_for(0, plan.num_rows, grain_rows(num_columns),
                               [&](int64_t begin, int64_t end) {
                                 for (int64_t row = begin; row < end; ++row) {
-                                  const int64_t pair = plan.row_to_pair[row];
                                   scalar_t* target = grad_rows + row * num_columns;
                                   if (row >= live) {
                                     std::fill(target, target + num_columns, scalar_t(0));
-                                    grad_weights[pair] = acc_t(0);
                                     continue;
                                   }
+                                  const int64_t pair = plan.row_to_pair[row];
                                   const scalar_t* grad = grad_y + pair / plan.top_k * num_columns;
                                   const scalar_t* source = rows + row * num_columns;
                                   const acc_t weight = weights[pair];
@@ -174,7 +180,7 @@ std::tuple<Tensor, Tensor> unpermute_tokens_backward(const Tensor& grad_y, const
   const Tensor source_rows = as_contiguous(rows);
   const Tensor weights = as_contiguous(topk_weights);
   Tensor grad_rows = torch::stable::new_empty(rows, rows.sizes());
-  Tensor grad_weights = torch::stable::new_empty(weights, weights.sizes());
+  Tensor grad_weights = torch::stable::new_zeros(weights, weights.sizes());
   if (plan.num_rows == 0) return {grad_rows, grad_weights};
   MOEOPS_DISPATCH_FLOAT(rows.scalar_type(), kOp, [&] {
     using acc_t = accumulate_t<scalar_t>;

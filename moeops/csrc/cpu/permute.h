@@ -7,11 +7,11 @@
 
 namespace moeops::cpu {
 
-// rows [N, D] = x[row_to_pair // K], zero for dropped pairs; x [T, D] contiguous.
+// rows [R, D] = x[row_to_pair // K], zero behind the live rows; x [T, D] contiguous.
 Tensor gather_rows(const Tensor& x, const Plan& plan);
 
-// y [T, D] = sum over k of topk_weights * rows[pair_to_row]; rows contiguous, rows of dropped pairs
-// are not read.
+// y [T, D] = sum over k of topk_weights * rows[pair_to_row]; rows contiguous, only live rows are
+// read.
 Tensor sum_rows(const Tensor& rows, const std::optional<Tensor>& topk_weights, const Plan& plan);
 
 // topk_weights is [T, K] in the accumulate type of `type`.

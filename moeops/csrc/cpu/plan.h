@@ -45,7 +45,8 @@ inline Offsets read_offsets(const char* op, const Tensor& offsets, const Tensor&
   return {holder, data, num_experts, data[num_experts]};
 }
 
-// The index maps are inverse permutations of each other once this exists.
+// Once this exists, the live rows and their pairs name each other, and every other pair names no
+// live row. What the rows behind the live ones hold in row_to_pair was not looked at.
 struct Plan {
   Tensor row_holder;
   Tensor pair_holder;
@@ -55,6 +56,8 @@ struct Plan {
   int64_t num_tokens;
   int64_t top_k;
   int64_t num_rows;
+
+  int64_t num_pairs() const { return num_tokens * top_k; }
 };
 
 inline Plan read_plan(const char* op, const Tensor& row_to_pair, const Tensor& pair_to_row,
@@ -71,19 +74,25 @@ inline Plan read_plan(const char* op, const Tensor& row_to_pair, const Tensor& p
   plan.row_to_pair = static_cast<const int32_t*>(plan.row_holder.const_data_ptr());
   plan.pair_to_row = static_cast<const int32_t*>(plan.pair_holder.const_data_ptr());
 
-  const int64_t num_rows = plan.num_rows;
-  FirstError bad_pair, bad_inverse;
-  torch::stable::parallel_for(0, num_rows, kGrainElements, [&](int64_t begin, int64_t end) {
+  const int64_t num_pairs = plan.num_pairs(), live = plan.offsets.num_live;
+  FirstError bad_pair, bad_inverse, bad_row;
+  torch::stable::parallel_for(0, live, kGrainElements, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const int64_t pair = plan.row_to_pair[row];
-      if (pair < 0 || pair >= num_rows) {
+      if (pair < 0 || pair >= num_pairs) {
         bad_pair.report(row);
       } else if (plan.pair_to_row[pair] != row) {
         bad_inverse.report(row);
       }
     }
   });
-  STD_TORCH_CHECK(!bad_pair.found(), op, ": row_to_pair must be in [0, ", num_rows, "), got ",
+  torch::stable::parallel_for(0, num_pairs, kGrainElements, [&](int64_t begin, int64_t end) {
+    for (int64_t pair = begin; pair < end; ++pair) {
+      const int64_t row = plan.pair_to_row[pair];
+      if (row < 0 || (row < live && plan.row_to_pair[row] != pair)) bad_row.report(pair);
+    }
+  });
+  STD_TORCH_CHECK(!bad_pair.found(), op, ": row_to_pair must be in [0, ", num_pairs, "), got ",
                   plan.row_to_pair[bad_pair.position()], " at [", bad_pair.position(),
                   "]. Build it with sort_tokens.");
   STD_TORCH_CHECK(!bad_inverse.found(), op,
@@ -91,6 +100,10 @@ inline Plan read_plan(const char* op, const Tensor& row_to_pair, const Tensor& p
                   plan.pair_to_row[plan.row_to_pair[bad_inverse.position()]], " for pair ",
                   plan.row_to_pair[bad_inverse.position()], " of row ", bad_inverse.position(),
                   ". Build both with sort_tokens.");
+  STD_TORCH_CHECK(!bad_row.found(), op,
+                  ": pair_to_row must name the row that holds the pair, or none below ", live,
+                  " for a dropped one, got row ", plan.pair_to_row[bad_row.position()],
+                  " for pair ", bad_row.position(), ". Build it with sort_tokens.");
   return plan;
 }
 

@@ -1,6 +1,6 @@
-// sort_tokens and limit_capacity on the CPU. A stable counting sort in two passes: every thread
-// counts the experts of its range of pairs, a prefix sum over (expert, range) gives each range its
-// first place, and every thread places its pairs in order.
+// sort_tokens, count_tokens and limit_capacity on the CPU. A stable counting sort in two passes:
+// every thread counts the experts of its range of pairs, a prefix sum over (expert, range) gives
+// each range its first place, and every thread places its pairs in order.
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
@@ -62,20 +62,27 @@ class ExpertCounts {
   std::vector<int32_t> totals_;
 };
 
-// Pairs in expert order. Returns the first row of every bucket; pair_to_row may be null.
+// Pairs in expert order. Returns the first row of every bucket; pair_to_row may be null. With fewer
+// rows than pairs the dropped ones get none: `num_rows` stands in their pair_to_row.
 template <typename id_t>
-std::vector<int32_t> sort_pairs(ExpertCounts& counts, const id_t* ids, int32_t* row_to_pair,
-                                int32_t* pair_to_row) {
+std::vector<int32_t> sort_pairs(ExpertCounts& counts, const id_t* ids, int64_t num_pairs,
+                                int64_t num_rows, int32_t* row_to_pair, int32_t* pair_to_row) {
   std::vector<int32_t> starts(counts.totals().size());
   int32_t row = 0;
   for (size_t e = 0; e < starts.size(); ++e) {
     starts[e] = row;
     row += counts.totals()[e];
   }
+  const auto dropped = static_cast<int64_t>(starts.size()) - 1;
+  const int64_t rowless = num_rows < num_pairs ? dropped : dropped + 1;
   counts.ranges.run([&](int64_t range, int64_t begin, int64_t end) {
     int32_t* firsts = counts.firsts(range);
     for (int64_t pair = begin; pair < end; ++pair) {
       const int64_t e = counts.bucket(ids[pair]);
+      if (e == rowless) {
+        if (pair_to_row) pair_to_row[pair] = static_cast<int32_t>(num_rows);
+        continue;
+      }
       const int32_t place = starts[e] + firsts[e]++;
       row_to_pair[place] = static_cast<int32_t>(pair);
       if (pair_to_row) pair_to_row[pair] = place;
@@ -100,23 +107,46 @@ void check_arguments(const char* op, const Tensor& topk_ids, int64_t num_experts
 }
 
 std::tuple<Tensor, Tensor, Tensor> sort_tokens(const Tensor& topk_ids, int64_t num_experts,
+                                               std::optional<int64_t> rows_asked,
                                                bool drop_out_of_range) {
   constexpr const char* kOp = "sort_tokens";
   check_arguments(kOp, topk_ids, num_experts);
   const Tensor ids = as_contiguous(topk_ids);
   const int64_t num_pairs = ids.numel();
-  Tensor row_to_pair = torch::stable::new_empty(ids, {num_pairs}, ScalarType::Int);
+  const int64_t num_rows = plan_rows(kOp, rows_asked, num_pairs);
+  Tensor row_to_pair = torch::stable::new_empty(ids, {num_rows}, ScalarType::Int);
   Tensor pair_to_row = torch::stable::new_empty(ids, ids.sizes(), ScalarType::Int);
   Tensor expert_offsets = torch::stable::new_empty(ids, {num_experts + 1}, ScalarType::Int);
   with_ids(ids, [&](const auto* data) {
     ExpertCounts counts(kOp, data, num_pairs, num_experts, drop_out_of_range);
+    const int64_t num_kept = num_pairs - counts.totals().back();
+    STD_TORCH_CHECK(num_kept <= num_rows, kOp, ": num_rows must be at least the ", num_kept,
+                    " pairs that are kept, got ", num_rows,
+                    ". Raise it, or drop pairs with -1 in topk_ids.");
+    auto* rows = static_cast<int32_t*>(row_to_pair.mutable_data_ptr());
     const std::vector<int32_t> starts =
-        sort_pairs(counts, data, static_cast<int32_t*>(row_to_pair.mutable_data_ptr()),
+        sort_pairs(counts, data, num_pairs, num_rows, rows,
                    static_cast<int32_t*>(pair_to_row.mutable_data_ptr()));
+    // Rows without a pair name pair 0: readers index with it and ignore what they find.
+    std::fill(rows + (num_rows < num_pairs ? num_kept : num_pairs), rows + num_rows, 0);
     std::copy(starts.begin(), starts.end(),
               static_cast<int32_t*>(expert_offsets.mutable_data_ptr()));
   });
   return {row_to_pair, pair_to_row, expert_offsets};
+}
+
+Tensor count_tokens(const Tensor& topk_ids, int64_t num_experts) {
+  constexpr const char* kOp = "count_tokens";
+  check_id_type(kOp, topk_ids);
+  check_num_experts(kOp, num_experts);
+  const Tensor ids = as_contiguous(topk_ids);
+  Tensor tokens_per_expert = torch::stable::new_empty(ids, {num_experts}, ScalarType::Int);
+  with_ids(ids, [&](const auto* data) {
+    const ExpertCounts counts(kOp, data, ids.numel(), num_experts, /*drop_out_of_range=*/false);
+    std::copy(counts.totals().begin(), counts.totals().end() - 1,
+              static_cast<int32_t*>(tokens_per_expert.mutable_data_ptr()));
+  });
+  return tokens_per_expert;
 }
 
 // Whether pair a comes before pair b: NaN first, then the larger value, then the earlier pair, as
@@ -155,7 +185,7 @@ void keep_best(id_t* out, const id_t* ids, const scalar_t* priority, ExpertCount
                int64_t num_pairs, int64_t num_experts, int64_t capacity) {
   std::vector<int32_t> pairs(num_pairs);
   const std::vector<int32_t> starts =
-      sort_pairs(counts, ids, pairs.data(), static_cast<int32_t*>(nullptr));
+      sort_pairs(counts, ids, num_pairs, num_pairs, pairs.data(), nullptr);
   std::copy(ids, ids + num_pairs, out);
   torch::stable::parallel_for(0, num_experts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t e = begin; e < end; ++e) {
@@ -206,5 +236,6 @@ Tensor limit_capacity(const Tensor& topk_ids, const std::optional<Tensor>& prior
 
 STABLE_TORCH_LIBRARY_IMPL(moeops, CPU, m) {
   m.impl("sort_tokens", TORCH_BOX(&moeops::cpu::sort_tokens));
+  m.impl("count_tokens", TORCH_BOX(&moeops::cpu::count_tokens));
   m.impl("limit_capacity", TORCH_BOX(&moeops::cpu::limit_capacity));
 }

@@ -165,8 +165,8 @@ void launch_sum(const Tensor& rows, const Tensor* row_to_pair, const Tensor* top
       args.row_to_pair = static_cast<const int32_t*>(row_to_pair->data_ptr());
       args.topk_weights = static_cast<const Acc*>(topk_weights->data_ptr());
       args.top_k = static_cast<int>(topk_weights->size(1));
+      args.num_pairs = topk_weights->numel();
     }
-    args.num_rows = num_rows;
     args.partial = static_cast<Acc*>(partial.data_ptr());
     constexpr int kElements = kTensorMapAlignment / sizeof(scalar_t);
     const bool vectors = width % kElements == 0 && address_aligned(rows);

@@ -177,8 +177,8 @@ void add_down_bias(const Block& block, Tensor& y) {
         static_cast<const scalar_t*>(block.b_down->data_ptr()),
         static_cast<const Acc*>(block.topk_weights.data_ptr()),
         static_cast<const int32_t*>(block.pair_to_row.data_ptr()), block.offsets_data(),
-        block.num_experts(), y.size(0), static_cast<int>(block.pair_to_row.size(1)), y.size(1),
-        static_cast<scalar_t*>(y.data_ptr()));
+        block.num_experts(), y.size(0), static_cast<int>(block.pair_to_row.size(1)),
+        block.num_rows(), y.size(1), static_cast<scalar_t*>(y.data_ptr()));
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   });
 }
@@ -242,6 +242,7 @@ ActivationGrads activation_backward(const Block& block, const Tensor& pre,
     args.num_experts = block.num_experts();
     args.top_k = static_cast<int>(block.pair_to_row.size(1));
     args.num_rows = block.num_rows();
+    args.num_pairs = block.pair_to_row.numel();
     args.hidden_width = block.hidden_width();
     args.out_width = block.out_width();
     args.grad_pre = data(out.grad_pre);
@@ -288,8 +289,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(
          grad_b_up = none(), grad_b_down = none();
   const Tensor gy = as_contiguous(grad_y);
   if (need_topk_weights) {
+    // With as many rows as pairs the kernel meets every pair.
+    const bool every_pair_has_a_row = block.num_rows() == block.pair_to_row.numel();
     grad_topk_weights =
-        empty_on(topk_weights, block.topk_weights.sizes(), topk_weights.scalar_type());
+        every_pair_has_a_row
+            ? empty_on(topk_weights, block.topk_weights.sizes(), topk_weights.scalar_type())
+            : torch::stable::new_zeros(topk_weights, block.topk_weights.sizes());
   }
   Tensor grad_pre, scores = need_topk_weights ? grad_topk_weights : Tensor();
   {

@@ -26,20 +26,29 @@ dim3 row_block(int64_t words) {
   return dim3(x, kThreads / x);
 }
 
+// Fewer rows than pairs: some pairs are dead for sure, and most may be.
+bool is_sparse(const Tensor& rows, const Tensor& pair_to_row) {
+  return rows.size(0) < pair_to_row.numel();
+}
+
 template <typename Word>
 void launch_permute(const Tensor& x, const Tensor& pair_to_row, const Tensor& offsets, Tensor& rows,
                     int64_t words, cudaStream_t stream) {
   const dim3 block = row_block(words);
-  const int64_t num_tokens = pair_to_row.size(0);
-  permute_kernel<Word><<<grid_blocks(num_tokens, block.y), block, 0, stream>>>(
+  const int64_t num_tokens = pair_to_row.size(0), top_k = pair_to_row.size(1);
+  // Rows without a pair are zeroed by the same groups, about top_k by each.
+  const int64_t groups = std::max(num_tokens, rows.size(0) / std::max<int64_t>(1, top_k));
+  auto* kernel =
+      is_sparse(rows, pair_to_row) ? &permute_kernel<Word, true> : &permute_kernel<Word, false>;
+  kernel<<<grid_blocks(groups, block.y), block, 0, stream>>>(
       static_cast<const Word*>(x.data_ptr()), static_cast<const int32_t*>(pair_to_row.data_ptr()),
       static_cast<const int32_t*>(offsets.data_ptr()), static_cast<int>(offsets.size(0) - 1),
-      num_tokens, static_cast<int>(pair_to_row.size(1)), words,
+      num_tokens, static_cast<int>(top_k), rows.size(0), words,
       static_cast<Word*>(rows.data_ptr()));
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-template <typename T, int kElements, int kRows>
+template <typename T, int kElements, int kRows, bool kSparse>
 void launch_unpermute(const Tensor& rows, const std::optional<Tensor>& topk_weights,
                       const Tensor& pair_to_row, const Tensor& offsets, Tensor& y,
                       cudaStream_t stream) {
@@ -48,24 +57,29 @@ void launch_unpermute(const Tensor& rows, const std::optional<Tensor>& topk_weig
   constexpr int kColumns = kUnpermuteLoads / kRows;
   const dim3 block = row_block(ceil_div(width, kElements * kColumns));
   const int64_t num_tokens = pair_to_row.size(0);
-  unpermute_kernel<T, kElements, kRows><<<grid_blocks(num_tokens, block.y), block, 0, stream>>>(
+  auto* kernel = &unpermute_kernel<T, kElements, kRows, kSparse>;
+  kernel<<<grid_blocks(num_tokens, block.y), block, 0, stream>>>(
       static_cast<const T*>(rows.data_ptr()),
       topk_weights ? static_cast<const Acc*>(topk_weights->data_ptr()) : nullptr,
       static_cast<const int32_t*>(pair_to_row.data_ptr()),
       static_cast<const int32_t*>(offsets.data_ptr()), static_cast<int>(offsets.size(0) - 1),
-      num_tokens, static_cast<int>(pair_to_row.size(1)), width, static_cast<T*>(y.data_ptr()));
+      num_tokens, static_cast<int>(pair_to_row.size(1)), rows.size(0), width,
+      static_cast<T*>(y.data_ptr()));
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-// As many rows at a time as a token has, so that none of the loads in flight is idle.
+// As many rows at a time as a token has, so that none of the loads in flight is idle. How many of
+// its slots are live is not known here: two rows and two columns at a time suit one as well as
+// four.
 template <typename T, int kElements>
 void launch_unpermute_for_k(const Tensor& rows, const std::optional<Tensor>& topk_weights,
                             const Tensor& pair_to_row, const Tensor& offsets, Tensor& y,
                             cudaStream_t stream) {
   const int64_t top_k = pair_to_row.size(1);
-  auto* launch = top_k == 1   ? &launch_unpermute<T, kElements, 1>
-                 : top_k == 2 ? &launch_unpermute<T, kElements, 2>
-                              : &launch_unpermute<T, kElements, 4>;
+  auto* launch = is_sparse(rows, pair_to_row) ? &launch_unpermute<T, kElements, 2, true>
+                 : top_k == 1                 ? &launch_unpermute<T, kElements, 1, false>
+                 : top_k == 2                 ? &launch_unpermute<T, kElements, 2, false>
+                                              : &launch_unpermute<T, kElements, 4, false>;
   launch(rows, topk_weights, pair_to_row, offsets, y, stream);
 }
 
@@ -152,15 +166,20 @@ void launch_unpermute_backward(const Tensor& grad_y, const Tensor& rows, const T
                                const Tensor& pair_to_row, const Tensor& offsets, Tensor& grad_rows,
                                Tensor& grad_topk_weights, cudaStream_t stream) {
   using Acc = device_accumulate_t<T>;
-  const int64_t num_rows = rows.size(0);
-  unpermute_backward_kernel<T, kElements>
-      <<<grid_blocks(num_rows, kThreads / kWarpSize), kThreads, 0, stream>>>(
-          static_cast<const T*>(grad_y.data_ptr()), static_cast<const T*>(rows.data_ptr()),
-          static_cast<const Acc*>(topk_weights.data_ptr()),
-          static_cast<const int32_t*>(pair_to_row.data_ptr()),
-          static_cast<const int32_t*>(offsets.data_ptr()), static_cast<int>(offsets.size(0) - 1),
-          num_rows, static_cast<int>(pair_to_row.size(1)), rows.size(1),
-          static_cast<T*>(grad_rows.data_ptr()), static_cast<Acc*>(grad_topk_weights.data_ptr()));
+  const int64_t num_rows = rows.size(0), num_pairs = pair_to_row.numel();
+  // As many pairs to a warp as share one row.
+  const int span = static_cast<int>(
+      std::clamp<int64_t>(num_pairs / std::max<int64_t>(1, num_rows), 1, kWarpSize));
+  const int64_t warps = std::max(ceil_div(num_pairs, span), num_rows / kWarpSize);
+  auto* kernel = is_sparse(rows, pair_to_row) ? &unpermute_backward_kernel<T, kElements, true>
+                                              : &unpermute_backward_kernel<T, kElements, false>;
+  kernel<<<grid_blocks(warps, kThreads / kWarpSize), kThreads, 0, stream>>>(
+      static_cast<const T*>(grad_y.data_ptr()), static_cast<const T*>(rows.data_ptr()),
+      static_cast<const Acc*>(topk_weights.data_ptr()),
+      static_cast<const int32_t*>(pair_to_row.data_ptr()),
+      static_cast<const int32_t*>(offsets.data_ptr()), static_cast<int>(offsets.size(0) - 1),
+      num_pairs, static_cast<int>(pair_to_row.size(1)), span, num_rows, rows.size(1),
+      static_cast<T*>(grad_rows.data_ptr()), static_cast<Acc*>(grad_topk_weights.data_ptr()));
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
@@ -184,7 +203,7 @@ std::tuple<Tensor, Tensor> unpermute_tokens_backward(const Tensor& grad_y, const
   Tensor grad_rows = empty_on(rows, rows.sizes(), rows.scalar_type());
   Tensor grad_topk_weights =
       empty_on(topk_weights, topk_weights.sizes(), topk_weights.scalar_type());
-  if (topk_weights.numel() == 0) return {grad_rows, grad_topk_weights};
+  if (topk_weights.numel() == 0 && rows.numel() == 0) return {grad_rows, grad_topk_weights};
   const Tensor g = as_contiguous(grad_y), r = as_contiguous(rows);
   const int64_t row_bytes = rows.size(1) * static_cast<int64_t>(rows.element_size());
   const bool aligned =

@@ -6,11 +6,11 @@
 
 namespace moeops::cuda {
 
-// x [T, D] -> rows [N, D]
+// x [T, D] -> rows [R, D], zero behind the live ones
 void permute(const Tensor& x, const Tensor& pair_to_row, const Tensor& offsets, Tensor& rows,
              cudaStream_t stream);
 
-// rows [N, D] -> y [T, D]; topk_weights [T, K] in the accumulate type, or undefined for ones
+// rows [R, D] -> y [T, D]; topk_weights [T, K] in the accumulate type, or undefined for ones
 void unpermute(const Tensor& rows, const std::optional<Tensor>& topk_weights,
                const Tensor& pair_to_row, const Tensor& offsets, Tensor& y, cudaStream_t stream);
 

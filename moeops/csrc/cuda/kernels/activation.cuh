@@ -1,4 +1,4 @@
-// The pointwise middle of the expert block, forward and backward. N rows in expert order, H hidden
+// The pointwise middle of the expert block, forward and backward. R rows in expert order, H hidden
 // columns. A group of blockDim.x threads owns one row and reads it in whole 16-byte vectors side by
 // side, so that each of the streams touches memory in long runs; blockDim.y groups share a block.
 // Rows past the last offset are skipped.
@@ -95,8 +95,8 @@ __global__ void __launch_bounds__(256)
 template <typename T>
 struct ActivationBackwardArgs {
   using Acc = device_accumulate_t<T>;
-  const T* pre;             // [N, 2H or H]
-  const T* grad_hidden;     // [N, H], of the unweighted hidden rows
+  const T* pre;             // [R, 2H or H]
+  const T* grad_hidden;     // [R, H], of the unweighted hidden rows
   const Acc* topk_weights;  // [T, K]
   const T* grad_y;          // [T, D_out], read only with b_down
   const T* b_down;          // [E, D_out] or null
@@ -105,15 +105,16 @@ struct ActivationBackwardArgs {
   const int32_t* offsets;
   int num_experts;
   int top_k;
-  int64_t num_rows, hidden_width, out_width;
-  T* grad_pre;             // [N, 2H or H] or null
-  T* weighted_hidden;      // [N, H] or null
+  int64_t num_rows, num_pairs, hidden_width, out_width;
+  T* grad_pre;             // [R, 2H or H] or null
+  T* weighted_hidden;      // [R, H] or null
   Acc* grad_topk_weights;  // [T, K] or null
 };
 
 // grad_pre = weight * act'(pre) * grad_hidden, weighted_hidden = weight * act(pre), and the routing
 // weight's gradient <grad_hidden, act(pre)> (+ <grad_y, b_down>), all from one read of pre and
-// grad_hidden.
+// grad_hidden. With as many rows as pairs, rows behind the live ones belong to dropped pairs, whose
+// weights get a zero gradient; else the caller has filled in the zeros.
 template <typename T, Activation kActivation, int kElements>
 __global__ void __launch_bounds__(256)
     activation_backward_kernel(const ActivationBackwardArgs<T> args) {
@@ -125,7 +126,7 @@ __global__ void __launch_bounds__(256)
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   const bool live = row < live_rows(args.offsets, args.num_experts, args.num_rows);
   int64_t pair = row < args.num_rows ? args.row_to_pair[row] : -1;
-  if (pair >= args.num_rows) pair = -1;
+  if (pair >= args.num_pairs || (!live && args.num_rows != args.num_pairs)) pair = -1;
   const bool active = live && pair >= 0;
   const Acc weight = active ? args.topk_weights[pair] : Acc(0);
   Acc dot = 0;
@@ -207,10 +208,11 @@ __global__ void __launch_bounds__(256)
                              const device_accumulate_t<T>* __restrict__ topk_weights,
                              const int32_t* __restrict__ pair_to_row,
                              const int32_t* __restrict__ offsets, int num_experts,
-                             int64_t num_tokens, int top_k, int64_t width, T* __restrict__ y) {
+                             int64_t num_tokens, int top_k, int64_t num_rows, int64_t width,
+                             T* __restrict__ y) {
   using Acc = device_accumulate_t<T>;
   using Vec = Vector<T, kElements>;
-  const int64_t live = live_rows(offsets, num_experts, num_tokens * top_k);
+  const int64_t live = live_rows(offsets, num_experts, num_rows);
   const int warps = blockDim.x / kWarpSize;
   const int lane = threadIdx.x % kWarpSize;
   const int64_t t = static_cast<int64_t>(blockIdx.x) * warps + threadIdx.x / kWarpSize;
@@ -227,15 +229,18 @@ __global__ void __launch_bounds__(256)
         weight = topk_weights[pair];
       }
     }
+    const unsigned slots = __ballot_sync(kFullMask, weight != 0);  // NaN counts
+    if (slots == 0) continue;
     // Whole warps take every step, so that all lanes join the shuffles.
     for (int64_t begin = 0; begin < width; begin += kWarpSize * kElements) {
       const int64_t c = begin + lane * kElements;
       const bool inside = c < width;
       Acc sum[kElements] = {};
-      for (int k = 0; k < count; ++k) {
+      for (unsigned left = slots; left != 0; left &= left - 1) {
+        const int k = __ffs(left) - 1;
         const int64_t e = __shfl_sync(kFullMask, expert, k);
         const Acc w = __shfl_sync(kFullMask, weight, k);
-        if (!inside || w == 0) continue;
+        if (!inside) continue;
         const Vec value = load_vector<Vec>(bias + e * width + c);
 #pragma unroll
         for (int i = 0; i < kElements; ++i) sum[i] += w * to_accumulate(value.value[i]);

@@ -350,7 +350,7 @@ struct GroupedSumArgs {
   const int32_t* row_to_pair;
   const Acc* topk_weights;
   int top_k;
-  int64_t num_rows;
+  int64_t num_pairs;
   Acc* partial;  // [tiles, width]
 };
 
@@ -376,7 +376,7 @@ __global__ void __launch_bounds__(256) grouped_sum_tiles_kernel(const GroupedSum
       Acc weight = 1;
       if (args.row_to_pair != nullptr) {
         const int64_t pair = args.row_to_pair[r];
-        if (pair < 0 || pair >= args.num_rows) continue;
+        if (pair < 0 || pair >= args.num_pairs) continue;
         source = pair / args.top_k;
         weight = args.topk_weights[pair];
       }

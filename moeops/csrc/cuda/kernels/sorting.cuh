@@ -1,5 +1,5 @@
-// Stable counting sort of token-expert pairs by expert. N pairs, E experts; bucket E holds the
-// dropped pairs. Every block owns one chunk of consecutive pairs, every warp one segment of the
+// Stable counting sort of token-expert pairs by expert. N pairs, R rows, E experts; bucket E holds
+// the dropped pairs. Every block owns one chunk of consecutive pairs, every warp one segment of the
 // chunk, so ranks follow pair order.
 #pragma once
 
@@ -10,6 +10,7 @@ namespace moeops {
 struct SortShape {
   int64_t num_pairs;
   int64_t chunk;  // pairs per block, a multiple of warps * 32
+  int64_t num_rows;
   int num_experts;
   bool drop_out_of_range;
 };
@@ -88,13 +89,16 @@ __device__ __forceinline__ void warp_exclusive_scan(int32_t* values, int size) {
   }
 }
 
-// Writes both maps and, from block 0, the offsets. Shared memory: (2 + warps) * (E + 1) integers.
+// Writes both maps and, from block 0, the offsets. With fewer rows than pairs the dropped pairs,
+// and those for which there is no row left, get the row R that does not exist; rows without a pair
+// name pair 0. `surplus` counts the pairs that found no row. Shared memory: (2 + warps) * (E + 1)
+// integers.
 template <typename Id>
 __global__ void sort_scatter_kernel(const Id* __restrict__ ids, SortShape shape,
                                     const int32_t* __restrict__ counts, int num_blocks,
                                     int32_t* __restrict__ row_to_pair,
                                     int32_t* __restrict__ pair_to_row,
-                                    int32_t* __restrict__ offsets) {
+                                    int32_t* __restrict__ offsets, int32_t* surplus) {
   extern __shared__ int32_t shared[];
   const int buckets = shape.num_experts + 1;
   const int lane = threadIdx.x % kWarpSize;
@@ -149,9 +153,22 @@ __global__ void sort_scatter_kernel(const Id* __restrict__ ids, SortShape shape,
       position[w * buckets + b] = next;
       next += count;
     }
-    if (blockIdx.x == 0) offsets[b] = total[b];
+    if (blockIdx.x == 0) offsets[b] = static_cast<int32_t>(min(int64_t{total[b]}, shape.num_rows));
   }
   __syncthreads();
+
+  const bool few_rows = shape.num_rows < shape.num_pairs;
+  const int64_t kept = total[shape.num_experts];
+  if (surplus != nullptr && blockIdx.x == 0 && threadIdx.x == 0 && kept > shape.num_rows) {
+    *surplus = static_cast<int32_t>(kept - shape.num_rows);
+  }
+  for (int64_t row = (few_rows ? kept : shape.num_pairs) +
+                     static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+       row < shape.num_rows; row += static_cast<int64_t>(gridDim.x) * blockDim.x) {
+    row_to_pair[row] = 0;
+  }
+  const int rowless = few_rows ? shape.num_experts : buckets;  // the bucket that gets no rows
+  const auto num_rows = static_cast<int32_t>(shape.num_rows);
 
   for (int64_t first = begin; first < end; first += kSortUnroll * kWarpSize) {
     load_buckets(ids, shape, first, end, bucket);
@@ -165,10 +182,62 @@ __global__ void sort_scatter_kernel(const Id* __restrict__ ids, SortShape shape,
       if (inside) {
         const int64_t p = first + u * kWarpSize + lane;
         if (lane == leader) mine[bucket[u]] = row + __popc(peers);
-        row_to_pair[row] = static_cast<int32_t>(p);
-        pair_to_row[p] = row;
+        const bool placed = bucket[u] != rowless && row < num_rows;
+        if (placed) row_to_pair[row] = static_cast<int32_t>(p);
+        pair_to_row[p] = placed ? row : num_rows;
       }
       __syncwarp();
+    }
+  }
+}
+
+// counts[e] += the ids that are e. Every block owns a chunk, a multiple of blockDim.x * kCountIds;
+// a thread has kCountIds ids in flight, kVector to a load. Shared memory: E integers, or none with
+// kShared false, where every expert of a warp costs an atomic on global memory.
+constexpr int kCountIds = 8;
+template <typename Id, int kVector, bool kShared>
+__global__ void __launch_bounds__(256)
+    count_tokens_kernel(const Id* __restrict__ ids, SortShape shape, int32_t* __restrict__ counts,
+                        int32_t* bad_values) {
+  extern __shared__ int32_t histogram[];
+  if constexpr (kShared) {
+    for (int e = threadIdx.x; e < shape.num_experts; e += blockDim.x) histogram[e] = 0;
+    __syncthreads();
+  }
+  int32_t* bins = kShared ? histogram : counts;
+  const auto add = [&](int bucket) {
+    // One atomic per expert and warp: all tokens on one expert would otherwise queue up.
+    const unsigned peers = __match_any_sync(kFullMask, bucket);
+    const bool leader = static_cast<int>(threadIdx.x % kWarpSize) == __ffs(peers) - 1;
+    if (leader && bucket < shape.num_experts) atomicAdd(&bins[bucket], __popc(peers));
+  };
+  using Vec = Vector<Id, kVector>;
+  const int64_t begin = blockIdx.x * shape.chunk;
+  const int64_t end = min(begin + shape.chunk, shape.num_pairs);
+  constexpr int kLoads = kCountIds / kVector;
+  // Whole blocks take every step, so that all lanes join the matching.
+  for (int64_t first = begin; first < end; first += static_cast<int64_t>(blockDim.x) * kCountIds) {
+    Vec own[kLoads];
+#pragma unroll
+    for (int u = 0; u < kLoads; ++u) {
+      const int64_t p = first + (static_cast<int64_t>(u) * blockDim.x + threadIdx.x) * kVector;
+      if (p + kVector <= end) {
+        own[u] = load_vector<Vec>(ids + p);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) own[u].value[i] = p + i < end ? ids[p + i] : Id(-1);
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < kLoads; ++u) {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) add(bucket_of(own[u].value[i], shape, bad_values));
+    }
+  }
+  if constexpr (kShared) {
+    __syncthreads();
+    for (int e = threadIdx.x; e < shape.num_experts; e += blockDim.x) {
+      if (histogram[e] != 0) atomicAdd(&counts[e], histogram[e]);
     }
   }
 }
