@@ -22,14 +22,36 @@ __device__ __forceinline__ device_accumulate_t<T> sigmoid(device_accumulate_t<T>
   }
 }
 
+// Distribution function and density of the standard normal at z. Half types take
+// 0.5 * erfcx(|z| / sqrt 2) as a polynomial in 1 / (1 + 0.53 |z| / sqrt 2), fitted here to a
+// relative error of 4e-5 up to |z| = 14: it shares its exponential with the density, where erf
+// costs more than the memory traffic of the kernels below.
+template <typename T, typename Acc = device_accumulate_t<T>>
+__device__ __forceinline__ void normal(Acc z, Acc& cdf, Acc& density) {
+  const Acc kInvSqrt2Pi = Acc(0.39894228040143267794);
+  if constexpr (sizeof(T) == 2) {
+    const float decay = __expf(-0.5f * z * z);
+    const float t = __fdividef(1.0f, fmaf(0.37476659402887f, fabsf(z), 1.0f));
+    float tail = fmaf(-0.09050307f, t, 0.200441985f);
+    tail = fmaf(tail, t, 0.083449080f);
+    tail = fmaf(tail, t, 0.157643745f);
+    tail = fmaf(tail, t, 0.14896895f) * t * decay;
+    cdf = z < 0 ? tail : 1.0f - tail;
+    density = kInvSqrt2Pi * decay;
+  } else {
+    cdf = Acc(0.5) * (Acc(1) + erf(z * Acc(0.70710678118654752440)));
+    density = kInvSqrt2Pi * exp(Acc(-0.5) * z * z);
+  }
+}
+
 // Value and derivative of an activation of one variable.
 template <typename T, Activation kActivation, typename Acc = device_accumulate_t<T>>
 __device__ __forceinline__ void activate(Acc z, Acc& value, Acc& slope) {
   if constexpr (kActivation == Activation::kGelu) {
-    const Acc kSqrtHalf = Acc(0.70710678118654752440), kInvSqrt2Pi = Acc(0.39894228040143267794);
-    const Acc cdf = Acc(0.5) * (Acc(1) + erf(z * kSqrtHalf));
+    Acc cdf, density;
+    normal<T>(z, cdf, density);
     value = z * cdf;
-    slope = cdf + z * kInvSqrt2Pi * exp(Acc(-0.5) * z * z);
+    slope = cdf + z * density;
   } else if constexpr (kActivation == Activation::kRelu) {
     value = z < 0 ? Acc(0) : z;  // keeps NaN
     slope = z <= 0 ? Acc(0) : Acc(1);
