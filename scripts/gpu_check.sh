@@ -27,9 +27,11 @@ step() {  # step NAME SECONDS COMMAND...: runs with a limit, keeps the log, repo
 
 # Every op without torch's caching allocator, which would hide what lies outside a tensor. initcheck has to see torch's
 # kernels too, because they write the inputs; the other tools look at ours only.
-sanitize() {  # sanitize TOOL [OPTION...]
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "sanitize-$1" "${SANITIZE_SECONDS:-300}" \
-    compute-sanitizer --tool "$@" --error-exitcode 86 --print-limit 20 python3 scripts/sanitize_ops.py
+sanitize() {  # sanitize TOOL SCRIPT_OPTION [OPTION...]
+  local tool=$1 option=$2
+  shift 2
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "sanitize-$tool" "${SANITIZE_SECONDS:-300}" compute-sanitizer --tool "$tool" "$@" \
+    --error-exitcode 86 --print-limit 20 python3 scripts/sanitize_ops.py $option
 }
 
 step build 300 python3 -m pip install --no-build-isolation --no-deps -e . \
@@ -39,9 +41,9 @@ for what in "$@"; do
   case $what in
     test) step test 420 python3 -m pytest -q -n 6 -m cuda tests ;;
     sanitize)
-      sanitize memcheck --kernel-name kns=moeops
-      sanitize racecheck --kernel-name kns=moeops
-      sanitize initcheck
+      sanitize memcheck "" --kernel-name kns=moeops
+      sanitize racecheck --own-kernels --kernel-name kns=moeops
+      sanitize initcheck --own-kernels
       ;;
     bench) TAIL=400 step bench 540 python3 -m benchmarks.run --device cuda --json "$OUT/cuda.json" ;;
     *) echo "unknown step $what: wanted test, sanitize or bench" && exit 2 ;;

@@ -1,12 +1,17 @@
 """Every op once on CUDA, for awkward sizes and each dtype: what compute-sanitizer watches.
 
     compute-sanitizer --tool racecheck python3 scripts/sanitize_ops.py
+    compute-sanitizer --tool initcheck python3 scripts/sanitize_ops.py --own-kernels
 
 Values are the tests' business; this only has to reach every kernel in few launches. Inputs hold every element they
-should, so initcheck may complain about nothing.
+should, so initcheck may complain about nothing. --own-kernels leaves out the bfloat16 sizes whose products run in
+torch's grouped kernel: it loads whole tiles of rows and drops those past a group's end, which initcheck reports, and
+racecheck ends with an internal error beside it.
 """
 
 from __future__ import annotations
+
+import argparse
 
 import torch
 
@@ -83,10 +88,15 @@ def run(
 
 def main() -> None:
     """All shapes in all dtypes."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--own-kernels", action="store_true", help="no product in torch's kernels")
+    own_kernels = parser.parse_args().own_kernels
     torch.manual_seed(0)
     for dtype in DTYPES:
         for shape in SHAPES:
-            run(*shape, dtype)
+            whole_vectors = shape[3] % 8 == 0
+            if not (own_kernels and dtype == torch.bfloat16 and whole_vectors):
+                run(*shape, dtype)
     torch.cuda.synchronize()
     print("every op ran")
 
