@@ -1,0 +1,36 @@
+"""The truth in plain PyTorch: slow, readable, right in float64.
+
+``moeops.reference.NAME`` is the op ``NAME``; the gates' files, ``gates_*.py``, are imported by tests only.
+"""
+
+from moeops.reference.ops import (
+    activate,
+    count_tokens,
+    grouped_linear,
+    grouped_linear_weight_grad,
+    grouped_sum,
+    limit_capacity,
+    moe_mlp,
+    pad_rows,
+    permute_tokens,
+    sort_tokens,
+    topk_route,
+    unpad_rows,
+    unpermute_tokens,
+)
+
+__all__ = [
+    "activate",
+    "count_tokens",
+    "grouped_linear",
+    "grouped_linear_weight_grad",
+    "grouped_sum",
+    "limit_capacity",
+    "moe_mlp",
+    "pad_rows",
+    "permute_tokens",
+    "sort_tokens",
+    "topk_route",
+    "unpad_rows",
+    "unpermute_tokens",
+]
