@@ -1,5 +1,6 @@
 """The ops of ``torch.ops.moeops``: one file per family, with fakes, gradients and public functions side by side."""
 
+from moeops.ops.exchange import all_to_all_rows, exchange_counts
 from moeops.ops.grouped_linear import grouped_linear
 from moeops.ops.moe_mlp import moe_mlp
 from moeops.ops.padding import pad_rows, unpad_rows
@@ -8,7 +9,9 @@ from moeops.ops.routing import topk_route
 from moeops.ops.sorting import count_tokens, limit_capacity, sort_tokens
 
 __all__ = [
+    "all_to_all_rows",
     "count_tokens",
+    "exchange_counts",
     "grouped_linear",
     "limit_capacity",
     "moe_mlp",

@@ -1,0 +1,519 @@
+"""Dispatchers between ranks. T tokens, K experts per token, N = T * K, R rows received, W ranks, C capacity."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree
+
+from moeops.layers.dispatch import (
+    Block,
+    Dispatcher,
+    Experts,
+    LocalDispatcher,
+    combine_leaf,
+    permute_leaf,
+)
+from moeops.ops import _checks
+from moeops.ops._groups import RankGroup
+from moeops.ops.exchange import Exchange, exchange_counts
+from moeops.ops.padding import pad_rows, unpad_rows
+from moeops.ops.sorting import sort_tokens
+from moeops.types import Routing, SlotRouting, TokenPlan
+
+DISPATCHES = ("exact", "static")
+
+
+def build_dispatcher(
+    op: str,
+    dispatch: str,
+    num_expert: int,
+    group: RankGroup | None,
+    *,
+    capacity: int | float | None = None,
+    n_chunks: int = 1,
+) -> Dispatcher:
+    """Build the dispatcher that a layer asks for by name. With one rank, "exact" is the local one.
+
+    Args:
+        op: the layer's name, for error messages.
+        dispatch: one of ``DISPATCHES``.
+        num_expert: ``E_local``.
+        group: the ranks that hold the experts; ``None`` for one rank.
+        capacity: for "static", see ``StaticDispatcher``.
+        n_chunks: parts of the work in flight at a time.
+    """
+    if dispatch not in DISPATCHES:
+        raise ValueError(
+            f"{op}: dispatch must be one of {DISPATCHES}, got {dispatch!r}. Pick one of them."
+        )
+    _checks.check_int(op, "n_chunks", n_chunks, 1, "Use 1 for no overlap.")
+    if dispatch == "static":
+        _check_capacity(op, capacity)
+        return StaticDispatcher(num_expert, group, capacity, n_chunks=n_chunks)  # type: ignore[arg-type]
+    if capacity is not None:
+        raise ValueError(
+            f'{op}: capacity must be None for dispatch="exact", which drops nothing, got {capacity!r}. Use '
+            'dispatch="static", or a gate with a capacity.'
+        )
+    if group is None or group.size == 1:
+        return LocalDispatcher(num_expert)
+    return ExactDispatcher(num_expert, group, n_chunks=n_chunks)
+
+
+def _check_capacity(op: str, capacity: Any) -> None:
+    if isinstance(capacity, bool) or not isinstance(capacity, (int, float)):
+        raise TypeError(
+            f'{op}: capacity must be an int or a float for dispatch="static", got {_checks.describe(capacity)}. Pass '
+            "rows per expert and sending rank, or a factor on T * K / E."
+        )
+    if not 0 < capacity < math.inf:
+        raise ValueError(
+            f"{op}: capacity must be above 0 and finite, got {capacity}. Pass rows per expert and sending rank, or a "
+            "factor on T * K / E."
+        )
+
+
+class _Load(NamedTuple):
+    """Rows that a rank sends, in the order of all experts, and what turns the answer into tokens."""
+
+    rows: Any
+    combine: Callable[[Any], Any]
+
+
+class ExactDispatcher(Dispatcher):
+    """Every row reaches its expert: the ranks exchange counts, then as many rows as there are.
+
+    Counts stay on the device but for one copy to the host per forward, which sizes the exchange; under a compiler the
+    sizes are symbolic. Ranks may have different numbers of tokens, 0 included, in every forward.
+
+    The tokens can be cut into ``n_chunks`` parts: all parts are sent before the first expert runs, and each goes back
+    while the next one is computed; backward likewise. The counts of all parts travel together.
+
+    Args:
+        num_expert: ``E_local``, the same on every rank.
+        group: the ranks, more than one; rank ``r`` holds experts ``r * E_local`` to ``(r + 1) * E_local``.
+        n_chunks: parts, at least 1, the same on every rank.
+
+    Raises:
+        ValueError: on every rank, where one sends rows of another size or type than the others.
+        NotImplementedError: chunks are asked for with a SlotRouting.
+    Host sync: one copy per forward, of ``2 W * (n_chunks + 1)`` integers, and ``n_chunks * E_local`` more for experts
+    that are separate modules.
+    """
+
+    def __init__(self, num_expert: int, group: RankGroup, *, n_chunks: int = 1) -> None:
+        self.num_expert = num_expert
+        self.group = group
+        self.n_chunks = n_chunks
+
+    def run(
+        self,
+        routing: Routing | SlotRouting,
+        inp: Any,
+        experts: Experts,
+        block: Block | None = None,
+    ) -> Any:
+        """Send every chunk, run the experts on each as it arrives, send it back, combine."""
+        trips = self._send(routing, inp, block is None)
+        returns = []
+        for trip in trips:
+            returns.append(_send_back(trip, _run_received(trip, experts, block), self.group))
+        return _join([load.combine(answer()) for load, answer in returns])
+
+    def dispatch(self, routing: Routing | SlotRouting, inp: Any) -> tuple[Any, Tensor, Any]:
+        """Send rows to their experts' ranks, and sort what arrives by expert. In one part."""
+        whole = ExactDispatcher(self.num_expert, self.group)
+        (trip,) = whole._send(routing, inp, False)
+        rows = _pytree.tree_map(lambda leaf: permute_leaf(leaf, trip.plan), trip.receive())
+        return rows, trip.plan.expert_offsets, trip
+
+    def combine(self, out: Any, record: Any) -> Any:
+        """Send rows back and sum those of each token, weighted."""
+        rows = _pytree.tree_map(lambda leaf: combine_leaf(leaf, record.plan, None), out)
+        load, answer = _send_back(record, rows, self.group)
+        return load.combine(answer())
+
+    def _send(self, routing: Routing | SlotRouting, inp: Any, need_counts: bool) -> list[_Trip]:
+        """Begin to send every chunk; there is one copy to the host in here."""
+        size, num_experts = self.group.size, self.group.size * self.num_expert
+        loads: list[Callable[[int], _Load]] = []
+        offsets = []
+        if isinstance(routing, SlotRouting):
+            if self.n_chunks > 1:
+                raise NotImplementedError(
+                    f"ExactDispatcher: n_chunks must be 1 for a gate that mixes tokens, got {self.n_chunks}. A slot "
+                    "holds tokens of all chunks."
+                )
+            local = LocalDispatcher(num_experts)
+            mixed, expert_offsets, record = local.dispatch(routing, inp)
+            loads.append(lambda _: _Load(mixed, lambda out: local.combine(out, record)))
+            offsets.append(expert_offsets)
+        else:
+            for ids, weights, part in _chunk_tokens(routing, inp, self.n_chunks):
+                plan = sort_tokens(ids, num_experts)
+                loads.append(_loader(plan, weights, part))
+                offsets.append(plan.expert_offsets)
+        # [W, n_chunks, E_local]: what this rank sends to whom, and what it receives from whom.
+        sends = torch.stack([o.diff().view(size, self.num_expert) for o in offsets], 1)
+        leaves = _pytree.tree_leaves(inp)
+        signature = _signature(leaves)
+        marks = torch.cat(
+            [torch.full_like(sends[:, 0, :1], mark) for mark in signature], 1
+        )  # [W, 2]
+        answer = exchange_counts(torch.cat((sends.flatten(1), marks), 1), self.group)
+        receives = answer[:, :-2].view_as(sends)
+        parts = [sends.sum(2), receives.sum(2), answer[:, -2:]]
+        if need_counts:
+            parts.append(receives.sum(0))
+        host = torch.cat([part.flatten() for part in parts]).cpu().tolist()
+        n_chunks = len(loads)
+        for count in host:
+            torch._check(count >= 0)
+        send_rows, receive_rows = host[: size * n_chunks], host[size * n_chunks :]
+        marks_at, counts_at = size * n_chunks, size * n_chunks + 2 * size
+        self._check_signatures(signature, leaves, receive_rows[marks_at:counts_at])
+        trips = []
+        for chunk, load in enumerate(loads):
+            input_splits = send_rows[chunk::n_chunks]
+            output_splits = receive_rows[chunk:marks_at:n_chunks]
+            first = counts_at + chunk * self.num_expert
+            counts = receive_rows[first : first + self.num_expert] if need_counts else None
+            ready = load(sum(input_splits))
+            exchanges, spec = _exchange(ready.rows, input_splits, output_splits, self.group)
+            trips.append(
+                _Trip(
+                    ready, exchanges, spec, input_splits, output_splits, receives[:, chunk], counts
+                )
+            )
+        return trips
+
+    def _check_signatures(
+        self, mine: tuple[int, int], leaves: list[Tensor], signatures: list[int]
+    ) -> None:
+        """All ranks send rows of one size and type: every rank sees all of them, so every rank fails or none."""
+        for rank in range(self.group.size):
+            theirs = signatures[2 * rank : 2 * rank + 2]
+            if torch.compiler.is_compiling():
+                torch._check(theirs[0] == mine[0])
+                torch._check(theirs[1] == mine[1])
+            elif tuple(theirs) != mine:
+                raise ValueError(
+                    "ExactDispatcher: moe_inp must have rows of the same size and dtype on every rank of group "
+                    f"{self.group.name!r}, got {mine[0]} elements of {[leaf.dtype for leaf in leaves]} on rank "
+                    f"{self.group.rank} of {self.group.size} and {_describe_signature(*theirs)} on rank {rank}. Check "
+                    "the layer's input on these ranks."
+                )
+
+
+class _Trip:
+    """One chunk on its way to the experts, and what it takes to go back."""
+
+    def __init__(self, load, exchanges, spec, input_splits, output_splits, received, counts):
+        self.load: _Load = load
+        self.exchanges: list[Exchange] = exchanges
+        self.spec = spec
+        self.input_splits: list[int] = input_splits
+        self.output_splits: list[int] = output_splits
+        self.counts: list[int] | None = counts
+        # [R, 1]: the rows arrive by rank, and by expert within a rank.
+        num_expert = received.shape[1]
+        experts = torch.arange(num_expert, dtype=torch.int32, device=received.device)
+        ids = torch.repeat_interleave(
+            experts.repeat(received.shape[0]), received.flatten(), output_size=sum(output_splits)
+        )
+        self.plan = sort_tokens(ids.unsqueeze(1), num_expert)
+
+    def receive(self) -> Any:
+        """Wait for the rows, nest of ``[R, ...]``."""
+        leaves = [exchange.finish() for exchange in self.exchanges]
+        return _pytree.tree_unflatten(leaves, self.spec)
+
+
+def _run_received(trip: _Trip, experts: Experts, block: Block | None) -> Any:
+    """The experts' outputs for the rows of a chunk, in the order in which the rows came."""
+    rows = trip.receive()
+    if block is not None:
+        first = _pytree.tree_leaves(rows)[0]
+        dtype = _checks.accumulate_dtype(first.dtype)
+        ones = torch.ones(first.shape[0], 1, dtype=dtype, device=first.device)
+        return block(rows, ones, trip.plan)
+    rows = _pytree.tree_map(lambda leaf: permute_leaf(leaf, trip.plan), rows)
+    out = experts(rows, trip.plan.expert_offsets, trip.counts)
+    return _pytree.tree_map(lambda leaf: combine_leaf(leaf, trip.plan, None), out)
+
+
+def _send_back(trip: _Trip, out: Any, group: RankGroup) -> tuple[_Load, Callable[[], Any]]:
+    """Begin to send outputs back; the function returned waits for this rank's."""
+    exchanges, spec = _exchange(out, trip.output_splits, trip.input_splits, group)
+
+    def answer() -> Any:
+        return _pytree.tree_unflatten([exchange.finish() for exchange in exchanges], spec)
+
+    return trip.load, answer
+
+
+def _exchange(rows: Any, input_splits, output_splits, group) -> tuple[list[Exchange], Any]:
+    """Begin to send every leaf."""
+    leaves, spec = _pytree.tree_flatten(rows)
+    return [Exchange(leaf, input_splits, output_splits, group) for leaf in leaves], spec
+
+
+def _loader(plan: TokenPlan, weights: Tensor, inp: Any) -> Callable[[int], _Load]:
+    """What copies tokens into rows once their number is known; dropped pairs have none."""
+
+    def load(num_rows: int) -> _Load:
+        torch._check(num_rows <= plan.row_to_pair.shape[0])
+        kept = plan._replace(row_to_pair=plan.row_to_pair.narrow(0, 0, num_rows))
+        rows = _pytree.tree_map(lambda leaf: permute_leaf(leaf, kept), inp)
+        return _Load(
+            rows,
+            lambda out: _pytree.tree_map(lambda leaf: combine_leaf(leaf, kept, weights), out),
+        )
+
+    return load
+
+
+def _chunk_tokens(routing: Routing, inp: Any, n_chunks: int) -> list[tuple[Tensor, Tensor, Any]]:
+    """Ids, weights and input of each part of the tokens; parts may be empty."""
+    ids, weights = routing.topk_ids, routing.topk_weights
+    if n_chunks == 1:
+        return [(ids, weights, inp)]
+    parts = []
+    for start, length in _bounds(ids.shape[0], n_chunks):
+        part = _pytree.tree_map(lambda t, s=start, n=length: t.narrow(0, s, n), (ids, weights, inp))
+        parts.append(part)
+    return parts
+
+
+def _bounds(total: int, n_chunks: int) -> list[tuple[int, int]]:
+    """Start and length of ``n_chunks`` parts of equal size, but for one."""
+    starts = [total * index // n_chunks for index in range(n_chunks + 1)]
+    return [(starts[index], starts[index + 1] - starts[index]) for index in range(n_chunks)]
+
+
+def _join(parts: list[Any]) -> Any:
+    """The chunks' results, nests of ``[T / n_chunks, ...]``, as one."""
+    if len(parts) == 1:
+        return parts[0]
+    return _pytree.tree_map(lambda *leaves: torch.cat(leaves), *parts)
+
+
+_SIGNED = (*_checks.FLOAT_DTYPES, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def _signature(leaves: list[Tensor]) -> tuple[int, int]:
+    """Elements per row over all leaves, and their types as digits to base 16."""
+    elements = code = 0
+    for leaf in leaves:
+        row = 1
+        for length in leaf.shape[1:]:
+            row *= length
+        elements = elements + row
+        digit = _SIGNED.index(leaf.dtype) + 1 if leaf.dtype in _SIGNED else 15
+        code = (code * 16 + digit) % 2**28
+    return elements, code
+
+
+def _describe_signature(elements: int, code: int) -> str:
+    """The inverse of ``_signature`` as far as it goes."""
+    digits = [int(digit, 16) for digit in f"{code:x}"]
+    names = [_SIGNED[d - 1] if 0 < d <= len(_SIGNED) else "another type" for d in digits]
+    return f"{elements} elements of {names}"
+
+
+class StaticDispatcher(Dispatcher):
+    """Every rank sends every expert a buffer of ``capacity`` rows: sizes never depend on values.
+
+    Nothing is copied to the host, and the layer can be captured in a CUDA graph. Pairs beyond an expert's capacity on
+    their rank are dropped, last tokens first, and add nothing; slots without a pair hold zeros, and experts compute
+    on them too.
+
+    Chunks are parts of the capacity: see ``ExactDispatcher``. They do not change what is dropped.
+
+    Args:
+        num_expert: ``E_local``, the same on every rank.
+        group: the ranks, ``None`` for one.
+        capacity: ``C``: an int, rows per expert and sending rank; or a float, a factor on ``T * K / E``, rounded up,
+            with which all ranks must have the same number of tokens (``MOEOPS_DEBUG_CHECKS=1`` checks that, outside of
+            compiled code). A gate that mixes tokens has its own number of slots, and no rows to drop.
+        n_chunks: parts, at least 1, the same on every rank.
+
+    Host sync: none.
+    """
+
+    def __init__(
+        self,
+        num_expert: int,
+        group: RankGroup | None,
+        capacity: int | float,
+        *,
+        n_chunks: int = 1,
+    ) -> None:
+        _check_capacity("StaticDispatcher", capacity)
+        self.num_expert = num_expert
+        self.group = group or RankGroup("", 1, 0)
+        self.capacity = capacity
+        self._factor = Fraction(capacity).limit_denominator(10000).as_integer_ratio()
+        self.n_chunks = n_chunks
+
+    def capacity_of(self, num_pairs: int) -> int:
+        """``C`` for a number of token-expert pairs on this rank."""
+        if isinstance(self.capacity, int):
+            return self.capacity
+        # In integers, which stay exact where the number is symbolic.
+        num_experts = self.group.size * self.num_expert
+        numerator, denominator = self._factor
+        return -(-num_pairs * numerator // (denominator * num_experts))
+
+    def run(
+        self,
+        routing: Routing | SlotRouting,
+        inp: Any,
+        experts: Experts,
+        block: Block | None = None,
+    ) -> Any:
+        """Send every part of the buffers, run the experts on each as it arrives, send it back, combine."""
+        buffers, finish = self._fill(routing, inp)
+        first = _pytree.tree_leaves(buffers)[0]
+        parts = _bounds(first.shape[1], self.n_chunks)
+        waits = [self._start(_part(buffers, start, length)) for start, length in parts]
+        returns = []
+        for wait, (_, length) in zip(waits, parts, strict=True):
+            out = self._run_buffers(wait(), length, experts, block)
+            returns.append(self._start(out))
+        outs = [wait() for wait in returns]
+        if len(outs) == 1:
+            return finish(outs[0])
+        return finish(_pytree.tree_map(lambda *leaves: torch.cat(leaves, 1), *outs))
+
+    def dispatch(self, routing: Routing | SlotRouting, inp: Any) -> tuple[Any, Tensor, Any]:
+        """Exchange the buffers, in one part; experts get ``W * C`` rows each."""
+        buffers, finish = self._fill(routing, inp)
+        received = self._start(buffers)()
+        capacity = _pytree.tree_leaves(received)[0].shape[1]
+        device = _pytree.tree_leaves(received)[0].device
+        rows = _pytree.tree_map(self._by_expert, received)
+        return rows, self._offsets(capacity, device), (finish, capacity)
+
+    def combine(self, out: Any, record: Any) -> Any:
+        """Send the buffers back and sum the rows of each token, weighted."""
+        finish, capacity = record
+        buffers = _pytree.tree_map(lambda leaf: self._by_rank(leaf, capacity), out)
+        return finish(self._start(buffers)())
+
+    def _fill(self, routing, inp) -> tuple[Any, Callable[[Any], Any]]:
+        """Buffers ``[E, C, ...]``, and what turns the buffers that come back into tokens."""
+        num_experts = self.group.size * self.num_expert
+        local = LocalDispatcher(num_experts)
+        rows, expert_offsets, record = local.dispatch(routing, inp)
+        num_rows = _pytree.tree_leaves(rows)[0].shape[0]
+        if isinstance(routing, SlotRouting):
+            buffers = _pytree.tree_map(
+                lambda leaf: leaf.reshape(num_experts, num_rows // num_experts, *leaf.shape[1:]),
+                rows,
+            )
+            return buffers, lambda out: local.combine(
+                _pytree.tree_map(lambda leaf: leaf.flatten(0, 1), out), record
+            )
+        capacity = self.capacity_of(routing.topk_ids.shape[0] * routing.topk_ids.shape[1])
+        buffers = _pytree.tree_map(lambda leaf: _pad_leaf(leaf, expert_offsets, capacity), rows)
+
+        def finish(out: Any) -> Any:
+            kept = _pytree.tree_map(lambda leaf: _unpad_leaf(leaf, expert_offsets, num_rows), out)
+            return local.combine(kept, record)
+
+        return buffers, finish
+
+    def _start(self, buffers: Any) -> Callable[[], Any]:
+        """Begin to send buffers ``[E, C, ...]``; the function returned waits for ``[W * E_local, C, ...]``."""
+        size = self.group.size
+        if size == 1:
+            return lambda: buffers
+        leaves, spec = _pytree.tree_flatten(buffers)
+        shapes = [leaf.shape for leaf in leaves]
+        splits = [self.num_expert * shapes[0][1]] * size
+        exchanges = [Exchange(leaf.flatten(0, 1), splits, splits, self.group) for leaf in leaves]
+
+        def finish() -> Any:
+            received = [
+                exchange.finish().view(shape)
+                for exchange, shape in zip(exchanges, shapes, strict=True)
+            ]
+            return _pytree.tree_unflatten(received, spec)
+
+        return finish
+
+    def _run_buffers(self, received, capacity, experts, block) -> Any:
+        """Outputs for ``[W * E_local, C, ...]``, in the same places."""
+        device = _pytree.tree_leaves(received)[0].device
+        offsets = self._offsets(capacity, device)
+        if block is None:
+            rows = _pytree.tree_map(self._by_expert, received)
+            out = experts(rows, offsets, [self.group.size * capacity] * self.num_expert)
+            return _pytree.tree_map(lambda leaf: self._by_rank(leaf, capacity), out)
+        # Each row a token with one expert, and the plan is known: the transposition of ranks and experts.
+        size, num_expert = self.group.size, self.num_expert
+        index = torch.arange(size * num_expert * capacity, dtype=torch.int32, device=device)
+        plan = TokenPlan(
+            index.view(size, num_expert, capacity).transpose(0, 1).reshape(-1),
+            index.view(num_expert, size, capacity).transpose(0, 1).reshape(-1, 1),
+            offsets,
+        )
+        rows = received.flatten(0, 1)
+        dtype = _checks.accumulate_dtype(rows.dtype)
+        ones = torch.ones(rows.shape[0], 1, dtype=dtype, device=device)
+        out = block(rows, ones, plan)
+        return out.view(size * num_expert, capacity, out.shape[1])
+
+    def _offsets(self, capacity, device) -> Tensor:
+        """Every expert has ``W * C`` rows."""
+        ends = torch.arange(self.num_expert + 1, dtype=torch.int32, device=device)
+        return ends * (self.group.size * capacity)
+
+    def _by_expert(self, leaf: Tensor) -> Tensor:
+        """``[W * E_local, C, ...]`` as rows in expert order, ``[E_local * W * C, ...]``."""
+        ranks = leaf.unflatten(0, (self.group.size, self.num_expert))
+        return ranks.transpose(0, 1).flatten(0, 2)
+
+    def _by_rank(self, leaf: Tensor, capacity: int) -> Tensor:
+        """The inverse of ``_by_expert``."""
+        shape = (self.num_expert, self.group.size, capacity, *leaf.shape[1:])
+        return leaf.reshape(shape).transpose(0, 1).flatten(0, 1)
+
+
+def _part(buffers: Any, start: int, length: int) -> Any:
+    """``[E, C, ...]`` cut along the capacity."""
+    return _pytree.tree_map(lambda leaf: leaf.narrow(1, start, length), buffers)
+
+
+def _pad_leaf(leaf: Tensor, expert_offsets: Tensor, capacity: int) -> Tensor:
+    """Rows ``[N, ...]`` in expert order into buffers ``[E, C, ...]``."""
+    shape = (expert_offsets.shape[0] - 1, capacity, *leaf.shape[1:])
+    if leaf.dtype in _checks.FLOAT_DTYPES:
+        flat = leaf if leaf.dim() == 2 else leaf.reshape(leaf.shape[0], _size(leaf.shape[1:]))
+        return pad_rows(flat, expert_offsets, capacity).view(shape)
+    slot = torch.arange(capacity, device=leaf.device)
+    index = expert_offsets[:-1, None] + slot  # [E, C]
+    padding = leaf.new_zeros(1, *leaf.shape[1:])
+    index = torch.where(index < expert_offsets[1:, None], index, leaf.shape[0])
+    return torch.cat((leaf, padding)).index_select(0, index.flatten()).view(shape)
+
+
+def _unpad_leaf(leaf: Tensor, expert_offsets: Tensor, num_rows: int) -> Tensor:
+    """Buffers ``[E, C, ...]`` into rows ``[N, ...]``; a row that did not fit is zero."""
+    flat = leaf if leaf.dim() == 3 else leaf.reshape(*leaf.shape[:2], _size(leaf.shape[2:]))
+    return unpad_rows(flat, expert_offsets, num_rows).view(num_rows, *leaf.shape[2:])
+
+
+def _size(shape: Any) -> int:
+    """Elements of one row, spelt out for symbolic sizes and for no rows."""
+    size = 1
+    for length in shape:
+        size *= length
+    return size
