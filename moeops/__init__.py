@@ -10,8 +10,11 @@ from moeops import (  # noqa: E402  (the ops register themselves on the loaded l
 )
 from moeops.gates.base import auxiliary_loss  # noqa: E402
 from moeops.layers import FMoE, FMoELinear, FMoETransformerMLP  # noqa: E402
+from moeops.monitor import LayerLoad, LoadMonitor  # noqa: E402
 from moeops.ops import (  # noqa: E402
+    all_to_all_rows,
     count_tokens,
+    exchange_counts,
     grouped_linear,
     limit_capacity,
     moe_mlp,
@@ -22,6 +25,7 @@ from moeops.ops import (  # noqa: E402
     unpad_rows,
     unpermute_tokens,
 )
+from moeops.replay import RoutingReplay  # noqa: E402
 from moeops.types import Routing, SlotRouting, TokenPlan  # noqa: E402
 
 __version__ = "0.1.0"
@@ -30,11 +34,16 @@ __all__ = [
     "FMoE",
     "FMoELinear",
     "FMoETransformerMLP",
+    "LayerLoad",
+    "LoadMonitor",
     "Routing",
+    "RoutingReplay",
     "SlotRouting",
     "TokenPlan",
+    "all_to_all_rows",
     "auxiliary_loss",
     "count_tokens",
+    "exchange_counts",
     "gates",
     "grouped_linear",
     "limit_capacity",

@@ -5,46 +5,70 @@ All are 0 for no tokens, and none copies to the host. ``moeops.auxiliary_loss`` 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moeops.ops import _checks
+from moeops.ops.sorting import count_tokens
 
 # Makes 0 / 0 tokens 0 and changes no other quotient. A maximum would do the same in eager mode, but a compiler that
 # takes a symbolic token count to be at least 2 simplifies it away, and then meets 0.
 TINY = 1e-30
 
 
-def balance_loss(router_probs: Tensor, topk_ids: Tensor) -> Tensor:
+def balance_loss(router_probs: Tensor, topk_ids: Tensor, *, group: Any = None) -> Tensor:
     """Compute the load-balancing loss of GShard and Switch: ``E * sum_e f_e * P_e``, 1 at perfect balance.
 
     ``f_e`` is the share of the ``T * K`` entries of ``topk_ids`` that name expert ``e`` (a constant for autograd),
     ``P_e`` the mean probability that the router gives to it. GShard counts first choices only: pass one column.
 
+    With ``group`` ``f_e`` counts the entries of all its ranks, and ``P_e`` stays this rank's. The loss is linear in
+    ``P_e`` and shares ``f_e``, so the mean of the ranks' losses, whose gradient data parallelism takes anyway, is the
+    loss of all tokens at once (for equal ``T``): an expert may serve one rank's domain alone, as long as it is not
+    overloaded over all.
+
     Args:
         router_probs: ``[T, E]`` float, each row sums to 1.
-        topk_ids: ``[T, K]`` integers, before any token is dropped.
+        topk_ids: ``[T, K]`` int32 or int64, before any token is dropped.
+        group: the ranks to count over, a process group or ``moeops.distributed.RankGroup``; all of them must call
+            this. ``None`` for this rank alone.
 
     Returns:
         A scalar of the type of ``router_probs``; 0 for no tokens.
 
-    Gradients: ``router_probs``.  Host sync: none.  Deterministic: yes.
-    Source: GShard, arXiv:2006.16668, algorithm 1; Switch Transformer, arXiv:2101.03961, equation 4.
+    Gradients: ``router_probs``.  Host sync: none.  Deterministic: yes.  With ``group``: one all-reduce of ``E + 1``
+    counts.
+    Source: GShard, arXiv:2006.16668, algorithm 1; Switch Transformer, arXiv:2101.03961, equation 4; over a group:
+    arXiv:2501.11873.
 
     Example:
         >>> balance_loss(torch.full((4, 2), 0.5), torch.tensor([[0], [1], [0], [1]]))
         tensor(1.)
     """
     num_tokens, num_experts = router_probs.shape
-    experts = torch.arange(num_experts, device=topk_ids.device)
-    chosen = topk_ids[:, :, None] == experts  # [T, K, E]
-    counts = chosen.to(router_probs.dtype).sum((0, 1))  # [E]
-    pairs = num_tokens * topk_ids.shape[1]
+    counts = count_tokens(topk_ids, num_experts)  # [E]
+    pairs: int | Tensor = num_tokens * topk_ids.shape[1]
+    if group is not None:
+        counts, pairs = _sum_counts(counts, topk_ids, group)
     probs = router_probs.sum(0) / (num_tokens + TINY)  # [E]
-    return num_experts * (counts / (pairs + TINY) * probs).sum()
+    return num_experts * (counts.to(router_probs.dtype) / (pairs + TINY) * probs).sum()
 
 
-def switch_loss(logits: Tensor, topk_ids: Tensor) -> Tensor:
+def _sum_counts(counts: Tensor, topk_ids: Tensor, group: Any) -> tuple[Tensor, Tensor]:
+    """Sum the pairs of each expert, and of all, over the ranks."""
+    from moeops.distributed import all_reduce_sum
+
+    pairs = torch.ones_like(topk_ids, dtype=torch.int64).sum()
+    sums = all_reduce_sum(torch.cat((counts.to(torch.int64), pairs[None])), group)  # [E + 1]
+    return sums[:-1], sums[-1].to(torch.float64)  # exact, where float32 ends at 2 ** 24
+
+
+def switch_loss(logits: Tensor, topk_ids: Tensor, *, group: Any = None) -> Tensor:
     """Compute the Switch Transformer's loss from logits: ``balance_loss(softmax(logits), topk_ids)``.
 
     Every choice counts alike, so that it serves any ``K``; the loss that Mixtral and Qwen3 train with is ``K`` times
@@ -53,6 +77,7 @@ def switch_loss(logits: Tensor, topk_ids: Tensor) -> Tensor:
     Args:
         logits: ``[T, E]``, any float type, computed in float32 (float64 for float64).
         topk_ids: ``[T, K]`` integers, before any token is dropped.
+        group: ranks to count over, see ``balance_loss``.
 
     Returns:
         A scalar, 1 at perfect balance.
@@ -69,15 +94,16 @@ def switch_loss(logits: Tensor, topk_ids: Tensor) -> Tensor:
     if not torch.compiler.is_compiling():
         _check_logits("switch_loss", logits)
         _check_ids("switch_loss", topk_ids, logits.shape[0])
-    return balance_loss(_softmax(logits), topk_ids)
+    return balance_loss(_softmax(logits), topk_ids, group=group)
 
 
-def gshard_loss(logits: Tensor, topk_ids: Tensor) -> Tensor:
+def gshard_loss(logits: Tensor, topk_ids: Tensor, *, group: Any = None) -> Tensor:
     """Compute GShard's loss from logits: ``balance_loss`` of the first choices, column 0 of ``topk_ids``.
 
     Args:
         logits: ``[T, E]``, any float type, computed in float32 (float64 for float64).
         topk_ids: ``[T, K]`` integers, best first, before any token is dropped.
+        group: ranks to count over, see ``balance_loss``.
 
     Returns:
         A scalar, 1 at perfect balance.
@@ -94,7 +120,7 @@ def gshard_loss(logits: Tensor, topk_ids: Tensor) -> Tensor:
     if not torch.compiler.is_compiling():
         _check_logits("gshard_loss", logits)
         _check_ids("gshard_loss", topk_ids, logits.shape[0])
-    return balance_loss(_softmax(logits), topk_ids[:, :1])
+    return balance_loss(_softmax(logits), topk_ids[:, :1], group=group)
 
 
 def z_loss(logits: Tensor) -> Tensor:
@@ -149,6 +175,111 @@ def router_entropy(logits: Tensor) -> Tensor:
     return -(log_probs.exp() * log_probs).sum() / (logits.shape[0] + TINY)
 
 
+def sequence_loss(router_probs: Tensor, topk_ids: Tensor, sequence_length: int) -> Tensor:
+    """Compute the sequence-wise balance loss: the mean over the sequences of ``balance_loss`` of each alone.
+
+    ``S`` tokens in a row are a sequence; a last one with fewer than ``S`` is averaged over those it has.
+
+    Args:
+        router_probs: ``[T, E]`` float, each row sums to 1.
+        topk_ids: ``[T, K]`` integers, no expert twice in a row; -1 counts for no expert.
+        sequence_length: ``S``, at least 1.
+
+    Returns:
+        A scalar of the type of ``router_probs``, 1 at perfect balance; 0 for no tokens.
+
+    Raises:
+        ValueError: a shape or a number does not fit.  TypeError: a type does not fit.
+    Gradients: ``router_probs``.  Host sync: none.  Deterministic: yes.
+    Source: DeepSeek-V3, arXiv:2412.19437, equations 17 to 20.
+
+    Example:
+        >>> probs = torch.eye(2).repeat(2, 1)
+        >>> sequence_loss(probs, probs.argmax(-1, keepdim=True), 2), sequence_loss(probs, torch.zeros(4, 1).long(), 4)
+        (tensor(1.), tensor(1.))
+    """
+    if not torch.compiler.is_compiling():
+        op = "sequence_loss"
+        _checks.check_tensor(op, "router_probs", router_probs, 2)
+        _checks.check_float(op, "router_probs", router_probs)
+        _check_ids(op, topk_ids, router_probs.shape[0])
+        _checks.check_int(
+            op, "sequence_length", sequence_length, 1, "Pass the tokens per sequence."
+        )
+    num_tokens, num_experts = router_probs.shape
+    num_sequences = (num_tokens + sequence_length - 1) // sequence_length
+    missing = num_sequences * sequence_length - num_tokens
+    sums = [
+        F.pad(t, (0, 0, 0, missing)).view(num_sequences, sequence_length, num_experts).sum(1)
+        for t in (chosen_experts(topk_ids, num_experts).to(router_probs.dtype), router_probs)
+    ]  # [sequences, E] each
+    first = torch.arange(num_sequences, device=router_probs.device) * sequence_length
+    tokens = (num_tokens - first).clamp(max=sequence_length).to(router_probs.dtype)  # [sequences]
+    products = (sums[0] * sums[1]).sum(1) / tokens.square()
+    return num_experts / topk_ids.shape[1] * products.sum() / (num_sequences + TINY)
+
+
+def chosen_experts(topk_ids: Tensor, num_experts: int) -> Tensor:
+    """Mark the chosen experts of each token: ids ``[T, K]`` in ``[-1, E)`` to ``[T, E]`` bool."""
+    # A column of its own takes the dropped pairs.
+    ids = torch.where(topk_ids < 0, num_experts, topk_ids).to(torch.int64)
+    marks = torch.zeros(
+        topk_ids.shape[0], num_experts + 1, dtype=torch.bool, device=topk_ids.device
+    )
+    return marks.scatter(1, ids, True)[:, :num_experts]
+
+
+def noisy_load(
+    clean_logits: Tensor, noisy_logits: Tensor, noise: Tensor, topk_ids: Tensor
+) -> Tensor:
+    """Estimate smoothly how many tokens each expert gets from a noisy top-k gate.
+
+    ``load_e = sum_t P(e stays among the best K when its own noise is drawn again)``, which is
+    ``Phi((clean_e - h') / noise_e)`` with ``h'`` the K-th largest of the other experts' noisy logits. With ``K = E``
+    it is the number of tokens, without a gradient.
+
+    Args:
+        clean_logits: ``[T, E]`` float.
+        noisy_logits: ``[T, E]``, ``clean_logits`` plus the noise that was drawn.
+        noise: ``[T, E]``, standard deviation of the noise, above 0.
+        topk_ids: ``[T, K]`` integers, the K best of ``noisy_logits``, best first.
+
+    Returns:
+        ``[E]`` of the type of ``noisy_logits``; ``cv_squared`` of it is Shazeer's load loss.
+
+    Raises:
+        ValueError: a shape does not fit.  TypeError: a type does not fit.
+    Gradients: all logits and ``noise``.  Host sync: none.  Deterministic: yes.
+    Source: Shazeer et al. 2017, arXiv:1701.06538, equations 8 to 10, appendix A.
+
+    Example:
+        >>> clean, ids = torch.zeros(1, 2), torch.tensor([[0]])
+        >>> noisy_load(clean, clean, torch.ones(1, 2), ids)
+        tensor([0.5000, 0.5000])
+    """
+    if not torch.compiler.is_compiling():
+        op = "noisy_load"
+        for name, value in (
+            ("clean_logits", clean_logits),
+            ("noisy_logits", noisy_logits),
+            ("noise", noise),
+        ):
+            _checks.check_tensor(op, name, value, 2)
+            _checks.check_float(op, name, value)
+            for dim in (0, 1):
+                _checks.check_size(op, name, value, dim, clean_logits.shape[dim], "as clean_logits")
+        _check_ids(op, topk_ids, clean_logits.shape[0])
+    num_experts = noisy_logits.shape[1]
+    chosen = chosen_experts(topk_ids, num_experts)  # [T, E]
+    if topk_ids.shape[1] == num_experts:
+        return chosen.to(noisy_logits.dtype).sum(0)
+    # The K-th best among the others: for a chosen expert the first one left out, else the last one let in.
+    left_out = noisy_logits.masked_fill(chosen, -math.inf).amax(-1, keepdim=True)  # [T, 1]
+    let_in = noisy_logits.gather(1, topk_ids[:, -1:].to(torch.int64))  # [T, 1]
+    score = (clean_logits - torch.where(chosen, left_out, let_in)) / noise
+    return (0.5 * (1 + torch.erf(score / math.sqrt(2)))).sum(0)
+
+
 def importance(topk_weights: Tensor, topk_ids: Tensor, num_experts: int) -> Tensor:
     """Sum the weights that each expert got.
 
@@ -180,6 +311,42 @@ def importance(topk_weights: Tensor, topk_ids: Tensor, num_experts: int) -> Tens
     ids = torch.where(topk_ids < 0, num_experts, topk_ids).to(torch.int64)
     per_token = topk_weights.new_zeros(topk_weights.shape[0], num_experts + 1)
     return per_token.scatter(1, ids, topk_weights)[:, :num_experts].sum(0)
+
+
+def alignment_loss(router_probs: Tensor, topk_ids: Tensor, group_size: int) -> Tensor:
+    """Compute the alignment loss of switch-and-mixture: how much better experts outside the chosen group are.
+
+    The mean over the tokens of ``sum over the experts e outside the token's group of max(0, p_e - p_last)``, with
+    ``p_last`` the probability of the last choice: 0 if the best ``K`` of all experts stand in one group.
+
+    Args:
+        router_probs: ``[T, E]`` float, each row sums to 1.
+        topk_ids: ``[T, K]`` integers in ``[0, E)``, best first, all of a row in one group, before any token is dropped.
+        group_size: experts per group; expert ``e`` is in group ``e // group_size``.
+
+    Returns:
+        A scalar of the type of ``router_probs``; 0 for no tokens.
+
+    Raises:
+        ValueError: a shape or a number does not fit.  TypeError: a type does not fit.
+    Gradients: ``router_probs``.  Host sync: none.  Deterministic: yes.
+    Source: Switch and Mixture, arXiv:2110.07431; HetuMoE, arXiv:2203.14685, takes the sum over the tokens.
+
+    Example:
+        >>> alignment_loss(torch.tensor([[0.4, 0.1, 0.3, 0.2]]), torch.tensor([[0, 1]]), 2)
+        tensor(0.3000)
+    """
+    if not torch.compiler.is_compiling():
+        op = "alignment_loss"
+        _checks.check_tensor(op, "router_probs", router_probs, 2)
+        _checks.check_float(op, "router_probs", router_probs)
+        _check_ids(op, topk_ids, router_probs.shape[0])
+        _checks.check_int(op, "group_size", group_size, 1, "Pass the experts per group.")
+    topk_ids = topk_ids.to(torch.int64)
+    experts = torch.arange(router_probs.shape[1], device=topk_ids.device)
+    outside = experts // group_size != topk_ids[:, :1] // group_size  # [T, E]
+    excess = (router_probs - router_probs.gather(1, topk_ids[:, -1:])).clamp_min(0)
+    return torch.where(outside, excess, 0).sum() / (router_probs.shape[0] + TINY)
 
 
 def cv_squared(values: Tensor) -> Tensor:
@@ -223,3 +390,20 @@ def _check_logits(op: str, logits: Tensor) -> None:
 def _check_ids(op: str, topk_ids: Tensor, num_tokens: int) -> None:
     _checks.check_ids(op, "topk_ids", topk_ids)
     _checks.check_size(op, "topk_ids", topk_ids, 0, num_tokens, "one row per token")
+
+
+def _z(logits: Tensor, topk_ids: Tensor) -> Tensor:
+    return z_loss(logits)
+
+
+def _entropy(logits: Tensor, topk_ids: Tensor) -> Tensor:
+    return router_entropy(logits)
+
+
+# Losses that BaseGate.add_loss knows by name: functions of logits [T, E] and topk_ids [T, K].
+GATE_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "z": _z,
+    "entropy": _entropy,
+    "switch": switch_loss,
+    "gshard": gshard_loss,
+}

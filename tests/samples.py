@@ -324,12 +324,6 @@ def _moe_mlp_backward(p, dtype, device, activation, with_bias, needs):
     return OpCase("moe_mlp_backward", args, {0: 0, 1: 0, 2: 0, 7: 0, 8: 0, 9: 0})
 
 
-def _all_to_all_rows(p, dtype, device):
-    # One rank, which needs no process group; tests/distributed has more.
-    rows = p.tensor(p.N, p.D, dtype=dtype, device=device)
-    return OpCase("all_to_all_rows", (rows, [p.N], [p.N], ""), {0: 0}, differentiable=(0,))
-
-
 OP_CASES: dict[str, list[Callable[[Sample, torch.dtype, str], OpCase]]] = {
     "topk_route": [
         lambda *a: _topk_route(*a, groups=False),
@@ -368,7 +362,6 @@ OP_CASES: dict[str, list[Callable[[Sample, torch.dtype, str], OpCase]]] = {
         lambda *a: _moe_mlp_backward(*a, "gelu", False, (False, True, False, True)),
         lambda *a: _moe_mlp_backward(*a, "relu", True, (True, False, False, False)),
     ],
-    "all_to_all_rows": [_all_to_all_rows],
 }
 
 

@@ -12,13 +12,15 @@ from torch._dynamo.utils import counters
 
 import moeops
 from moeops import FMoETransformerMLP, auxiliary_loss
-from moeops.gates import BaseGate, GShardGate, NaiveGate, SwitchGate
+from moeops.gates import BaseGate, GShardGate, NaiveGate, SwitchGate, with_losses
 from moeops.losses import (
     balance_loss,
     cv_squared,
     gshard_loss,
     importance,
+    noisy_load,
     router_entropy,
+    sequence_loss,
     switch_loss,
     z_loss,
 )
@@ -51,7 +53,24 @@ def entropy_reference(logits):
     return sum(-(p[t, e] * torch.log(p[t, e])) for t in range(T) for e in range(E)) / T
 
 
+def sequence_reference(z, ids, length=4):
+    p, total, count = probabilities(z), z.new_zeros(()), 0
+    for start in range(0, T, length):
+        tokens = range(start, min(start + length, T))
+        for e in range(E):
+            f = E / K / len(tokens) * sum(int((ids[t] == e).any()) for t in tokens)
+            total = total + f * sum(p[t, e] for t in tokens) / len(tokens)
+        count += 1
+    return total / count
+
+
 LOSSES = {
+    "sequence": (
+        lambda z, ids: sequence_loss(
+            torch.softmax(z.to(torch.promote_types(z.dtype, torch.float32)), -1), ids, 4
+        ),
+        sequence_reference,
+    ),
     "switch": (switch_loss, lambda z, ids: balance_reference(probabilities(z), ids)),
     "gshard": (gshard_loss, lambda z, ids: balance_reference(probabilities(z), ids[:, :1])),
     "z": (lambda z, ids: z_loss(z), lambda z, ids: z_reference(z)),
@@ -128,6 +147,37 @@ def test_importance(ids_type, dtype, device):
     assert_close(weights.grad, w64.grad, dtype, "gradient")
 
 
+def test_noisy_load(device):
+    clean = torch.randn(T, E, dtype=torch.float64)
+    noise = torch.rand(T, E, dtype=torch.float64) + 0.1
+    noisy = clean + noise * torch.randn(T, E, dtype=torch.float64)
+    ids = noisy.argsort(-1, descending=True)[:, :K]
+    normal = torch.distributions.Normal(0.0, 1.0)
+    want = torch.zeros(E, dtype=torch.float64)
+    for t in range(T):
+        for e in range(E):
+            others = sorted((float(noisy[t, o]) for o in range(E) if o != e), reverse=True)
+            want[e] += normal.cdf((clean[t, e] - others[K - 1]) / noise[t, e])
+    inputs = [v.to(device).requires_grad_() for v in (clean, noisy, noise)]
+    assert_close(noisy_load(*inputs, ids.to(device)), want, torch.float64)
+    assert torch.autograd.gradcheck(lambda *v: noisy_load(*v, ids.to(device)), inputs)
+    everyone = torch.arange(E, device=device).expand(T, E)
+    assert noisy_load(*inputs, everyone).tolist() == [T] * E
+    none = [v[:0] for v in inputs]
+    assert noisy_load(*none, ids[:0].to(device)).tolist() == [0] * E
+
+
+def test_sequence_loss_of_sequences_alone():
+    """Whole sequences: the mean of their balance losses; a dropped pair counts for nobody."""
+    probs, ids = torch.rand(8, E, dtype=torch.float64).softmax(-1), choose(8)
+    halves = [balance_loss(p, i) for p, i in zip(probs.split(4), ids.split(4), strict=True)]
+    assert_close(sequence_loss(probs, ids, 4), sum(halves) / 2, torch.float64)
+    dropped = ids.clone()
+    dropped[0, 0] = -1
+    less = E / K * probs[:4, ids[0, 0]].sum() / 16 / 2
+    assert_close(sequence_loss(probs, dropped, 4), sum(halves) / 2 - less, torch.float64)
+
+
 def test_cv_squared(device):
     values = torch.rand(E, dtype=torch.float64, device=device, requires_grad=True)
     v = values.detach().tolist()
@@ -148,6 +198,8 @@ def test_all_of_them_compile_in_one_graph(device):
 
     def everything(logits, weights, ids):
         total = switch_loss(logits, ids) + gshard_loss(logits, ids) + z_loss(logits)
+        total = total + sequence_loss(torch.softmax(logits, -1), ids, 4)
+        total = total + cv_squared(noisy_load(logits, logits + 0.1, logits.abs() + 1, ids))
         return total + router_entropy(logits) + cv_squared(importance(weights, ids, E))
 
     compiled = torch.compile(everything, fullgraph=True, backend="aot_eager")
@@ -205,6 +257,31 @@ def test_old_import_paths():
         ),
         (lambda: cv_squared(torch.ones(2, 2)), ValueError, r"cv_squared: values must have 1"),
         (
+            lambda: sequence_loss(torch.ones(3, 2), torch.zeros(3, 1, dtype=torch.int64), 0),
+            ValueError,
+            r"sequence_loss: sequence_length must be at least 1, got 0",
+        ),
+        (
+            lambda: noisy_load(*[torch.ones(3, 2)] * 2, torch.ones(3, 4), torch.zeros(3, 1).long()),
+            ValueError,
+            r"noisy_load: noise must have size 2 .*\[3, 4\]",
+        ),
+        (
+            lambda: NaiveGate(D, 4).add_loss("zz"),
+            ValueError,
+            r"NaiveGate\.add_loss: loss must be one of .*'z'.* got 'zz'",
+        ),
+        (
+            lambda: NaiveGate(D, 4).add_loss(1e-3),
+            TypeError,
+            r"NaiveGate\.add_loss: loss must be a name or a function .* got 0\.001",
+        ),
+        (
+            lambda: NaiveGate(D, 4).add_loss("z", math.nan),
+            ValueError,
+            r"NaiveGate\.add_loss: weight must be a finite number, got nan",
+        ),
+        (
             lambda: auxiliary_loss("model"),
             TypeError,
             r"auxiliary_loss: model must be .* got 'model'",
@@ -259,6 +336,100 @@ def test_a_shared_gate_counts_once(clear):
     want = gate.get_loss(clear=False)
     assert torch.equal(auxiliary_loss(model, clear), want)
     assert gate.has_loss is not clear
+
+
+# --- losses as options of a gate --------------------------------------------------------------------
+
+
+def test_added_losses(device):
+    """They come on top of the gate's own, for a gate with a loss and for one without."""
+    x = torch.randn(12, D, device=device)
+    plain = SwitchGate(D, 4, switch_eps=0.0, capacity=None).to(device)
+    gate = copy.deepcopy(plain).add_loss("z", 0.25).add_loss("entropy", -0.5)
+    plain(x), gate(x)
+    logits = x @ plain.gate.weight.T + plain.gate.bias
+    want = plain.get_loss() + 0.25 * z_loss(logits) - 0.5 * router_entropy(logits)
+    assert_close(gate.get_loss(), want, torch.float32)
+    naive = NaiveGate(D, 4, 1, 2).to(device).add_loss("switch", 2.0)
+    naive.add_loss(lambda logits, topk_ids: logits.square().mean() + topk_ids.shape[1])
+    ids, _, logits = naive(x, return_all_scores=True)
+    want = 2 * switch_loss(logits, ids) + logits.square().mean() + 2
+    assert_close(naive.get_loss(), want, torch.float32)
+    want.backward()
+    assert not NaiveGate(D, 4).extra_losses
+
+
+def test_added_losses_compile_and_accumulate():
+    torch._dynamo.reset()
+    counters.clear()
+    gates = (with_losses(NaiveGate, z=0.1), with_losses(SwitchGate, entropy=-0.1))
+    model = model_of(gates[0](D, 4, top_k=2), gates[1](D, 4, switch_eps=0.0))
+    batches = torch.randn(3, 16, D).unbind()
+    want = train(copy.deepcopy(model), micro_loss, batches)
+    actual = train(model, torch.compile(micro_loss, fullgraph=True, backend="aot_eager"), batches)
+    assert counters["stats"]["unique_graphs"] == 1
+    for name, value in want.items():
+        assert_close(actual[name], value, torch.float32, name)
+    assert float(want["0.gate.gate.weight"].abs().sum()) > 0
+
+
+LIBRARY = [
+    gate
+    for name in moeops.gates.__all__
+    if isinstance(gate := getattr(moeops.gates, name), type)
+    and issubclass(gate, BaseGate)
+    and gate is not BaseGate
+]
+
+
+@pytest.mark.parametrize("cls", LIBRARY, ids=lambda cls: cls.__name__)
+def test_every_gate_takes_added_losses_or_says_no(cls):
+    """The same noise with and without: the difference is the added loss of the gate's own logits."""
+    gate = cls(D, 8, **({"num_groups": 2} if cls.__name__ == "SAMGate" else {}))
+    if not gate.has_logits:
+        assert cls.__name__ in ("ForcedBalanceGate", "HashGate", "SoftMoEGate", "ZeroGate")
+        with pytest.raises(
+            TypeError, match=rf"{cls.__name__}\.add_loss: the gate must have logits"
+        ):
+            gate.add_loss("z")
+        return
+    seen = []
+
+    def spy(logits, topk_ids):
+        seen.append((logits.shape, topk_ids.shape[0], int(topk_ids.min()), int(topk_ids.max())))
+        return z_loss(logits)
+
+    other = copy.deepcopy(gate).add_loss(spy, 0.5).add_loss("switch").add_loss("switch", -1)
+    x = torch.randn(32, D)
+    torch.manual_seed(1)
+    gate(x)
+    torch.manual_seed(1)
+    other(x)
+    ((shape, tokens, low, high),) = seen
+    assert (shape, tokens) == ((32, 8), 32)
+    assert -1 <= low <= high < 8
+    own, total = gate.get_loss(), other.get_loss()
+    added = total if own is None else total - own
+    assert float(added.detach()) > 0
+    added.backward()
+    assert any(p.grad is not None and p.grad.any() for p in other.parameters())
+
+
+def test_with_losses_builds_what_the_layer_asks_for():
+    layer = FMoETransformerMLP(4, D, 12, gate=with_losses(NaiveGate, z=1e-3), gate_bias=False)
+    assert layer.gate.gate.bias is None
+    assert [weight for _, weight in layer.gate.extra_losses] == [1e-3]
+    with pytest.raises(ValueError, match=r"NaiveGate\.add_loss: loss must be one of .* got 'y'"):
+        with_losses(NaiveGate, y=1.0)(D, 4)
+
+
+def test_a_gate_that_hands_over_no_logits_is_named():
+    class Own(BaseGate):
+        def forward(self, x):
+            self.set_loss(x.sum())
+
+    with pytest.raises(RuntimeError, match=r"Own: set_loss must get logits and topk_ids"):
+        Own(2).add_loss("z")(torch.randn(3, D))
 
 
 def test_zero_without_a_loss(device):

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from moeops.losses import GATE_LOSSES
 from moeops.ops import _checks
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from moeops.distributed import RankGroup
+
+GateLoss = Callable[[Tensor, Tensor], Tensor]
 
 
 def _in_backward() -> bool:
@@ -18,6 +29,13 @@ def _in_backward() -> bool:
 def exporting() -> bool:
     """torch.export is tracing. Its flag is read directly: torch 2.11's Dynamo takes isexporting() for always true."""
     return torch.compiler._is_exporting_flag
+
+
+def records() -> bool:
+    """This forward may leave something behind: it is not exported, nor a recomputation by checkpointing."""
+    if exporting():
+        return False
+    return torch.compiler.is_compiling() or not _in_backward()
 
 
 class BaseGate(nn.Module):
@@ -39,6 +57,9 @@ class BaseGate(nn.Module):
     - ``nn.DataParallel``: the replicas' losses vanish with the replicas; return the loss from the model's forward.
     - ``copy.deepcopy`` and pickle drop it.
 
+    A gate that has to know the other ranks' tokens reads ``self.group``: the ranks that it is told of, ``None`` until
+    somebody sets it. Set a process group; what is kept is its ``moeops.distributed.RankGroup``, which can be copied.
+
     Args:
         num_expert: experts on this rank.
         world_size: ranks that hold different experts; the gate chooses among ``num_expert * world_size``.
@@ -59,6 +80,10 @@ class BaseGate(nn.Module):
     """
 
     loss: Tensor | None
+    extra_losses: tuple[tuple[GateLoss, float], ...] = ()
+    # False in gates that hand no logits to set_loss: losses of logits are refused there.
+    has_logits = True
+    _group: RankGroup | None = None
 
     def __init__(self, num_expert: int, world_size: int = 1) -> None:
         super().__init__()
@@ -77,16 +102,124 @@ class BaseGate(nn.Module):
             "Return (topk_ids [T, K], topk_weights [T, K])."
         )
 
-    def _records(self) -> bool:
-        """This forward may leave something behind: it is not exported, nor a recomputation by checkpointing."""
-        if exporting():
-            return False
-        return torch.compiler.is_compiling() or not _in_backward()
+    @property
+    def group(self) -> RankGroup | None:
+        """The ranks that this gate may ask for their counts, ``None`` for this rank alone."""
+        return self._group
 
-    def set_loss(self, loss: Tensor) -> None:
-        """Keep the auxiliary loss of this forward; what is left of an earlier one is replaced."""
-        if self._records():
+    @group.setter
+    def group(self, group: ProcessGroup | RankGroup | None) -> None:
+        if group is not None:
+            from moeops.distributed import rank_group
+
+            group = rank_group(group)
+        self._group = group
+
+    def _expert_group(self, why: str) -> RankGroup | None:
+        """The ranks that hold the other experts; ``None`` if all experts are here."""
+        if self.world_size == 1:
+            return None
+        group = self._group
+        if group is None:
+            raise ValueError(
+                f"{type(self).__name__}: group must be set for {why} with world_size = {self.world_size}, got None. "
+                "Pass group=, the ranks that hold the experts, or set gate.group."
+            )
+        if group.size != self.world_size:
+            raise ValueError(
+                f"{type(self).__name__}: group must have world_size = {self.world_size} ranks for {why}, got "
+                f"{group.size}. Pass the ranks that hold the experts."
+            )
+        return group
+
+    def _balance_group(self) -> RankGroup | None:
+        """The ranks to balance over; ``None`` if there is one process only."""
+        if self._group is not None:
+            return self._group
+        dist = torch.distributed
+        alone = not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1
+        if self.world_size > 1 or not alone:
+            raise ValueError(
+                f"{type(self).__name__}: group must be set for a loss over all ranks, got None. "
+                "Pass group=, the ranks whose tokens count together, or set gate.group."
+            )
+        return None
+
+    def _records(self) -> bool:
+        """See ``records``."""
+        return records()
+
+    def set_loss(
+        self, loss: Tensor | None, logits: Tensor | None = None, topk_ids: Tensor | None = None
+    ) -> None:
+        """Keep the auxiliary loss of this forward; what is left of an earlier one is replaced.
+
+        Args:
+            loss: a scalar, or ``None`` for a gate without a loss of its own.
+            logits: ``[T, E]``, what the losses of ``add_loss`` read. A gate that passes logits and choices can be
+                given any of them.
+            topk_ids: ``[T, K]``, the choices before any token is dropped.
+        """
+        if self.extra_losses and not exporting():
+            if logits is None or topk_ids is None:
+                raise RuntimeError(
+                    f"{type(self).__name__}: set_loss must get logits and topk_ids for the losses of add_loss, got "
+                    "none. Pass them in the gate's forward."
+                )
+            for function, weight in self.extra_losses:
+                extra = weight * function(logits, topk_ids)
+                loss = extra if loss is None else loss + extra
+        if loss is not None and self._records():
             self.loss = loss
+
+    def add_loss(self, loss: str | GateLoss, weight: float = 1.0) -> BaseGate:
+        """Add a loss of the logits to the gate's own loss, in every forward from here on.
+
+        All gates of this library that have logits take it. The weight is on top of the one that the training loop
+        gives to ``auxiliary_loss``, and relative to the gate's own loss, whose weight is 1.
+
+        Args:
+            loss: ``"z"``, ``"entropy"``, ``"switch"`` or ``"gshard"`` (see ``moeops.losses``), or a function of
+                logits ``[T, E]`` and topk_ids ``[T, K]`` that returns a scalar.
+            weight: factor; negative to reward, as one may the entropy.
+
+        Returns:
+            The gate, so that calls chain.
+
+        Raises:
+            ValueError: the name is unknown or the weight not finite.  TypeError: ``loss`` is neither, or the gate has
+            no logits.
+
+        Example:
+            >>> from moeops.gates import NaiveGate
+            >>> gate = NaiveGate(8, 4).add_loss("z", 1e-3).add_loss("entropy", -1e-2)
+            >>> _ = gate(torch.randn(5, 8))
+            >>> gate.get_loss().shape
+            torch.Size([])
+        """
+        op = f"{type(self).__name__}.add_loss"
+        if not self.has_logits:
+            raise TypeError(
+                f"{op}: the gate must have logits [T, E] for a loss of them, got one without. Use another gate, or "
+                "the inner gate of a wrapper."
+            )
+        if isinstance(loss, str):
+            if loss not in GATE_LOSSES:
+                raise ValueError(
+                    f"{op}: loss must be one of {tuple(GATE_LOSSES)}, got {loss!r}. Pick one or pass a function."
+                )
+            function: GateLoss = GATE_LOSSES[loss]
+        elif callable(loss):
+            function = loss
+        else:
+            raise TypeError(
+                f"{op}: loss must be a name or a function of (logits, topk_ids), got {_checks.describe(loss)}. "
+                f"The names are {tuple(GATE_LOSSES)}."
+            )
+        if not isinstance(weight, (int, float)) or not math.isfinite(weight):
+            raise ValueError(f"{op}: weight must be a finite number, got {weight!r}. Use 1e-3.")
+        self.extra_losses = (*self.extra_losses, (function, float(weight)))
+        return self
 
     def get_loss(self, clear: bool = True) -> Tensor | None:
         """Hand over the auxiliary loss: a scalar with a gradient to the gate, ``None`` if there is none.
@@ -107,6 +240,37 @@ class BaseGate(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # A loss is part of one forward's graph: deepcopy refuses it and pickle has no use for it.
         return {**self.__dict__, "loss": None}
+
+
+def with_losses(gate: Callable[..., BaseGate], **weights: float) -> Callable[..., BaseGate]:
+    """Make a layer's ``gate=`` argument of a gate and losses: a factory that calls ``add_loss`` on what it builds.
+
+    Args:
+        gate: a gate class or a function that builds a gate.
+        **weights: weight by name, the names of ``BaseGate.add_loss``.
+
+    Returns:
+        A function with the arguments of ``gate``.
+
+    Raises:
+        ValueError: a name is unknown or a weight not finite, when the gate is built.
+
+    Example:
+        >>> from moeops import FMoETransformerMLP
+        >>> from moeops.gates import SwitchGate
+        >>> layer = FMoETransformerMLP(4, 8, 16, top_k=1, gate=with_losses(SwitchGate, z=1e-3))
+        >>> len(layer.gate.extra_losses)
+        1
+    """
+
+    @functools.wraps(gate, updated=())
+    def build(*args: Any, **kwargs: Any) -> BaseGate:
+        built = gate(*args, **kwargs)
+        for name, weight in weights.items():
+            built.add_loss(name, weight)
+        return built
+
+    return build
 
 
 def check_top_k(gate: str, top_k: object, num_experts: int) -> None:

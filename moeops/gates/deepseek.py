@@ -6,14 +6,13 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moeops.gates.base import exporting
-from moeops.gates.functional import check_scale, expert_loads, router_logits
+from moeops.gates.functional import check_scale, chosen_weights, expert_loads, router_logits
 from moeops.gates.naive import NaiveGate
 from moeops.gates.topk import expert_probs
-from moeops.losses import TINY
+from moeops.losses import sequence_loss
 from moeops.ops import _checks
 from moeops.ops.routing import topk_route
 
@@ -32,12 +31,10 @@ class DeepSeekV3Gate(NaiveGate):
     backward. Both buffers are saved in ``state_dict``. They keep their types, float32 and int64, when the module is
     cast: a step of 0.001 is lost in bfloat16.
 
-    **Several ranks** with replicas of this gate must agree on the bias, and DDP does not sum buffers (it can
-    overwrite them with rank 0's, which would lose the other ranks' counts: pass ``broadcast_buffers=False``). Sum the
-    loads first; the same sums then give the same bias everywhere::
-
-        torch.distributed.all_reduce(gate.loads)
-        gate.update_bias(0.001)
+    **Several ranks** with replicas of this gate must agree on the bias: ``gate.update_bias(0.001, group)`` with the
+    ranks that hold this gate sums their loads first, and the same sums give the same bias everywhere. DDP does not sum
+    buffers, but overwrites them with rank 0's, which would lose the other ranks' counts: pass
+    ``broadcast_buffers=False``.
 
     **The loss**, with ``sequence_length``, is the sequence-wise balance loss without its factor: the mean over the
     sequences of ``sum_e f_e * P_e``; ``f_e = E / (K * S) *`` the number of the sequence's tokens that have ``e``
@@ -139,45 +136,55 @@ class DeepSeekV3Gate(NaiveGate):
         if self.training and self._records():
             self.loads.add_(expert_loads(topk_ids, self.tot_expert))
         # Not skipped in recomputations, which must save the same tensors as the forward.
-        if self.sequence_length is not None and not exporting():
-            self.set_loss(self._sequence_loss(logits, self.sequence_length))
+        if not exporting():
+            self.set_loss(self._sequence_loss(logits), logits, topk_ids)
         return topk_ids, topk_weights
 
-    def _sequence_loss(self, logits: Tensor, length: int) -> Tensor:
-        """The mean over the sequences of ``sum_e f_e * P_e``."""
-        num_tokens, num_experts = logits.shape
-        num_sequences = (num_tokens + length - 1) // length
-        missing = num_sequences * length - num_tokens
+    def weights_at(self, inp: Tensor, topk_ids: Tensor) -> Tensor:
+        """Weights ``[T, K]`` that the router gives to experts chosen elsewhere, see ``moeops.RoutingReplay``."""
+        logits = router_logits(inp, self.gate)
+        return chosen_weights(logits, topk_ids, score="sigmoid", scale=self.scale)
+
+    def _sequence_loss(self, logits: Tensor) -> Tensor | None:
+        """The sequence-wise balance loss, its choices made without bias and groups."""
+        if self.sequence_length is None:
+            return None
         _, topk_ids = topk_route(logits.detach(), self.top_k, score="sigmoid")
-        chosen = torch.zeros_like(logits).scatter(1, topk_ids, 1.0)  # [T, E]
-        sums = [
-            F.pad(t, (0, 0, 0, missing)).view(num_sequences, length, num_experts).sum(1)
-            for t in (chosen, expert_probs(logits, "sigmoid"))
-        ]  # [sequences, E] each
-        first = torch.arange(num_sequences, device=logits.device) * length
-        tokens = (num_tokens - first).clamp(max=length).to(logits.dtype)  # [sequences]
-        products = (sums[0] * sums[1]).sum(1) / tokens.square()
-        return num_experts / self.top_k * products.sum() / (num_sequences + TINY)
+        return sequence_loss(expert_probs(logits, "sigmoid"), topk_ids, self.sequence_length)
 
     @torch.no_grad()
-    def update_bias(self, speed: float) -> None:
+    def update_bias(self, speed: float, group: Any = None) -> None:
         """Raise the bias of experts with less than the mean load by ``speed``, lower that of the others; clear loads.
 
         ``selection_bias += speed * sign(mean(loads) - loads)``: in place, without a host copy, one graph under
-        ``torch.compile``. Without loads nothing moves. With several ranks sum ``loads`` over them first.
+        ``torch.compile``. Without loads nothing moves.
 
         Args:
             speed: step of the bias, at least 0; the paper's is 0.001, and 0 at the end of training.
+            group: sum the loads over these ranks first, a process group or ``moeops.distributed.RankGroup``; all of
+                them must call this. ``None`` for the gate's own ``group``, and without one for this rank alone.
 
         Raises:
-            ValueError: ``speed`` is negative or not finite.
+            ValueError: ``speed`` is negative or not finite, or no group is known with ``world_size > 1``.
         """
         if not torch.compiler.is_compiling() and not 0 <= speed < math.inf:
             raise ValueError(
                 f"{type(self).__name__}.update_bias: speed must be at least 0 and finite, got {speed}. Use 0.001."
             )
+        if group is None:
+            group = self.group
+        loads = self.loads
+        if group is not None:
+            from moeops.distributed import all_reduce_sum
+
+            loads = all_reduce_sum(loads, group)
+        elif self.world_size > 1:
+            raise ValueError(
+                f"{type(self).__name__}.update_bias: group must be set with world_size = {self.world_size}, got None. "
+                "Pass the ranks that hold this gate."
+            )
         # In integers, so that a load equal to the mean is seen as such.
-        above = self.loads * self.tot_expert - self.loads.sum()
+        above = loads * self.tot_expert - loads.sum()
         self.selection_bias.sub_(speed * torch.sign(above).to(self.selection_bias.dtype))
         self.loads.zero_()
 

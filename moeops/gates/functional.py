@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moeops.ops import _checks
+from moeops.ops.sorting import count_tokens, limit_capacity, sort_tokens
 
 _MILLION = 1_000_000
+POLICIES = ("position", "choice", "priority", "batch", "random")
+GROUP_POLICIES = ("position", "choice")
+
+Count = TypeVar("Count", int, Tensor)
 
 
 def router_logits(x: Tensor, router: nn.Linear) -> Tensor:
@@ -36,9 +43,14 @@ def router_logits(x: Tensor, router: nn.Linear) -> Tensor:
         _checks.check_tensor(op, "x", x, 2)
         _checks.check_float(op, "x", x)
         _checks.check_size(op, "x", x, 1, router.in_features, "the router's inputs")
+    return exact_linear(x, router.weight, router.bias)
+
+
+def exact_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``F.linear`` in float32 (float64 for float64 ``x``), whatever the types and autocast."""
     dtype = _checks.accumulate_dtype(x.dtype)
-    weight = router.weight.to(dtype)
-    bias = None if router.bias is None else router.bias.to(dtype)
+    weight = weight.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
     device = x.device.type
     # Entered only where it changes something: an autocast region is one more thing for an exported graph to carry.
     if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
@@ -47,19 +59,21 @@ def router_logits(x: Tensor, router: nn.Linear) -> Tensor:
     return F.linear(x.to(dtype), weight, bias)
 
 
-def expert_capacity(capacity_factor: float, num_tokens: int, top_k: int, num_experts: int) -> int:
+def expert_capacity(
+    capacity_factor: float, num_tokens: Count, top_k: int, num_experts: int
+) -> Count:
     """Compute the capacity in rows per expert: ``ceil(capacity_factor * T * K / E)``.
 
     In integers, on the factor rounded to millionths: it traces with a symbolic token count, and 1.2 means 6 / 5.
 
     Args:
         capacity_factor: 1.0 leaves room for exactly the average load.
-        num_tokens: ``T``, may be symbolic.
+        num_tokens: ``T``: an int, a symbolic int, or an int64 tensor.
         top_k: ``K``.
         num_experts: ``E``.
 
     Returns:
-        ``C``, an int or a symbolic int.
+        ``C``, of the kind of ``num_tokens``.
 
     Example:
         >>> expert_capacity(1.25, 10, 2, 8)
@@ -93,10 +107,211 @@ def expert_loads(topk_ids: Tensor, num_experts: int) -> Tensor:
         _checks.check_int(
             "expert_loads", "num_experts", num_experts, 1, "Pass the number of experts."
         )
-    ids = topk_ids.reshape(-1).to(torch.int64)
-    ids = torch.where(ids < 0, num_experts, ids)  # a bin of their own
-    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=ids.device)
-    return counts.scatter_add(0, ids, torch.ones_like(ids))[:num_experts]
+    return count_tokens(topk_ids, num_experts).to(torch.int64)
+
+
+def chosen_weights(
+    logits: Tensor,
+    topk_ids: Tensor,
+    *,
+    score: str = "softmax",
+    renormalize: bool = True,
+    scale: float = 1.0,
+) -> Tensor:
+    """Weigh experts that were chosen elsewhere as ``topk_route`` weighs those that it chooses.
+
+    Args:
+        logits: ``[T, E]`` float32 or float64.
+        topk_ids: ``[T, K]`` integers in ``[-1, E)``; a dropped slot gets 0, and the others are renormalised alone.
+        score: ``"softmax"`` or ``"sigmoid"``.
+        renormalize: divide the chosen scores by their sum.
+        scale: factor on the weights.
+
+    Returns:
+        ``[T, K]``, dtype of ``logits``.
+
+    Gradients: ``logits``.  Host sync: none.  Deterministic: yes.
+
+    Example:
+        >>> chosen_weights(torch.zeros(1, 4), torch.tensor([[3, 1]])).tolist()
+        [[0.5, 0.5]]
+    """
+    live = topk_ids >= 0
+    ids = topk_ids.clamp_min(0).to(torch.int64)
+    if score == "softmax" and not renormalize:
+        logits = torch.log_softmax(logits, dim=-1)
+    log_scores = logits.gather(1, ids)
+    if score == "sigmoid":
+        log_scores = -torch.logaddexp(-log_scores, log_scores.new_zeros(()))
+    log_scores = log_scores.masked_fill(~live, -math.inf)
+    if not renormalize:
+        return scale * log_scores.exp()
+    largest = log_scores.detach().amax(-1, keepdim=True)  # [T, 1]
+    scores = (log_scores - largest.masked_fill(largest == -math.inf, 0)).exp()
+    # A row holds 1 for its best expert, unless it holds nothing.
+    return scale * scores / (scores.sum(-1, keepdim=True) + 1e-30)
+
+
+def apply_capacity(
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    num_experts: int,
+    capacity: int | Callable[[Any], Any],
+    *,
+    policy: str = "position",
+    group: Any = None,
+) -> Tensor:
+    """Let every expert take ``capacity`` pairs and set the ids of the others to -1.
+
+    ``policy`` says who comes first:
+
+    - ``"position"``: tokens in order, the choices of a token in order.
+    - ``"choice"``: first choices in token order, then second choices, as GShard and Tutel count.
+    - ``"priority"``: larger weights, whatever choice they are; equal ones by position.
+    - ``"batch"``: first choices before second ones, in each of them the tokens with the largest weight first: the
+      batch-prioritised routing of V-MoE.
+    - ``"random"``: nobody, the order is drawn anew; ``torch.manual_seed`` reproduces it.
+
+    With ``group`` the experts take ``capacity`` pairs of all its ranks together. Earlier ranks come first, after
+    what the policy says: the same pairs are kept as on one rank that holds the tokens of all.
+
+    Args:
+        topk_ids: chosen experts, ``[T, K]``, int32 or int64, values in ``[-1, E)``, best first.
+        topk_weights: ``[T, K]``, any float type; read by ``"priority"`` and ``"batch"``.
+        num_experts: ``E``.
+        capacity: ``C`` in pairs per expert, an int or a symbolic int; or a function that computes it from the number
+            of tokens, those of all ranks with ``group`` (``expert_capacity`` can).
+        policy: one of the above; with ``group`` ``"position"`` or ``"choice"``.
+        group: the ranks that share the capacity: a process group or ``moeops.distributed.RankGroup``; all of them
+            must call this. ``None`` for this rank alone.
+
+    Returns:
+        The ids that fit, -1 elsewhere: ``[T, K]``, dtype of ``topk_ids``.
+
+    Raises:
+        ValueError: ``policy`` is unknown or needs one rank, or a number does not fit.  TypeError: a dtype is wrong.
+    Gradients: none.  Host sync: none.  Deterministic: yes, but for ``"random"``.  With ``group``: one all-gather of
+    ``E + 1`` counts (``"choice"``: ``K * E + 1``).
+    Source: GShard, arXiv:2006.16668; V-MoE, arXiv:2106.05974, section 4.
+
+    Example:
+        >>> ids, weights = torch.tensor([[0, 1], [1, 0]]), torch.tensor([[0.6, 0.4], [0.9, 0.1]])
+        >>> apply_capacity(ids, weights, 2, 1).tolist()
+        [[0, 1], [-1, -1]]
+        >>> apply_capacity(ids, weights, 2, 1, policy="choice").tolist()
+        [[0, -1], [1, -1]]
+    """
+    if policy not in POLICIES:
+        raise ValueError(
+            f"apply_capacity: policy must be one of {POLICIES}, got {policy!r}. Pick one of them."
+        )
+    if group is not None:
+        if policy not in GROUP_POLICIES:
+            raise ValueError(
+                f"apply_capacity: policy must be one of {GROUP_POLICIES} with a group, got {policy!r}. "
+                "Ranks know each other's counts, not their weights."
+            )
+        positions, tokens = queue_positions(topk_ids, num_experts, policy=policy, group=group)
+        limit = capacity(tokens) if callable(capacity) else capacity
+        return torch.where(positions < limit, topk_ids, -1)
+    rows = capacity(topk_ids.shape[0]) if callable(capacity) else capacity
+    if policy == "position":
+        return limit_capacity(topk_ids, num_experts, rows)
+    if policy == "choice":
+        # Position in the transpose: a counting sort, where a priority would cost a sort of floats.
+        kept = limit_capacity(topk_ids.t(), num_experts, rows)  # [K, T]
+        # Not .t().contiguous(): that asks a compiler whether T is 1.
+        return torch.stack(kept.unbind(0), dim=1)
+    weights = topk_weights.detach()
+    if policy == "batch":
+        order = torch.argsort(weights.amax(1), descending=True, stable=True)  # [T]
+        order = order[:, None].expand_as(topk_ids)
+        queue = topk_ids.gather(0, order).t()  # [K, T]
+        kept = limit_capacity(queue, num_experts, rows).t()
+        return torch.zeros_like(topk_ids).scatter(0, order, kept)
+    priority = torch.rand_like(weights) if policy == "random" else weights
+    return limit_capacity(topk_ids, num_experts, rows, priority=priority)
+
+
+def queue_positions(
+    topk_ids: Tensor, num_experts: int, *, policy: str = "position", group: Any = None
+) -> tuple[Tensor, Tensor]:
+    """Number the pairs of each expert in the order of ``policy``, over all ranks of a group.
+
+    Args:
+        topk_ids: chosen experts, ``[T, K]``, int32 or int64, values in ``[-1, E)``.
+        num_experts: ``E``.
+        policy: ``"position"`` or ``"choice"``, see ``apply_capacity``.
+        group: a process group or ``moeops.distributed.RankGroup``; ``None`` for this rank alone.
+
+    Returns:
+        positions ``[T, K]`` int64, 0 for the first pair of an expert, the largest int64 for a dropped pair; and the
+        tokens of all ranks together, a scalar int64 tensor.
+
+    Host sync: none.  Deterministic: yes.  With ``group``: one all-gather of the counts.
+
+    Example:
+        >>> queue_positions(torch.tensor([[0, 1], [1, 0]]), 2, policy="choice")[0].tolist()
+        [[0, 1], [0, 1]]
+    """
+    places, queue_ids, counts, tokens, rank = local_queues(topk_ids, num_experts, policy, group)
+    per_choice = counts.sum(0)  # [choices, E]
+    ahead = per_choice.cumsum(0) - per_choice + counts[:rank].sum(0)
+    positions = places + ahead.view(-1)[queue_ids]
+    positions = torch.where(topk_ids < 0, torch.iinfo(torch.int64).max, positions)
+    return positions, tokens.sum()
+
+
+def local_queues(
+    topk_ids: Tensor, num_experts: int, policy: str, group: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+    """Sort this rank's pairs into queues, and learn how long those of all ranks are.
+
+    A queue is an expert, or with ``policy="choice"`` a choice of an expert, numbered ``k * E + e``.
+
+    Returns:
+        place of each pair in its queue on this rank ``[T, K]`` and the queue's number ``[T, K]``, both int64 and 0
+        for dropped pairs; pairs of each queue ``[W, choices, E]`` and tokens ``[W]`` of every rank, int64; this rank.
+    """
+    top_k = topk_ids.shape[1]
+    queue_ids, num_queues = topk_ids, num_experts
+    if policy == "choice":
+        column = torch.arange(top_k, device=topk_ids.device, dtype=topk_ids.dtype)
+        queue_ids = torch.where(topk_ids < 0, -1, topk_ids + column * num_experts)
+        num_queues = top_k * num_experts
+    plan = sort_tokens(queue_ids, num_queues)
+    offsets = plan.expert_offsets.to(torch.int64)
+    live = queue_ids >= 0
+    queue_ids = queue_ids.to(torch.int64).clamp_min(0)
+    places = torch.where(live, plan.pair_to_row - offsets[queue_ids], 0)
+    tokens = torch.ones_like(topk_ids[:, 0], dtype=torch.int64).sum()
+    sizes = torch.cat((offsets.diff(), tokens[None]))  # [queues + 1]
+    rank = 0
+    if group is None:
+        sizes = sizes[None]
+    else:
+        from moeops.distributed import all_gather_counts, rank_group
+
+        group = rank_group(group)
+        sizes = all_gather_counts(sizes, group)  # [W, queues + 1]
+        rank = group.rank
+    counts = sizes[:, :-1].reshape(sizes.shape[0], num_queues // num_experts, num_experts)
+    return places, queue_ids, counts, sizes[:, -1], rank
+
+
+def check_capacity_options(
+    gate: str, drop_policy: object, global_capacity: object, allowed: tuple[str, ...] = POLICIES
+) -> None:
+    """The order of overflow is known, and one that several ranks can agree on if they must."""
+    if drop_policy not in allowed:
+        raise ValueError(
+            f"{gate}: drop_policy must be one of {allowed}, got {drop_policy!r}. Pick one of them."
+        )
+    if global_capacity and drop_policy not in GROUP_POLICIES:
+        raise ValueError(
+            f"{gate}: drop_policy must be one of {GROUP_POLICIES} with global_capacity, got {drop_policy!r}. "
+            "Ranks know each other's counts, not their weights."
+        )
 
 
 def check_scale(gate: str, scale: object) -> None:
@@ -104,6 +319,14 @@ def check_scale(gate: str, scale: object) -> None:
     if not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
         raise ValueError(
             f"{gate}: scale must be above 0 and finite, got {scale!r}. Use 1.0 for none."
+        )
+
+
+def check_balance(gate: str, balance: object) -> None:
+    """``balance`` is False, True or ``"global"``."""
+    if not isinstance(balance, bool) and balance != "global":
+        raise ValueError(
+            f"{gate}: balance must be False, True or 'global', got {balance!r}. Use True on one rank."
         )
 
 

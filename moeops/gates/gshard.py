@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from moeops.gates.functional import check_capacity, expert_capacity, router_logits
+from moeops.gates.functional import (
+    Count,
+    apply_capacity,
+    check_capacity,
+    check_capacity_options,
+    expert_capacity,
+    router_logits,
+)
 from moeops.gates.naive import NaiveGate
 from moeops.losses import gshard_loss
 from moeops.ops.routing import topk_route
-from moeops.ops.sorting import limit_capacity
 
 
 class GShardGate(NaiveGate):
@@ -18,7 +26,11 @@ class GShardGate(NaiveGate):
     The weights are the softmax over the two chosen logits and are not rescaled when one of them is dropped. The loss
     is ``E * sum_e c_e * m_e`` with ``c_e`` the share of tokens whose first choice is ``e`` and ``m_e`` the mean of
     ``softmax(logits)_e``, 1 at perfect balance. A second choice is dropped when ``2 * w2 < U(0, 1)``. Each expert
-    takes ``ceil(factor * T * 2 / E)`` pairs: all first choices in token order, then second choices.
+    takes ``ceil(factor * T * 2 / E)`` pairs: all first choices in token order, then second choices; ``drop_policy``
+    names another order. A pair that does not fit gets id -1 and adds nothing to the output.
+
+    ``DCGate`` is this gate with one capacity for the tokens of all ranks. With ``global_balance`` ``c_e`` counts the
+    tokens of all ranks of ``group``; see ``moeops.losses.balance_loss``.
 
     Departures from FastMoE's gate of the same name:
 
@@ -29,6 +41,10 @@ class GShardGate(NaiveGate):
     - The loss is 1 at balance on any number of ranks; FastMoE's shrinks with the square of the world size.
     - The first choice is the better one; FastMoE takes column 0 of an unsorted top-k.
 
+    ``compat=True`` gives FastMoE's numbers where they differ by design: the loss divided by ``world_size ** 2``,
+    ``floor(ceil(factor * T) * 2 / E)`` pairs per expert, the limit before the random routing, and that in evaluation
+    too. The first choice and the order of overflow stay as they are here.
+
     Args:
         d_model: ``D``.
         num_expert: experts on this rank.
@@ -37,9 +53,14 @@ class GShardGate(NaiveGate):
         capacity: capacity factors (training, evaluation), one factor for both, or ``None`` for no limit.
         random_routing: drop second choices at random: ``True`` in training, ``False`` never, ``"always"``.
         gate_bias: give the router a bias.
+        drop_policy: who stays when an expert overflows: ``"choice"``, ``"position"``, ``"priority"``, ``"batch"`` or
+            ``"random"``; see ``apply_capacity``.
+        global_balance: count ``c_e`` over all ranks of ``group``.
+        compat: FastMoE's numbers.
+        group: the other ranks, a process group; a layer may set it later.
 
     Raises:
-        ValueError: ``topk`` is not 2, or another argument does not fit.
+        ValueError: ``topk`` is not 2, another argument does not fit, or ``group`` is missing when it is needed.
     Source: GShard, arXiv:2006.16668, algorithm 1.
 
     Example:
@@ -48,6 +69,8 @@ class GShardGate(NaiveGate):
         >>> topk_ids.shape, topk_weights.sum(-1).allclose(torch.ones(5))
         (torch.Size([5, 2]), True)
     """
+
+    global_capacity = False
 
     def __init__(
         self,
@@ -58,6 +81,11 @@ class GShardGate(NaiveGate):
         capacity: tuple[float, float] | float | None = (1.2, 2.4),
         random_routing: bool | str = True,
         gate_bias: bool = True,
+        *,
+        drop_policy: str = "choice",
+        global_balance: bool = False,
+        compat: bool = False,
+        group: Any = None,
     ) -> None:
         name = type(self).__name__
         if topk != 2:
@@ -67,8 +95,13 @@ class GShardGate(NaiveGate):
             raise ValueError(
                 f"{name}: random_routing must be True, False or 'always', got {random_routing!r}. Pick one of them."
             )
+        check_capacity_options(name, drop_policy, self.global_capacity)
         self.capacity = check_capacity(name, capacity)
         self.random_routing = random_routing
+        self.drop_policy = drop_policy
+        self.global_balance = bool(global_balance)
+        self.compat = bool(compat)
+        self.group = group
 
     def forward(  # type: ignore[override]
         self, inp: Tensor
@@ -76,21 +109,48 @@ class GShardGate(NaiveGate):
         """Choose two experts per token: ``inp [T, D]`` to topk_ids ``[T, 2]`` and topk_weights ``[T, 2]``."""
         logits = router_logits(inp, self.gate)  # [T, E]
         topk_weights, topk_ids = topk_route(logits, 2)
-        self.set_loss(gshard_loss(logits, topk_ids))
-        if self.random_routing == "always" or (self.random_routing and self.training):
-            first, second = topk_ids.unbind(1)  # [T] each
-            weight = topk_weights[:, 1].detach()
-            second = torch.where(2 * weight < torch.rand_like(weight), -1, second)
-            topk_ids = torch.stack((first, second), dim=1)
-        if self.capacity is not None:
-            factor = self.capacity[0 if self.training else 1]
-            rows = expert_capacity(factor, inp.shape[0], 2, self.tot_expert)
-            # Ties go in token order, so this ranks every first choice above every second one.
-            choice = torch.arange(2, device=topk_ids.device, dtype=topk_weights.dtype)
-            priority = (-choice).expand(topk_ids.shape)
-            topk_ids = limit_capacity(topk_ids, self.tot_expert, rows, priority=priority)
+        group = self._balance_group() if self.global_balance else None
+        loss = gshard_loss(logits, topk_ids, group=group)
+        self.set_loss(loss / self.world_size**2 if self.compat else loss, logits, topk_ids)
+        if self.compat:
+            topk_ids = self._route_at_random(self._limit(topk_ids, topk_weights), topk_weights)
+        else:
+            topk_ids = self._limit(self._route_at_random(topk_ids, topk_weights), topk_weights)
         return topk_ids, topk_weights
+
+    def _route_at_random(self, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        """Drop second choices, the more likely the smaller their weights."""
+        always = self.random_routing == "always" or self.compat
+        if not self.random_routing or not (always or self.training):
+            return topk_ids
+        first, second = topk_ids.unbind(1)  # [T] each
+        weight = topk_weights[:, 1].detach()
+        second = torch.where(2 * weight < torch.rand_like(weight), -1, second)
+        return torch.stack((first, second), dim=1)
+
+    def _limit(self, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        """Drop what does not fit."""
+        if self.capacity is None:
+            return topk_ids
+        factor = self.capacity[0 if self.training else 1]
+        return apply_capacity(
+            topk_ids,
+            topk_weights,
+            self.tot_expert,
+            lambda tokens: self._rows(factor, tokens),
+            policy=self.drop_policy,
+            group=self._expert_group("its capacity") if self.global_capacity else None,
+        )
+
+    def _rows(self, factor: float, num_tokens: Count) -> Count:
+        """Pairs per expert."""
+        if self.compat:
+            return expert_capacity(factor, num_tokens, 1, 1) * 2 // self.tot_expert
+        return expert_capacity(factor, num_tokens, 2, self.tot_expert)
 
     def extra_repr(self) -> str:
         """Sizes and options of the gate."""
-        return f"{super().extra_repr()}, capacity={self.capacity}, random_routing={self.random_routing!r}"
+        return (
+            f"{super().extra_repr()}, capacity={self.capacity}, random_routing={self.random_routing!r}, "
+            f"drop_policy={self.drop_policy!r}, global_balance={self.global_balance}, compat={self.compat}"
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from moeops.gates.base import BaseGate, check_top_k
-from moeops.gates.functional import router_logits
+from moeops.gates.functional import chosen_weights, router_logits
 from moeops.ops import _checks
 from moeops.ops.routing import topk_route
 
@@ -67,9 +67,14 @@ class NaiveGate(BaseGate):
         """
         logits = router_logits(inp, self.gate)  # [T, E]
         topk_weights, topk_ids = topk_route(logits, self.top_k)
+        self.set_loss(None, logits, topk_ids)
         if return_all_scores:
             return topk_ids, topk_weights, logits
         return topk_ids, topk_weights
+
+    def weights_at(self, inp: Tensor, topk_ids: Tensor) -> Tensor:
+        """Weights ``[T, K]`` that the router gives to experts chosen elsewhere, see ``moeops.RoutingReplay``."""
+        return chosen_weights(router_logits(inp, self.gate), topk_ids)
 
     def extra_repr(self) -> str:
         """Sizes of the gate."""

@@ -8,18 +8,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moeops.gates.functional import router_logits
+from moeops.gates.functional import (
+    apply_capacity,
+    check_capacity,
+    expert_capacity,
+    expert_loads,
+    router_logits,
+)
 from moeops.gates.naive import NaiveGate
-from moeops.losses import cv_squared, importance
+from moeops.losses import cv_squared, gshard_loss, importance, noisy_load
 from moeops.ops.routing import topk_route
 
-_MIN_NOISE = 0.01
+BALANCES = ("load", "gshard", None)
 
 
 class NoisyGate(NaiveGate):
     """Send each token to the ``top_k`` best experts of noisy logits, as in the sparsely-gated mixture of experts.
 
-    ``h = W x + n * sigma`` with ``n ~ N(0, 1)`` and ``sigma = softplus(W_noise x) + 0.01``; without noise in
+    ``h = W x + n * sigma`` with ``n ~ N(0, 1)`` and ``sigma = softplus(W_noise x) + min_noise``; without noise in
     evaluation, ``h = W x``. The weights are the softmax over the chosen ``h``. The loss is ``CV2(importance) +
     CV2(load)`` with ``CV2 = var / mean ** 2`` over the experts: ``importance_e`` is the sum of the weights that ``e``
     got, ``load_e = sum_t P(e stays among the best K when its own noise is drawn again)``, which is
@@ -28,11 +34,16 @@ class NoisyGate(NaiveGate):
 
     The noise is drawn by torch: ``torch.manual_seed`` reproduces it.
 
+    The GShard gate of FSMoE is this one with ``min_noise=0, balance="gshard", capacity=1.2``: the same noise without
+    a floor, GShard's loss of the noisy logits, and ``ceil(factor * T * K / E)`` pairs per expert, first choices in
+    token order, then second ones. A pair that does not fit gets id -1 and adds nothing to the output.
+
     Departures from FastMoE's gate of the same name:
 
     - ids and weights are ``[T, K]``; FastMoE's flat ids work for one expert per token only.
     - Evaluation has a loss; FastMoE divides by a sigma of 0.
-    - The variance divides by ``E``, as in the paper's own code, not by ``E - 1``: one expert gives 0, not NaN.
+    - The variance divides by ``E``, as in the paper's own code, not by ``E - 1``: one expert gives 0, not NaN. With
+      ``compat=True`` ``CV2 = var / (mean ** 2 + 1e-10)`` with ``E - 1``, and 0 for one expert.
     - The parameters are ``gate.weight`` and ``noise.weight``, ``[E, D]``; FastMoE's are ``w_gate`` and ``w_noise``,
       their transposes.
 
@@ -41,6 +52,10 @@ class NoisyGate(NaiveGate):
         num_expert: experts on this rank.
         world_size: ranks that hold different experts.
         top_k: ``K``.
+        min_noise: the least ``sigma``, at least 0; above 0 with ``balance="load"``, which divides by it.
+        balance: the loss: ``"load"`` as above, ``"gshard"`` for ``moeops.losses.gshard_loss``, or ``None``.
+        capacity: capacity factors (training, evaluation), one factor for both, or ``None`` for no limit.
+        compat: FastMoE's variance.
 
     Attributes:
         gate: ``W``, ``nn.Linear(D, E)`` without bias.
@@ -48,7 +63,7 @@ class NoisyGate(NaiveGate):
 
     Raises:
         ValueError: a number does not fit.  TypeError: a number is not an int.
-    Source: Shazeer et al. 2017, arXiv:1701.06538, sections 2.1 and 4, appendix A.
+    Source: Shazeer et al. 2017, arXiv:1701.06538, sections 2.1 and 4, appendix A; FSMoE, arXiv:2501.10714, section 2.
 
     Example:
         >>> gate = NoisyGate(8, 4, 1)
@@ -57,8 +72,37 @@ class NoisyGate(NaiveGate):
         (torch.Size([5, 2]), torch.Size([]))
     """
 
-    def __init__(self, d_model: int, num_expert: int, world_size: int = 1, top_k: int = 2) -> None:
+    def __init__(
+        self,
+        d_model: int,
+        num_expert: int,
+        world_size: int = 1,
+        top_k: int = 2,
+        *,
+        min_noise: float = 0.01,
+        balance: str | None = "load",
+        capacity: tuple[float, float] | float | None = None,
+        compat: bool = False,
+    ) -> None:
         super().__init__(d_model, num_expert, world_size, top_k, gate_bias=False)
+        name = type(self).__name__
+        if balance not in BALANCES:
+            raise ValueError(
+                f"{name}: balance must be one of {BALANCES}, got {balance!r}. Pick one of them."
+            )
+        if not isinstance(min_noise, (int, float)) or not 0 <= min_noise < math.inf:
+            raise ValueError(
+                f"{name}: min_noise must be at least 0 and finite, got {min_noise!r}. Use 0.01."
+            )
+        if min_noise == 0 and balance == "load":
+            raise ValueError(
+                f"{name}: min_noise must be above 0 with balance='load', got 0. The load divides by the noise: use "
+                "0.01, or balance='gshard'."
+            )
+        self.min_noise = float(min_noise)
+        self.balance = balance
+        self.capacity = check_capacity(name, capacity)
+        self.compat = bool(compat)
         self.noise = nn.Linear(d_model, self.tot_expert, bias=False)
 
     def forward(  # type: ignore[override]
@@ -66,20 +110,49 @@ class NoisyGate(NaiveGate):
     ) -> tuple[Tensor, Tensor]:
         """Choose experts: ``inp [T, D]`` to topk_ids ``[T, K]`` and topk_weights ``[T, K]``."""
         clean = router_logits(inp, self.gate)  # [T, E]
-        logits = clean
+        logits, sigma = clean, None
         if self.training:
-            sigma = F.softplus(router_logits(inp, self.noise)) + _MIN_NOISE  # [T, E]
+            sigma = F.softplus(router_logits(inp, self.noise)) + self.min_noise  # [T, E]
             logits = clean + torch.randn_like(clean) * sigma
         topk_weights, topk_ids = topk_route(logits, self.top_k)
-        chosen = torch.zeros_like(logits, dtype=torch.bool).scatter(1, topk_ids, True)  # [T, E]
-        if self.training and self.top_k < self.tot_expert:
-            # The K-th best among the others: for a chosen expert the first one left out, else the last one let in.
-            left_out = logits.masked_fill(chosen, -math.inf).amax(-1, keepdim=True)  # [T, 1]
-            let_in = logits.gather(1, topk_ids[:, -1:])  # [T, 1]
-            score = (clean - torch.where(chosen, left_out, let_in)) / sigma
-            load = (0.5 * (1 + torch.erf(score / math.sqrt(2)))).sum(0)  # [E]
-        else:
-            load = chosen.to(logits.dtype).sum(0)
-        weight_sums = importance(topk_weights, topk_ids, self.tot_expert)  # [E]
-        self.set_loss(cv_squared(weight_sums) + cv_squared(load))
+        loss = None
+        if self.balance == "gshard":
+            loss = gshard_loss(logits, topk_ids)
+        elif self.balance == "load":
+            loss = self._load_loss(clean, logits, sigma, topk_weights, topk_ids)
+        self.set_loss(loss, logits, topk_ids)
+        if self.capacity is not None:
+            factor = self.capacity[0 if self.training else 1]
+            rows = expert_capacity(factor, inp.shape[0], self.top_k, self.tot_expert)
+            topk_ids = apply_capacity(
+                topk_ids, topk_weights, self.tot_expert, rows, policy="choice"
+            )
         return topk_ids, topk_weights
+
+    def _load_loss(
+        self,
+        clean: Tensor,
+        logits: Tensor,
+        sigma: Tensor | None,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+    ) -> Tensor:
+        """``CV2(importance) + CV2(load)``."""
+        if sigma is None:
+            load = expert_loads(topk_ids, self.tot_expert).to(logits.dtype)  # [E]
+        else:
+            load = noisy_load(clean, logits, sigma, topk_ids)
+        weight_sums = importance(topk_weights, topk_ids, self.tot_expert)  # [E]
+        if not self.compat:
+            return cv_squared(weight_sums) + cv_squared(load)
+        if self.tot_expert == 1:
+            return weight_sums.sum() * 0
+        first, second = (v.var() / (v.mean().square() + 1e-10) for v in (weight_sums, load))
+        return first + second
+
+    def extra_repr(self) -> str:
+        """Sizes and options of the gate."""
+        return (
+            f"{super().extra_repr()}, min_noise={self.min_noise}, balance={self.balance!r}, "
+            f"capacity={self.capacity}, compat={self.compat}"
+        )

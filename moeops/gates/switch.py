@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from moeops.gates.functional import check_capacity, expert_capacity, router_logits
+from moeops.gates.functional import (
+    apply_capacity,
+    check_capacity,
+    check_capacity_options,
+    chosen_weights,
+    expert_capacity,
+    router_logits,
+)
 from moeops.gates.naive import NaiveGate
-from moeops.losses import switch_loss
+from moeops.losses import TINY, switch_loss
 from moeops.ops.routing import topk_route
-from moeops.ops.sorting import limit_capacity
 
 JITTERS = ("input", "logits")
 
@@ -19,15 +27,22 @@ class SwitchGate(NaiveGate):
 
     ``p = softmax(W x + b)`` over all experts; the weight is the largest ``p``, so the router learns from it. The loss
     is ``E * sum_e f_e * P_e`` with ``f_e`` the share of tokens whose best expert is ``e`` and ``P_e`` the mean of
-    ``p_e``, 1 at perfect balance. Each expert takes its first ``ceil(factor * T / E)`` tokens, the rest get id -1.
+    ``p_e``, 1 at perfect balance. Each expert takes its first ``ceil(factor * T / E)`` tokens, the rest get id -1 and
+    add nothing to the output. ``drop_policy`` names another order than that of the tokens.
+
+    With ``global_capacity`` the experts count the tokens of all ranks that hold experts, earlier ranks first: what
+    one rank with all the tokens would do. With ``global_balance`` ``f_e`` counts the tokens of all ranks of ``group``;
+    see ``moeops.losses.balance_loss``.
 
     Departures from FastMoE's gate of the same name:
 
     - The jitter multiplies the router's input by ``U(1 - switch_eps, 1 + switch_eps)``, the paper's "input jitter".
       FastMoE adds that factor to the logits; ``jitter="logits"`` does so too.
-    - ``f`` and ``P`` count all tokens, as in the paper; FastMoE counts only those that fit, which hides an overflow
-      from the loss that is there to prevent it, and divides by zero when none fits.
-    - The capacity counts this rank's tokens, and which tokens overflow is deterministic: the last ones.
+    - ``f`` and ``P`` count all tokens, as in the paper. FastMoE counts only those that fit, which hides an overflow
+      from the loss that is there to prevent it: ``f_e`` is the share of the kept tokens, ``P_e`` the sum of ``p_e``
+      over the number of kept ones, and 0 / 0 when none fits. ``compat=True`` does so too, with 0 for 0 / 0.
+    - Which tokens overflow is deterministic: the last ones.
+    - Across ranks FastMoE's capacity is always the global one.
 
     Args:
         d_model: ``D``.
@@ -38,9 +53,15 @@ class SwitchGate(NaiveGate):
         capacity: capacity factors (training, evaluation), one factor for both, or ``None`` for no limit.
         gate_bias: give the router a bias.
         jitter: ``"input"`` or ``"logits"``.
+        drop_policy: who stays when an expert overflows: ``"position"``, ``"priority"`` (the largest probabilities)
+            or ``"random"``; see ``apply_capacity``.
+        global_capacity: one capacity for the tokens of all ``world_size`` ranks; with ``"position"`` only.
+        global_balance: count ``f_e`` over all ranks of ``group``.
+        compat: FastMoE's loss.
+        group: the other ranks, a process group; a layer may set it later.
 
     Raises:
-        ValueError: ``topk`` is not 1, or another argument does not fit.
+        ValueError: ``topk`` is not 1, another argument does not fit, or ``group`` is missing when it is needed.
     Source: Switch Transformer, arXiv:2101.03961, section 2.
 
     Example:
@@ -61,6 +82,11 @@ class SwitchGate(NaiveGate):
         gate_bias: bool = True,
         *,
         jitter: str = "input",
+        drop_policy: str = "position",
+        global_capacity: bool = False,
+        global_balance: bool = False,
+        compat: bool = False,
+        group: Any = None,
     ) -> None:
         name = type(self).__name__
         if topk != 1:
@@ -74,9 +100,21 @@ class SwitchGate(NaiveGate):
             raise ValueError(
                 f"{name}: jitter must be one of {JITTERS}, got {jitter!r}. Pick one of them."
             )
+        check_capacity_options(
+            name, drop_policy, global_capacity, ("position", "priority", "random")
+        )
+        if compat and global_balance:
+            raise ValueError(
+                f"{name}: global_balance must be False with compat, got True. FastMoE's loss is local."
+            )
         self.switch_eps = float(switch_eps)
         self.capacity = check_capacity(name, capacity)
         self.jitter = jitter
+        self.drop_policy = drop_policy
+        self.global_capacity = bool(global_capacity)
+        self.global_balance = bool(global_balance)
+        self.compat = bool(compat)
+        self.group = group
 
     def _noise(self, like: Tensor) -> Tensor:
         """Uniform noise in ``[1 - switch_eps, 1 + switch_eps]``."""
@@ -95,16 +133,46 @@ class SwitchGate(NaiveGate):
         if noisy and self.jitter == "logits":
             logits = logits + self._noise(logits)
         topk_weights, topk_ids = topk_route(logits, 1, renormalize=False)
-        self.set_loss(switch_loss(logits, topk_ids))
-        if self.capacity is not None:
-            factor = self.capacity[0 if self.training else 1]
-            rows = expert_capacity(factor, inp.shape[0], 1, self.tot_expert)
-            topk_ids = limit_capacity(topk_ids, self.tot_expert, rows)
-        return topk_ids, topk_weights
+        kept_ids = self._limit(topk_ids, topk_weights)
+        if self.compat:
+            loss = _kept_loss(logits, kept_ids)
+        else:
+            group = self._balance_group() if self.global_balance else None
+            loss = switch_loss(logits, topk_ids, group=group)
+        self.set_loss(loss, logits, topk_ids)
+        return kept_ids, topk_weights
+
+    def _limit(self, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        """Drop what does not fit."""
+        if self.capacity is None:
+            return topk_ids
+        factor = self.capacity[0 if self.training else 1]
+        return apply_capacity(
+            topk_ids,
+            topk_weights,
+            self.tot_expert,
+            lambda tokens: expert_capacity(factor, tokens, 1, self.tot_expert),
+            policy=self.drop_policy,
+            group=self._expert_group("global_capacity") if self.global_capacity else None,
+        )
+
+    def weights_at(self, inp: Tensor, topk_ids: Tensor) -> Tensor:
+        """Probabilities ``[T, 1]`` of experts chosen elsewhere, without jitter, see ``moeops.RoutingReplay``."""
+        return chosen_weights(router_logits(inp, self.gate), topk_ids, renormalize=False)
 
     def extra_repr(self) -> str:
         """Sizes and options of the gate."""
         return (
             f"{super().extra_repr()}, switch_eps={self.switch_eps}, capacity={self.capacity}, "
-            f"jitter={self.jitter!r}"
+            f"jitter={self.jitter!r}, drop_policy={self.drop_policy!r}, global_capacity={self.global_capacity}, "
+            f"global_balance={self.global_balance}, compat={self.compat}"
         )
+
+
+def _kept_loss(logits: Tensor, topk_ids: Tensor) -> Tensor:
+    """FastMoE's loss: both means are taken over the tokens that were kept."""
+    num_experts = logits.shape[1]
+    chosen = topk_ids == torch.arange(num_experts, device=topk_ids.device)  # [T, E]
+    counts = chosen.to(logits.dtype).sum(0)  # [E]
+    kept = counts.sum() + TINY
+    return num_experts * (counts / kept * (torch.softmax(logits, dim=-1).sum(0) / kept)).sum()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moeops.gates.functional import check_scale, router_logits
+from moeops.gates.functional import check_balance, check_scale, chosen_weights, router_logits
 from moeops.gates.naive import NaiveGate
 from moeops.losses import balance_loss
 from moeops.ops.routing import SCORES, topk_route
@@ -18,12 +18,13 @@ class TopKGate(NaiveGate):
     weights are ``scale * s``, or ``scale * s / sum of the chosen s`` with ``renormalize``; softmax and
     ``renormalize`` together are the softmax over the chosen logits, as in ``NaiveGate``. With ``balance`` the loss
     is ``E * sum_e f_e * P_e``: ``f_e`` the share of the ``T * K`` choices that name ``e``, ``P_e`` the mean over the
-    tokens of ``s_e / sum_j s_j``, 1 at perfect balance.
+    tokens of ``s_e / sum_j s_j``, 1 at perfect balance. ``balance="global"`` counts ``f_e`` over the tokens of all
+    ranks of ``gate.group``: the global-batch balance of Qwen's models, see ``moeops.losses.balance_loss``.
 
     With ``top_k=1`` and ``renormalize`` every weight is ``scale``, and the router learns nothing from the output.
 
-    ``MixtralGate``, ``Qwen3Gate`` and ``GptOssGate`` are this gate with the options of those models. Llama-4's
-    router is not among them: its sigmoid scales the *input* of the expert, while a gate's weights scale the output.
+    ``MixtralGate``, ``Qwen3Gate`` and ``GptOssGate`` are this gate with the options of those models. ``Llama4Gate``
+    is a gate of its own: its sigmoid scales the *input* of the expert, while these weights scale the output.
 
     Args:
         d_model: ``D``.
@@ -34,14 +35,15 @@ class TopKGate(NaiveGate):
         score: ``"softmax"`` or ``"sigmoid"``.
         renormalize: divide the chosen scores by their sum.
         scale: factor on the weights, above 0.
-        balance: set the loss.
+        balance: set the loss; ``"global"``: over all ranks of ``gate.group``, which has to be set on several ranks.
 
     Attributes:
         gate: the router, ``nn.Linear(D, E)``.
 
     Raises:
         ValueError: a number or ``score`` does not fit.  TypeError: a number is not an int.
-    Source: Shazeer et al. 2017, arXiv:1701.06538; the loss: Switch Transformer, arXiv:2101.03961, equation 4.
+    Source: Shazeer et al. 2017, arXiv:1701.06538; the loss: Switch Transformer, arXiv:2101.03961, equation 4; over
+    the global batch: arXiv:2501.11873.
 
     Example:
         >>> gate = TopKGate(8, 4, top_k=2, score="sigmoid", scale=2.5)
@@ -61,7 +63,7 @@ class TopKGate(NaiveGate):
         score: str = "softmax",
         renormalize: bool = True,
         scale: float = 1.0,
-        balance: bool = False,
+        balance: bool | str = False,
     ) -> None:
         super().__init__(d_model, num_expert, world_size, top_k, gate_bias)
         name = type(self).__name__
@@ -70,10 +72,11 @@ class TopKGate(NaiveGate):
                 f"{name}: score must be one of {SCORES}, got {score!r}. Pick one of them."
             )
         check_scale(name, scale)
+        check_balance(name, balance)
         self.score = score
         self.renormalize = bool(renormalize)
         self.scale = float(scale)
-        self.balance = bool(balance)
+        self.balance = balance
 
     def forward(
         self, inp: Tensor, return_all_scores: bool = False
@@ -92,17 +95,30 @@ class TopKGate(NaiveGate):
         topk_weights, topk_ids = topk_route(
             logits, self.top_k, score=self.score, renormalize=self.renormalize, scale=self.scale
         )
+        loss = None
         if self.balance:
-            self.set_loss(balance_loss(expert_probs(logits, self.score), topk_ids))
+            group = self._balance_group() if self.balance == "global" else None
+            loss = balance_loss(expert_probs(logits, self.score), topk_ids, group=group)
+        self.set_loss(loss, logits, topk_ids)
         if return_all_scores:
             return topk_ids, topk_weights, logits
         return topk_ids, topk_weights
+
+    def weights_at(self, inp: Tensor, topk_ids: Tensor) -> Tensor:
+        """Weights ``[T, K]`` that the router gives to experts chosen elsewhere, see ``moeops.RoutingReplay``."""
+        return chosen_weights(
+            router_logits(inp, self.gate),
+            topk_ids,
+            score=self.score,
+            renormalize=self.renormalize,
+            scale=self.scale,
+        )
 
     def extra_repr(self) -> str:
         """Sizes and options of the gate."""
         return (
             f"{super().extra_repr()}, score={self.score!r}, renormalize={self.renormalize}, "
-            f"scale={self.scale}, balance={self.balance}"
+            f"scale={self.scale}, balance={self.balance!r}"
         )
 
 
@@ -125,7 +141,7 @@ class MixtralGate(TopKGate):
         world_size: int = 1,
         top_k: int = 2,
         *,
-        balance: bool = False,
+        balance: bool | str = False,
     ) -> None:
         super().__init__(d_model, num_expert, world_size, top_k, False, balance=balance)
 
@@ -152,7 +168,7 @@ class Qwen3Gate(TopKGate):
         top_k: int = 8,
         *,
         renormalize: bool = True,
-        balance: bool = False,
+        balance: bool | str = False,
     ) -> None:
         super().__init__(
             d_model, num_expert, world_size, top_k, False, renormalize=renormalize, balance=balance
@@ -178,7 +194,7 @@ class GptOssGate(TopKGate):
         world_size: int = 1,
         top_k: int = 4,
         *,
-        balance: bool = False,
+        balance: bool | str = False,
     ) -> None:
         super().__init__(d_model, num_expert, world_size, top_k, True, balance=balance)
 

@@ -8,21 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from moeops.ops import _checks
-
-
-def check_one_rank(op: str, world_size: int, *groups: Any) -> None:
-    """Nothing asks for expert parallelism."""
-    if world_size > 1:
-        raise NotImplementedError(
-            f"{op}: world_size must be 1, got {world_size}. Expert parallelism is not in this version; replicate "
-            "the layer with DistributedDataParallel."
-        )
-    for name, group in zip(("mp_group", "slice_group", "moe_group"), groups, strict=True):
-        if group is not None:
-            raise NotImplementedError(
-                f"{op}: {name} must be None, got {group!r}. Expert parallelism is not in this version; replicate "
-                "the layer with DistributedDataParallel."
-            )
+from moeops.types import Routing, SlotRouting
 
 
 def check_leaves(op: str, leaves: list[Any]) -> None:
@@ -48,42 +34,55 @@ def check_leaves(op: str, leaves: list[Any]) -> None:
         )
 
 
-def check_gate_output(
-    op: str, gate: nn.Module, topk_ids: Any, topk_weights: Any, gate_inp: Tensor
+def check_routing(
+    op: str, gate: nn.Module, routing: Routing | SlotRouting, gate_inp: Tensor, num_experts: int
 ) -> None:
-    """The gate returned ``[T, K]`` ids and ``[T, K]`` weights."""
+    """The tensors of a gate's record fit the tokens and each other."""
     op = f"{op}: {type(gate).__name__}"
-    for name, value in (("topk_ids", topk_ids), ("topk_weights", topk_weights)):
+    first, second = routing._fields[:2]
+    width = "K" if isinstance(routing, Routing) else "E * S"
+    for name, value in zip((first, second), routing[:2], strict=True):
         if not isinstance(value, Tensor):
             raise TypeError(
                 f"{op} must return a tensor as {name}, got {_checks.describe(value)}. "
-                "Return (topk_ids [T, K], topk_weights [T, K])."
+                f"Return ({first} [T, {width}], {second} [T, {width}])."
             )
         if value.dim() != 2 or value.shape[0] != gate_inp.shape[0] or value.shape[1] < 1:
             raise ValueError(
-                f"{op} must return {name} of shape [{gate_inp.shape[0]}, K], got {_checks.describe(value)}. "
-                "Return (topk_ids [T, K], topk_weights [T, K])."
+                f"{op} must return {name} of shape [{gate_inp.shape[0]}, {width}], got {_checks.describe(value)}. "
+                f"Return ({first} [T, {width}], {second} [T, {width}])."
             )
         if value.device != gate_inp.device:
             raise ValueError(
                 f"{op} must return {name} on {gate_inp.device} like x, got {_checks.describe(value)}. "
                 "Create tensors on the device of x."
             )
-    if topk_ids.dtype not in _checks.ID_DTYPES:
-        raise TypeError(
-            f"{op} must return int32 or int64 topk_ids, got {_checks.describe(topk_ids)}. "
-            "Return (topk_ids, topk_weights), in this order."
-        )
-    if topk_weights.dtype not in _checks.FLOAT_DTYPES:
-        raise TypeError(
-            f"{op} must return float topk_weights, got {_checks.describe(topk_weights)}. "
-            "Return (topk_ids, topk_weights), in this order."
-        )
-    if topk_ids.shape != topk_weights.shape:
+        if name == "topk_ids" and value.dtype not in _checks.ID_DTYPES:
+            raise TypeError(
+                f"{op} must return int32 or int64 topk_ids, got {_checks.describe(value)}. "
+                "Return (topk_ids, topk_weights), in this order."
+            )
+        if name != "topk_ids" and value.dtype not in _checks.FLOAT_DTYPES:
+            raise TypeError(
+                f"{op} must return float {name}, got {_checks.describe(value)}. "
+                f"Return ({first}, {second}), in this order."
+            )
+    if routing[0].shape != routing[1].shape:
         raise ValueError(
-            f"{op} must return topk_weights of the shape of topk_ids {list(topk_ids.shape)}, got "
-            f"{_checks.describe(topk_weights)}. Return one weight per chosen expert."
+            f"{op} must return {second} of the shape of {first} {list(routing[0].shape)}, got "
+            f"{_checks.describe(routing[1])}. Return one weight per chosen expert, or two per slot."
         )
+    if isinstance(routing, Routing):
+        if routing.num_rows is not None:
+            _checks.check_int(op, "num_rows", routing.num_rows, 0, "Use None for T * K.")
+        return
+    if routing.dispatch_weights.shape[1] % num_experts != 0:
+        raise ValueError(
+            f"{op} must return a multiple of the {num_experts} experts as the number of slots, got "
+            f"{_checks.describe(routing.dispatch_weights)}. Give every expert as many slots."
+        )
+    if routing.group_size is not None:
+        _checks.check_int(op, "group_size", routing.group_size, 1, "Use None for one group.")
 
 
 def check_expert_output(op: str, index: int, leaves: list[Any], count: int) -> None:
@@ -109,6 +108,17 @@ def check_same_row(op: str, parts: Sequence[Tensor]) -> None:
                 f"{op}: experts must all return rows of the same shape, got {list(part.shape[1:])} from expert {index} "
                 f"and {list(parts[0].shape[1:])} from expert 0. Outputs of several experts are summed."
             )
+
+
+def check_rows(op: str, leaves: list[Any], num_rows: int) -> None:
+    """The experts' joint output is made of float tensors with the rows that they were given."""
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor) or leaf.dtype not in _checks.FLOAT_DTYPES or leaf.dim() < 1:
+            raise TypeError(
+                f"{op}: experts must return float tensors with their rows in dimension 0, got "
+                f"{_checks.describe(leaf)}. Outputs of several experts are summed."
+            )
+        _checks.check_size(op, "experts' output", leaf, 0, num_rows, "its rows")
 
 
 def check_mask(op: str, mask: Any, x: Tensor | None) -> None:

@@ -127,33 +127,61 @@ class FusedExperts(nn.Module):
         init_linear_(self.w_up, self.b_up)
         init_linear_(self.w_down, self.b_down)
 
-    def forward(self, x: Tensor, topk_weights: Tensor, plan: TokenPlan) -> Tensor:
-        """Run tokens through their experts and sum the results, weighted.
+    def forward(
+        self,
+        x: Tensor,
+        topk_weights: Tensor | None = None,
+        plan: TokenPlan | None = None,
+        *,
+        expert_offsets: Tensor | None = None,
+    ) -> Tensor:
+        """Run tokens through their experts and sum the results, weighted; or rows through theirs.
 
         Args:
-            x: tokens, ``[T, D]``.
-            topk_weights: ``[T, K]`` float.
+            x: tokens, ``[T, D]``; with ``expert_offsets`` rows in expert order, ``[R, D]``.
+            topk_weights: ``[T, K]`` float, for tokens.
             plan: what ``moeops.sort_tokens`` returned for these tokens.
+            expert_offsets: ``[E + 1]`` int32, for rows: expert ``e`` owns rows ``[e]`` to ``[e + 1]``.
 
         Returns:
-            ``[T, D]``.
+            ``[T, D]``; for rows ``[R, D]``, zero past the last offset.
+
+        Raises:
+            TypeError: neither ``topk_weights`` and ``plan`` nor ``expert_offsets`` alone are given.
         """
-        if self.fused_activation is not None:
-            return moe_mlp(
-                x,
-                topk_weights,
-                plan,
-                self.w_up,
-                self.w_down,
-                b_up=self.b_up,
-                b_down=self.b_down,
-                activation=self.fused_activation,
+        if (topk_weights is None, plan is None) != (expert_offsets is not None,) * 2:
+            raise TypeError(
+                "FusedExperts: topk_weights and plan must be given for tokens, or expert_offsets alone for rows, got "
+                f"{_checks.describe(topk_weights)}, {_checks.describe(plan)} and {_checks.describe(expert_offsets)}. "
+                "Pass one or the other."
             )
-        rows = permute_tokens(x, plan)  # [N, D]
-        hidden = grouped_linear(rows, self.w_up, plan.expert_offsets, bias=self.b_up)  # [N, H]
+        if self.fused_activation is None:
+            if plan is None:
+                return self._rows(x, expert_offsets)  # type: ignore[arg-type]
+            rows = self._rows(permute_tokens(x, plan), plan.expert_offsets)
+            return unpermute_tokens(rows, plan, topk_weights)
+        if expert_offsets is not None:
+            # Every row a token of its own, where it is: one op still, which keeps the pre-activation only.
+            row = torch.arange(x.shape[0], dtype=torch.int32, device=x.device)
+            plan = TokenPlan(row, row[:, None], expert_offsets)
+            dtype = _checks.accumulate_dtype(x.dtype)
+            topk_weights = torch.ones(x.shape[0], 1, dtype=dtype, device=x.device)
+        return moe_mlp(
+            x,
+            topk_weights,  # type: ignore[arg-type]
+            plan,  # type: ignore[arg-type]
+            self.w_up,
+            self.w_down,
+            b_up=self.b_up,
+            b_down=self.b_down,
+            activation=self.fused_activation,
+        )
+
+    def _rows(self, rows: Tensor, expert_offsets: Tensor) -> Tensor:
+        """Rows ``[R, D]`` through an activation without a fused kernel."""
+        hidden = grouped_linear(rows, self.w_up, expert_offsets, bias=self.b_up)  # [R, H]
         hidden = self.activation(hidden)  # type: ignore[operator]
-        rows = grouped_linear(hidden, self.w_down, plan.expert_offsets, bias=self.b_down)
-        return unpermute_tokens(rows, plan, topk_weights)
+        return grouped_linear(hidden, self.w_down, expert_offsets, bias=self.b_down)
 
     def extra_repr(self) -> str:
         """Sizes and options of the experts."""

@@ -3,22 +3,37 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
+from moeops.distributed.dispatcher import build_dispatcher
+from moeops.distributed.groups import agreement, expert_group, slice_group_of
+from moeops.distributed.slicing import join_tokens, slice_tokens
 from moeops.gates.naive import NaiveGate
 from moeops.layers import _layer_checks
+from moeops.layers._build import build_expert, build_gate
+from moeops.layers._routings import (
+    as_routing,
+    fill_masked,
+    output_weights,
+    scale_inputs,
+    sum_copies,
+    without_masked,
+)
+from moeops.layers.dispatch import Block, Dispatcher
 from moeops.ops import _checks
-from moeops.ops.permute import permute_tokens, unpermute_tokens
-from moeops.ops.sorting import sort_tokens
-from moeops.types import TokenPlan
+from moeops.types import Routing, SlotRouting
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 GateHook = Callable[[Tensor, Tensor, None], Any]
+# hook(layer, gate's input [T, D], routing): what it returns replaces the routing, unless it is None.
+RoutingHook = Callable[["FMoE", Tensor, Routing | SlotRouting], Routing | SlotRouting | None]
 
 
 class FMoE(nn.Module):
@@ -36,33 +51,51 @@ class FMoE(nn.Module):
     - A mask without ``mask_dict`` is not ignored: the tokens it names come out as zeros.
     - For nested inputs the gate sees the first leaf, unless it has a true attribute ``nested_input``; FastMoE hands
       every gate the whole nest.
-    - Expert parallelism is not in this version: ``world_size > 1`` and process groups are refused.
+    - Any number of layers with any expert groups may live in a process, and a slice group cuts off no remainder.
+    - An argument that differs between the ranks of ``moe_group`` is an error on all of them.
 
     Args:
-        num_expert: experts ``E``; with a list of experts, its length counts instead.
+        num_expert: experts on each rank, ``E / world_size``; with a list of experts, its length counts instead.
         d_model: width ``D`` that gate and experts are built for.
-        world_size: must be 1.
-        mp_group: must be ``None``; FastMoE's old name of ``slice_group``.
-        slice_group: must be ``None``.
-        moe_group: must be ``None``.
+        world_size: ranks ``W`` that hold different experts. Rank ``r`` of ``moe_group`` holds the experts ``r *
+            num_expert`` to ``(r + 1) * num_expert``; the gate chooses among all ``E``.
+        mp_group: FastMoE's old name of ``slice_group``.
+        slice_group: ranks that hold the same tokens: each works on its slice, and the outputs are joined. See
+            ``moeops.distributed.slicing`` for the gradients.
+        moe_group: the ``W`` ranks; ``None`` means the whole job where ``world_size`` is above 1.
         top_k: experts per token ``K`` that the gate is built for.
         gate: class or function called as ``gate(d_model, num_expert, world_size, top_k)``, with ``gate_bias=`` if it
-            takes that, or a ready module. See ``moeops.gates.BaseGate`` for what it returns.
+            takes that, or a ready module. It returns ``(topk_ids, topk_weights)``, a ``moeops.Routing`` or a
+            ``moeops.SlotRouting``.
         expert: class or function called with ``d_model`` to build each expert; or a list with one class, function or
             ready module per expert; or ``None`` in a subclass that sets ``self.experts`` to one module, which is then
             called as ``experts(rows, tokens_per_expert)`` with rows in expert order.
         gate_hook: called as ``gate_hook(topk_ids, topk_weights, None)`` after the gate; what it returns is ignored.
+            With a SlotRouting, as ``gate_hook(dispatch_weights, combine_weights, None)``.
         mask: integers, one per token; see ``forward``. Kept as a buffer that is not saved.
         mask_dict: mask value to expert output of the tokens so masked: a number, or a tensor of one output row.
         gate_bias: handed to the gate if its constructor takes it.
+        device_mesh: a mesh of one dimension that holds the experts, instead of ``moe_group``; ``world_size`` may then
+            be left out.
+        dispatch: how tokens get to other ranks. "exact" sends every row, however many there are, and copies some
+            counts to the host; "static" sends buffers of ``capacity`` rows, drops what does not fit, and copies
+            nothing. With one rank "exact" sends nothing, and "static" drops the same.
+        capacity: for "static": rows per expert and sending rank; or, as a float, a factor on ``T * K / E``.
+        n_chunks: parts of the work: all are sent before the first expert runs, and each goes back while the next is
+            computed.
         dtype: type of the parameters built here, torch's default if ``None``. Ready modules stay as they are.
         device: device of the parameters built here, torch's default if ``None``.
 
+    Attributes:
+        routing_hooks: tuple of functions ``hook(layer, x, routing)`` that are called after the gate; what one returns
+            replaces the routing, unless it is ``None``. ``LoadMonitor`` and ``RoutingReplay`` are made of them.
+
     Raises:
         ValueError: a size or an option does not fit.  TypeError: an argument has the wrong type.
-        NotImplementedError: more than one rank is asked for.
-    Host sync: one copy of ``E + 1`` integers per forward, to cut the rows into one slice per expert (under
-    ``torch.compile`` on CUDA too); ``FMoETransformerMLP`` has none.
+        RuntimeError: building the layer failed on another rank.
+    Host sync: one copy of a few integers per rank and expert per forward, to cut the rows into one slice per expert
+    (under ``torch.compile`` on CUDA too); none for ``dispatch="static"``. ``FMoETransformerMLP`` has none with one
+    rank either, and one for "exact" with more.
 
     Example:
         >>> layer = FMoE(4, 8, top_k=2, expert=lambda d_model: nn.Linear(d_model, 3))
@@ -89,45 +122,89 @@ class FMoE(nn.Module):
         mask_dict: dict[int, Any] | None = None,
         gate_bias: bool = True,
         *,
+        device_mesh: DeviceMesh | None = None,
+        dispatch: str = "exact",
+        capacity: int | float | None = None,
+        n_chunks: int = 1,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         op = type(self).__name__
+        self.moe_group = expert_group(op, world_size, moe_group, device_mesh)
+        self.slice_group = slice_group_of(op, mp_group, slice_group)
+        self.world_size = 1 if self.moe_group is None else self.moe_group.size
+        settings: dict[str, Any] = {"layer": op}
+        with agreement(op, self.moe_group, settings, device):
+            self._build(
+                num_expert, d_model, top_k, gate, expert, gate_bias, dtype=dtype, device=device
+            )
+            self.dispatcher: Dispatcher = build_dispatcher(
+                op,
+                dispatch,
+                self.num_expert,
+                self.moe_group,
+                capacity=capacity,
+                n_chunks=n_chunks,
+            )
+            _layer_checks.check_mask(op, mask, None)
+            self.mask_dict = _layer_checks.check_mask_dict(op, mask_dict)
+            settings.update(
+                num_expert=self.num_expert,
+                d_model=d_model,
+                top_k=self.top_k,
+                gate=type(self.gate).__name__,
+                dispatch=dispatch,
+                capacity=capacity,
+                n_chunks=n_chunks,
+                dtype=str(dtype),
+                slices=1 if self.slice_group is None else self.slice_group.size,
+            )
+        self.gate_hook = gate_hook
+        # A plain attribute: a compiler sees it change, which it does not with torch's hooks on the gate.
+        self.routing_hooks: tuple[RoutingHook, ...] = ()
+        self.register_buffer("mask", mask, persistent=False)
+        self.expert_dp_comm: str | None = None
+
+    def _build(
+        self,
+        num_expert: int,
+        d_model: int,
+        top_k: int,
+        gate: Any,
+        expert: Any,
+        gate_bias: bool,
+        *,
+        dtype: torch.dtype | None,
+        device: torch.device | str | None,
+    ) -> None:
+        """Make the gate and the experts."""
+        op = type(self).__name__
         is_list = isinstance(expert, (list, tuple, nn.ModuleList))
         if is_list:
-            num_expert = len(expert)  # type: ignore[arg-type]
-        for name, size in (
-            ("num_expert", num_expert),
-            ("d_model", d_model),
-            ("world_size", world_size),
-        ):
+            num_expert = len(expert)
+        for name, size in (("num_expert", num_expert), ("d_model", d_model)):
             _checks.check_int(op, name, size, 1, "Sizes are at least 1.")
-        _layer_checks.check_one_rank(op, world_size, mp_group, slice_group, moe_group)
         self.num_expert = num_expert
         self.d_model = d_model
-        self.world_size = world_size
         place = torch.device(device) if device is not None else contextlib.nullcontext()
         with place:
-            self.gate = _build_gate(op, gate, d_model, num_expert, world_size, top_k, gate_bias)
+            self.gate = build_gate(op, gate, d_model, num_expert, self.world_size, top_k, gate_bias)
         if dtype is not None and self.gate is not gate:
             self.gate.to(dtype)
+        if self.moe_group is not None and getattr(self.gate, "group", self) is None:
+            self.gate.group = self.moe_group  # type: ignore[assignment]
         self.top_k = getattr(self.gate, "top_k", top_k)
         self.experts_fused = expert is None
         if expert is not None:
-            plans = list(expert) if is_list else [expert] * num_expert  # type: ignore[arg-type]
+            plans = list(expert) if is_list else [expert] * num_expert
             with place:
-                built = [_build_expert(op, plan, d_model, is_list) for plan in plans]
+                built = [build_expert(op, plan, d_model, is_list) for plan in plans]
             if dtype is not None:
                 for plan, module in zip(plans, built, strict=True):
                     if module is not plan:
                         module.to(dtype)
             self.experts = nn.ModuleList(built)
-        self.gate_hook = gate_hook
-        _layer_checks.check_mask(op, mask, None)
-        self.register_buffer("mask", mask, persistent=False)
-        self.mask_dict = _layer_checks.check_mask_dict(op, mask_dict)
-        self.expert_dp_comm: str | None = None
 
     def reset_parameters(self) -> None:
         """Draw new parameters in the gate and in every expert that can."""
@@ -175,77 +252,103 @@ class FMoE(nn.Module):
                 first leaf (a dict's first key), flattened to ``[T, D]``.
             mask: ``T`` integers in any shape; tokens with a value other than 0 skip the experts. Their expert output
                 is ``mask_dict[value]``, zero for a value that is not there, and is then weighted by the gate like any
-                other. Overrides the constructor's mask for this call.
+                other. Overrides the constructor's mask for this call. With a SlotRouting the other tokens of the group
+                take over a masked token's share of each slot.
 
         Returns:
             What the experts return, with ``T`` entries in dimension 0 of each leaf: the sum over a token's experts,
-            weighted. A dropped pair adds nothing.
+            weighted. A dropped pair adds nothing. With ``scale_inputs`` the weights multiply the first leaf of the
+            input instead.
 
         Raises:
             ValueError: a shape does not fit.  TypeError: a leaf is not a tensor, the gate's input is not float, or the
             gate returns other types than it must.
         """
         op = type(self).__name__
-        leaves, spec = _pytree.tree_flatten(moe_inp)
+        leaves = _pytree.tree_leaves(moe_inp)
         if not torch.compiler.is_compiling():
             _layer_checks.check_leaves(op, leaves)
+        mask = self.mask if mask is None else mask
+        if mask is not None:
+            if not torch.compiler.is_compiling():
+                _layer_checks.check_mask(op, mask, leaves[0])
+            mask = mask.reshape(-1)  # [T]
+        if self.slice_group is None:
+            return self._forward(moe_inp, mask)
+        inp = slice_tokens(moe_inp, self.slice_group)
+        mask = mask if mask is None else slice_tokens(mask, self.slice_group)
+        return join_tokens(self._forward(inp, mask), leaves[0].shape[0], self.slice_group)
+
+    def _forward(self, moe_inp: Any, mask: Tensor | None) -> Any:
+        """Run checked tokens, those of one slice."""
+        op = type(self).__name__
+        leaves = _pytree.tree_leaves(moe_inp)
         gate_inp = leaves[0] if leaves[0].dim() == 2 else leaves[0].flatten(1)  # [T, D]
         if not torch.compiler.is_compiling():
             _checks.check_float(op, "x", gate_inp)
             _checks.check_size(op, "x", gate_inp, 1, self.d_model, "d_model")
         nested = getattr(self.gate, "nested_input", False)
-        topk_ids, topk_weights = self.gate(moe_inp if nested else gate_inp)  # [T, K] each
+        routing = as_routing(op, self.gate, self.gate(moe_inp if nested else gate_inp))
         if not torch.compiler.is_compiling():
-            _layer_checks.check_gate_output(op, self.gate, topk_ids, topk_weights, gate_inp)
+            _layer_checks.check_routing(
+                op, self.gate, routing, gate_inp, self.num_expert * self.world_size
+            )
+        for hook in self.routing_hooks:
+            replaced = hook(self, gate_inp, routing)
+            routing = routing if replaced is None else replaced
         if self.gate_hook is not None:
-            self.gate_hook(topk_ids, topk_weights, None)
-        mask = self.mask if mask is None else mask
-        if mask is not None:
-            if not torch.compiler.is_compiling():
-                _layer_checks.check_mask(op, mask, gate_inp)
-            mask = mask.reshape(-1)  # [T]
-            topk_ids = torch.where((mask != 0)[:, None], -1, topk_ids)
-        plan = sort_tokens(topk_ids, self.num_expert)
-        out = self._run_experts(leaves, spec, topk_weights, plan)
+            self.gate_hook(routing[0], routing[1], None)
         if mask is None:
-            return out
-        fill = self._mask_filler(mask, topk_weights)
-        return _pytree.tree_map(fill, out)
+            return self._mixture(routing, moe_inp)
+        out = self._mixture(without_masked(routing, mask), moe_inp)
+        return fill_masked(out, mask, self.mask_dict, output_weights(routing))
 
-    def _run_experts(
-        self, leaves: list[Tensor], spec: Any, topk_weights: Tensor, plan: TokenPlan
-    ) -> Any:
-        """Dispatch the leaves, run the experts, combine what they return."""
-        op = type(self).__name__
+    def _mixture(self, routing: Routing | SlotRouting, inp: Any) -> Any:
+        """Run the experts on what the gate sends to them."""
         if not hasattr(self, "experts"):
             raise RuntimeError(
-                f"{op}: expert must be given, or self.experts be set by a subclass, got neither. "
+                f"{type(self).__name__}: expert must be given, or self.experts be set by a subclass, got neither. "
                 "Pass a class, a function of d_model, or a list."
             )
-        rows = [_permute_leaf(leaf, plan) for leaf in leaves]
+        plain, copies = scale_inputs(routing, inp)
+        out = self.dispatcher.run(plain, copies, self._run_experts, self._block())
+        return sum_copies(routing, out)
+
+    def _block(self) -> Block | None:
+        """The experts as one call on tokens, if there is one."""
+        return None
+
+    def _run_experts(
+        self, rows: Any, expert_offsets: Tensor, rows_per_expert: list[int] | None
+    ) -> Any:
+        """Call the experts on rows in expert order, a nest of ``[R, ...]``; what they return is one too."""
+        op = type(self).__name__
         if self.experts_fused:
-            counts = plan.expert_offsets.diff()
-            out_leaves, out_spec = _pytree.tree_flatten(
-                self.experts(_pytree.tree_unflatten(rows, spec), counts)
-            )
+            out = self.experts(rows, expert_offsets.diff())
         else:
-            out_leaves, out_spec = self._loop_over_experts(rows, spec, plan)
-        combined = [_combine_leaf(op, leaf, plan, topk_weights) for leaf in out_leaves]
-        return _pytree.tree_unflatten(combined, out_spec)
+            out = self._loop_over_experts(rows, expert_offsets, rows_per_expert)
+        if not torch.compiler.is_compiling():
+            num_rows = _pytree.tree_leaves(rows)[0].shape[0]
+            _layer_checks.check_rows(op, _pytree.tree_leaves(out), num_rows)
+        return out
 
     def _loop_over_experts(
-        self, rows: list[Tensor], spec: Any, plan: TokenPlan
-    ) -> tuple[list[Tensor], Any]:
+        self, rows: Any, expert_offsets: Tensor, rows_per_expert: list[int] | None
+    ) -> Any:
         """Call every expert on its slice of the rows and join what they return."""
         op = type(self).__name__
-        num_rows = plan.row_to_pair.shape[0]
-        # One copy to the host, and not one for each of the entries.
-        counts = plan.expert_offsets.diff().cpu().tolist()
-        # Written as a difference, so that the sizes add up to num_rows for symbolic counts too.
-        counts.append(num_rows - sum(counts))
+        all_rows, spec = _pytree.tree_flatten(rows)
+        num_rows = all_rows[0].shape[0]
+        if rows_per_expert is None:
+            # One copy to the host, and not one for each of the entries; what is left are rows without an expert.
+            left = num_rows - expert_offsets[-1:]
+            counts = torch.cat((expert_offsets.diff(), left)).cpu().tolist()
+        else:
+            counts = [*rows_per_expert, num_rows - sum(rows_per_expert)]
         for count in counts:
             torch._check(count >= 0)
-        slices = [leaf.split(counts) for leaf in rows]
+        torch._check(sum(counts) == num_rows)
+        slices = [leaf.split(counts) for leaf in all_rows]
         outputs: list[list[Tensor]] = []
         out_spec = None
         assert isinstance(self.experts, nn.ModuleList)
@@ -266,122 +369,11 @@ class FMoE(nn.Module):
         for parts in zip(*outputs, strict=True):
             if not torch.compiler.is_compiling():
                 _layer_checks.check_same_row(op, parts)
-            dropped = parts[0].new_zeros((counts[-1], *parts[0].shape[1:]))
-            joined.append(torch.cat((*parts, dropped)))
-        return joined, out_spec
-
-    def _mask_filler(self, mask: Tensor, topk_weights: Tensor) -> Callable[[Tensor], Tensor]:
-        """Return the function that writes ``mask_dict``'s values, weighted, over masked tokens."""
-        total = topk_weights.sum(1)  # [T]
-
-        def fill(y: Tensor) -> Tensor:
-            column = (-1, *(1,) * (y.dim() - 1))
-            for key, value in (self.mask_dict or {}).items():
-                if isinstance(value, Tensor):
-                    value = value.to(y.device)
-                filled = (total.reshape(column) * value).to(y.dtype)
-                y = torch.where((mask == key).reshape(column), filled, y)
-            return y
-
-        return fill
+            padding = parts[0].new_zeros((counts[-1], *parts[0].shape[1:]))
+            joined.append(torch.cat((*parts, padding)))
+        assert out_spec is not None
+        return _pytree.tree_unflatten(joined, out_spec)
 
     def extra_repr(self) -> str:
         """Sizes of the layer."""
         return f"num_expert={self.num_expert}, d_model={self.d_model}, top_k={self.top_k}"
-
-
-def _permute_leaf(leaf: Tensor, plan: TokenPlan) -> Tensor:
-    """Copy a leaf ``[T, ...]`` into expert order ``[N, ...]``."""
-    if leaf.dtype in _checks.FLOAT_DTYPES:
-        flat = leaf if leaf.dim() == 2 else leaf.reshape(leaf.shape[0], _row_size(leaf))
-        return permute_tokens(flat, plan).reshape(-1, *leaf.shape[1:])
-    # Ids, positions, flags: nothing to differentiate, and no kernel needed.
-    return leaf.index_select(0, plan.row_to_pair // plan.pair_to_row.shape[1])
-
-
-def _combine_leaf(op: str, leaf: Tensor, plan: TokenPlan, topk_weights: Tensor) -> Tensor:
-    """Sum an output leaf ``[N, ...]`` over each token's pairs: ``[T, ...]``."""
-    if not torch.compiler.is_compiling():
-        if not isinstance(leaf, Tensor) or leaf.dtype not in _checks.FLOAT_DTYPES or leaf.dim() < 1:
-            raise TypeError(
-                f"{op}: experts must return float tensors with their rows in dimension 0, got "
-                f"{_checks.describe(leaf)}. Outputs of several experts are summed."
-            )
-        _checks.check_size(op, "experts' output", leaf, 0, plan.row_to_pair.shape[0], "its rows")
-    flat = leaf if leaf.dim() == 2 else leaf.reshape(leaf.shape[0], _row_size(leaf))
-    y = unpermute_tokens(flat, plan, topk_weights)
-    return y.reshape(y.shape[0], *leaf.shape[1:])
-
-
-def _row_size(leaf: Tensor) -> int:
-    """Elements per row; spelt out because ``reshape(T, -1)`` is undefined for zero tokens."""
-    size = 1
-    for length in leaf.shape[1:]:
-        size *= length
-    return size
-
-
-def _build_gate(
-    op: str,
-    gate: Any,
-    d_model: int,
-    num_expert: int,
-    world_size: int,
-    top_k: int,
-    gate_bias: bool,
-) -> nn.Module:
-    """Call a gate's class or factory, or take a ready one."""
-    if isinstance(gate, nn.Module):
-        built = gate
-    elif callable(gate):
-        _checks.check_int(op, "top_k", top_k, 1, "Choose 1 <= top_k <= num_expert.")
-        if top_k > num_expert * world_size:
-            raise ValueError(
-                f"{op}: top_k must be at most the {num_expert * world_size} experts, got {top_k}. Lower top_k."
-            )
-        options = {"gate_bias": gate_bias} if _takes_gate_bias(gate) else {}
-        built = gate(d_model, num_expert, world_size, top_k, **options)
-    else:
-        built = gate
-    if not isinstance(built, nn.Module):
-        raise TypeError(
-            f"{op}: gate must be a gate class, a function that builds a gate, or an nn.Module, got "
-            f"{_checks.describe(built)}. Subclass moeops.gates.BaseGate."
-        )
-    tot_expert = getattr(built, "tot_expert", num_expert * world_size)
-    if tot_expert != num_expert * world_size:
-        raise ValueError(
-            f"{op}: gate must choose among the layer's {num_expert * world_size} experts, got one for {tot_expert}. "
-            "Build it with the same num_expert."
-        )
-    return built
-
-
-def _takes_gate_bias(gate: Callable[..., Any]) -> bool:
-    """The constructor names ``gate_bias``, or hands its keywords on to a NaiveGate."""
-    try:
-        parameters = inspect.signature(gate).parameters
-    except (TypeError, ValueError):  # no signature: a builtin
-        return False
-    if "gate_bias" in parameters:
-        return True
-    open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    return open_ended and isinstance(gate, type) and issubclass(gate, NaiveGate)
-
-
-def _build_expert(op: str, expert: Any, d_model: int, may_be_ready: bool) -> nn.Module:
-    """Call an expert's class or factory, or take a ready one from a list."""
-    if isinstance(expert, nn.Module):
-        if may_be_ready:
-            return expert
-        raise TypeError(
-            f"{op}: expert must be a class, a function of d_model or a list, got the ready module "
-            f"{type(expert).__name__}. Pass a list with one module per expert."
-        )
-    built = expert(d_model) if callable(expert) else expert
-    if not isinstance(built, nn.Module):
-        raise TypeError(
-            f"{op}: expert must build an nn.Module, got {_checks.describe(built)}. "
-            "Pass a class, or a function of d_model that returns a module."
-        )
-    return built

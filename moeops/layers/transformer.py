@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
+from moeops.layers.dispatch import Block
 from moeops.layers.experts import Activation, FusedExperts, activation_name
 from moeops.layers.moe import FMoE
 from moeops.ops import _checks
-from moeops.types import TokenPlan
 
 
 class FMoETransformerMLP(FMoE):
@@ -17,10 +17,10 @@ class FMoETransformerMLP(FMoE):
 
     FastMoE's layer of the same name. As there, and despite that name, it adds no residual and no norm. Departures:
     all experts' weights are fused in one tensor per projection, they start like an ``nn.Linear`` each, and nothing is
-    copied to the host.
+    copied to the host on one rank.
 
     Args:
-        num_expert: experts ``E``.
+        num_expert: experts on each rank, ``E / world_size``.
         d_model: ``D``.
         d_hidden: ``H``.
         activation: a name ("swiglu", "gelu", "relu", "silu", "relu_squared"), a module or a function. nn.GELU(),
@@ -29,14 +29,14 @@ class FMoETransformerMLP(FMoE):
         expert_rank: kept as an attribute, without a meaning here.
         bias: give the experts' projections a bias.
         **kwargs: world_size, mp_group, slice_group, moe_group, top_k, gate, gate_hook, mask, mask_dict, gate_bias,
-            dtype, device: as for ``FMoE``.
+            device_mesh, dispatch, capacity, n_chunks, dtype, device: as for ``FMoE``.
 
     Attributes:
         experts: a ``FusedExperts``: ``experts.w_up``, ``experts.w_down``, ``experts.b_up``, ``experts.b_down``.
 
     Raises:
         ValueError: a size or an option does not fit.  TypeError: an argument has the wrong type.
-        NotImplementedError: more than one rank is asked for.
+        RuntimeError: building the layer failed on another rank.
 
     Example:
         >>> layer = FMoETransformerMLP(4, 8, 16, activation="swiglu", top_k=2)
@@ -79,10 +79,13 @@ class FMoETransformerMLP(FMoE):
         )
         self.mark_parallel_comm(expert_dp_comm)
 
+    def _block(self) -> Block:
+        return self.experts
+
     def _run_experts(
-        self, leaves: list[Tensor], spec: Any, topk_weights: Tensor, plan: TokenPlan
-    ) -> Any:
-        return self.experts(leaves[0], topk_weights, plan)
+        self, rows: Tensor, expert_offsets: Tensor, rows_per_expert: list[int] | None
+    ) -> Tensor:
+        return self.experts(rows, expert_offsets=expert_offsets)
 
     def forward(self, inp: Tensor, mask: Tensor | None = None) -> Tensor:
         """Run tokens through the gate and their experts.
@@ -96,7 +99,7 @@ class FMoETransformerMLP(FMoE):
 
         Raises:
             ValueError: a shape does not fit.  TypeError: ``inp`` is not float.
-        Host sync: none.
+        Host sync: none with one rank or ``dispatch="static"``, else one copy.
         """
         if not isinstance(inp, Tensor):
             raise TypeError(

@@ -15,6 +15,9 @@ from tolerances import TOLERANCES
 
 D, E = 8, 6
 TOKENS = (5, 6, 12, 3, 17, 33, 1, 0)
+# Older Inductors divide by zero when they launch a kernel with two-dimensional tiles for no elements
+# (https://github.com/pytorch/pytorch/issues/178530).
+ZERO_TOKENS = {"triton.max_tiles": 1} if torch.__version__ < (2, 13) else {}
 
 
 def best(values, k):
@@ -74,7 +77,7 @@ def check_compile(build, device, backend, top_k=2, training=True):
     other = copy.deepcopy(layer)
     counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(layer, fullgraph=True, backend=counter)
-    with torch._inductor.config.patch(fallback_random=True):
+    with torch._inductor.config.patch(fallback_random=True, **ZERO_TOKENS):
         for T in TOKENS:
             x = torch.randn(T, D, device=device)
             expected = step(other, other, x)

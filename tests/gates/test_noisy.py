@@ -18,7 +18,8 @@ from gate_checks import (
     parameters_float64,
 )
 
-from moeops.gates import NoisyGate
+from moeops.gates import NoisyGate, expert_capacity
+from moeops.reference import gates_fastmoe as fast
 from tolerances import assert_close
 
 
@@ -91,6 +92,77 @@ def test_values_and_gradients(training, k, dtype, device):
         assert_gradient(gate.noise.weight.grad, want, dtype, "gradient of W_noise")
     else:
         assert gate.noise.weight.grad is None
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_fsmoes_gshard_gate(training, k, device):
+    T = 40
+    gate = NoisyGate(D, E, 1, k, min_noise=0, balance="gshard", capacity=(0.8, 1.1))
+    gate = gate.to(device, torch.float64).train(training)
+    # Skewed, so that something is dropped.
+    x = (torch.randn(T, D, dtype=torch.float64) + 1).to(device).requires_grad_()
+    torch.manual_seed(3)
+    ids, weights = gate(x)
+    loss = gate.get_loss()
+    torch.manual_seed(3)
+    noise = torch.randn(T, E, dtype=torch.float64, device=device).cpu()
+
+    params = parameters_float64(gate)
+    x64 = x.detach().cpu().requires_grad_()
+    h = x64 @ params["gate.weight"].t()
+    if training:
+        h = h + noise * torch.log(1 + torch.exp(x64 @ params["noise.weight"].t()))
+    first = fast.best(h, k)
+    rows = expert_capacity(0.8 if training else 1.1, T, k, E)
+    (want_ids,) = fast.keep([first], fast.queue([first], None, "choice"), E, rows)
+    want = fast.softmax_at(h, first)
+    (want_loss,) = fast.balance_losses([fast.softmax(h)], [first[:, :1]])
+    assert torch.equal(ids.cpu(), want_ids)
+    assert int((ids == -1).sum()) > 0
+    assert_close(weights, want, torch.float64)
+    assert_close(loss, want_loss, torch.float64)
+    factors = torch.randn(T, k, dtype=torch.float64)
+    ((weights * factors.to(weights)).sum() + 3 * loss).backward()
+    ((want * factors).sum() + 3 * want_loss).backward()
+    assert_gradient(x.grad, x64.grad, torch.float64, "gradient of x")
+    if training:
+        want_grad = params["noise.weight"].grad
+        assert_gradient(gate.noise.weight.grad, want_grad, torch.float64, "gradient of W_noise")
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_fastmoes_variance(training):
+    gate = NoisyGate(D, E, 1, 2, compat=True).double().train(training)
+    other = NoisyGate(D, E, 1, 2).double().train(training)
+    other.load_state_dict(gate.state_dict())
+    x = torch.randn(19, D, dtype=torch.float64)
+    losses = []
+    for g in (gate, other):
+        torch.manual_seed(3)
+        g(x)
+        losses.append(g.get_loss())
+    # The means are K * T / E or near it: the 1e-10 beside them is below a relative 1e-10.
+    torch.testing.assert_close(losses[0], losses[1] * E / (E - 1), rtol=1e-9, atol=0)
+    one = NoisyGate(D, 1, 1, 1, compat=True)
+    one(torch.randn(4, D))
+    assert float(one.get_loss().detach()) == 0
+
+
+def test_without_a_loss():
+    gate = NoisyGate(D, E, 1, 2, balance=None, min_noise=0)
+    gate(torch.randn(4, D))
+    assert not gate.has_loss
+
+
+def fsmoe(d_model, num_expert, world_size, top_k, gate_bias=True):
+    return NoisyGate(
+        d_model, num_expert, world_size, top_k, min_noise=0, balance="gshard", capacity=0.8
+    )
+
+
+def test_compile_with_capacity(device):
+    check_compile(fsmoe, device, "aot_eager")
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -196,6 +268,20 @@ def test_checkpoint(compile_it):
 def test_bad_arguments(arguments, error, match):
     with pytest.raises(error, match=match):
         NoisyGate(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"balance": "x"}, r"balance must be one of .* got 'x'"),
+        ({"min_noise": -1}, r"min_noise must be at least 0 and finite, got -1"),
+        ({"min_noise": 0}, r"min_noise must be above 0 with balance='load', got 0"),
+        ({"capacity": 0}, r"capacity must be .* got 0"),
+    ],
+)
+def test_bad_options(options, match):
+    with pytest.raises(ValueError, match=f"NoisyGate: {match}"):
+        NoisyGate(D, 4, 1, **options)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -55,7 +55,8 @@ def test_every_registered_op_has_samples():
         for name in torch._C._dispatch_get_all_op_names()
         if name.startswith("moeops::")
     }
-    assert registered == set(OP_CASES)
+    # A composite op, which graphs hold as what it is made of: see tests/distributed/exchange_checks.py.
+    assert registered == set(OP_CASES) | {"all_to_all_rows"}
 
 
 @every_case

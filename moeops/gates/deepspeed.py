@@ -1,0 +1,214 @@
+"""DeepSpeed-MoE's gate. T tokens, K experts per token, E experts, D model width, C capacity in rows."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from moeops.gates.dense_to_sparse import gumbel_like
+from moeops.gates.functional import apply_capacity, expert_capacity, router_logits
+from moeops.gates.naive import NaiveGate
+from moeops.losses import TINY, balance_loss
+from moeops.ops import _checks
+from moeops.ops.routing import topk_route
+
+NOISE_POLICIES = (None, "Jitter", "RSample")
+DROP_POLICIES = ("probs", "position")
+_JITTER = 0.01
+
+
+class DeepSpeedGate(NaiveGate):
+    """Gate tokens as DeepSpeed-MoE does: top 1 with random token selection, top 2 with sampling, or top ``K``.
+
+    ``p = softmax(W x)`` over all experts, no bias. Each expert takes ``C = max(ceil(factor * T * K / E),
+    min_capacity)`` pairs, with ``drop_tokens=False`` all of them.
+
+    - ``K = 1``: the expert with the largest ``p``, weight ``p``. In training ``use_rts`` (random token selection)
+      chooses at random which tokens an expert keeps, else the first ones. With ``"RSample"`` the expert is a sample of
+      ``p`` in training (by Gumbel-max).
+    - ``K = 2``: the largest ``p`` and, in training with ``top2_2nd_expert_sampling``, a sample of the others (``p``
+      without the first, scaled to 1), else the second largest. First choices come before second ones.
+    - ``K > 2``: the ``K`` largest; each expert keeps the pairs with the largest ``p`` (``drop_policy="probs"``) or
+      those of the first tokens (``"position"``).
+
+    For ``K >= 2`` the weights are ``p`` divided by the sum over the token's choices that were kept. The loss is
+    ``E * sum_e f_e * P_e`` with ``f_e`` the share of first choices that name ``e`` (``K > 2``: of all choices), before
+    any is dropped. ``"Jitter"`` multiplies the router's input by ``U(0.99, 1.01)`` in training.
+
+    Departures from DeepSpeed:
+
+    - Random token selection and the sampled second expert are for training only; DeepSpeed draws in evaluation too,
+      so that its evaluation is not reproducible. ``compat=True`` draws there too.
+    - ``drop_tokens=False`` limits nothing: DeepSpeed takes the largest load of all ranks as the capacity, which drops
+      nothing either but makes buffers of that size and reduces over the ranks for it.
+    - Without random token selection the first tokens are kept; DeepSpeed keeps those that a top-k over ties happens to
+      pick.
+    - ``T`` may be below ``min_capacity``.
+    - ``"RSample"`` with ``K > 1``, which DeepSpeed ignores, is refused.
+    - ``used_token`` works for any ``K``; DeepSpeed ignores it for ``K >= 2``.
+
+    Args:
+        d_model: ``D``.
+        num_expert: experts on this rank.
+        world_size: ranks that hold different experts.
+        top_k: ``K``, DeepSpeed's ``k``.
+        capacity_factor: factor in training, above 0.
+        eval_capacity_factor: factor in evaluation, above 0.
+        min_capacity: least rows per expert, at least 0.
+        noisy_gate_policy: ``None``, ``"Jitter"`` or ``"RSample"``.
+        drop_tokens: limit the capacity.
+        use_rts: random token selection, for ``K = 1``.
+        top2_2nd_expert_sampling: sample the second expert, for ``K = 2``.
+        drop_policy: ``"probs"`` or ``"position"``, for ``K > 2``.
+        compat: draw in evaluation too, as DeepSpeed does.
+
+    Attributes:
+        gate: the router, ``nn.Linear(D, E)`` without bias.
+
+    Raises:
+        ValueError: a number or a policy does not fit.  TypeError: a number is not an int.
+    Source: DeepSpeed-MoE, arXiv:2201.05596; GShard, arXiv:2006.16668.
+
+    Example:
+        >>> gate = DeepSpeedGate(8, 4, top_k=1, min_capacity=0)
+        >>> topk_ids, _ = gate(torch.zeros(8, 8))
+        >>> sorted(topk_ids.view(-1).tolist())
+        [-1, -1, -1, -1, -1, -1, 0, 0]
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_expert: int,
+        world_size: int = 1,
+        top_k: int = 1,
+        *,
+        capacity_factor: float = 1.0,
+        eval_capacity_factor: float = 1.0,
+        min_capacity: int = 4,
+        noisy_gate_policy: str | None = None,
+        drop_tokens: bool = True,
+        use_rts: bool = True,
+        top2_2nd_expert_sampling: bool = True,
+        drop_policy: str = "probs",
+        compat: bool = False,
+    ) -> None:
+        super().__init__(d_model, num_expert, world_size, top_k, gate_bias=False)
+        name = type(self).__name__
+        for label, factor in (
+            ("capacity_factor", capacity_factor),
+            ("eval_capacity_factor", eval_capacity_factor),
+        ):
+            if not isinstance(factor, (int, float)) or not 0 < factor < 1e6:
+                raise ValueError(
+                    f"{name}: {label} must be above 0 and finite, got {factor!r}. "
+                    "1.0 leaves room for the average load; drop_tokens=False drops nothing."
+                )
+        _checks.check_int(name, "min_capacity", min_capacity, 0, "Use 0 for none.")
+        if noisy_gate_policy not in NOISE_POLICIES:
+            raise ValueError(
+                f"{name}: noisy_gate_policy must be one of {NOISE_POLICIES}, got {noisy_gate_policy!r}. Pick one."
+            )
+        if noisy_gate_policy == "RSample" and top_k > 1:
+            raise ValueError(
+                f"{name}: noisy_gate_policy must be None or 'Jitter' for top_k > 1, got 'RSample' with top_k={top_k}. "
+                "With top_k=2 top2_2nd_expert_sampling samples."
+            )
+        if drop_policy not in DROP_POLICIES:
+            raise ValueError(
+                f"{name}: drop_policy must be one of {DROP_POLICIES}, got {drop_policy!r}. Pick one of them."
+            )
+        self.capacity_factor = float(capacity_factor)
+        self.eval_capacity_factor = float(eval_capacity_factor)
+        self.min_capacity = min_capacity
+        self.noisy_gate_policy = noisy_gate_policy
+        self.drop_tokens = bool(drop_tokens)
+        self.use_rts = bool(use_rts)
+        self.top2_2nd_expert_sampling = bool(top2_2nd_expert_sampling)
+        self.drop_policy = drop_policy
+        self.compat = bool(compat)
+
+    def forward(  # type: ignore[override]
+        self, inp: Tensor, used_token: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Choose experts.
+
+        Args:
+            inp: tokens, ``[T, D]``, any float type.
+            used_token: ``T`` numbers; tokens with a 0 go to no expert and count as no choice in the loss.
+
+        Returns:
+            topk_ids ``[T, K]`` int64 and topk_weights ``[T, K]`` float32 (float64 for float64).
+
+        Raises:
+            ValueError: a shape does not fit.
+        """
+        if used_token is not None and not torch.compiler.is_compiling():
+            _checks.check_size(
+                type(self).__name__, "used_token", used_token, 0, inp.shape[0], "one per token"
+            )
+        draws = self.training or self.compat
+        if self.noisy_gate_policy == "Jitter" and self.training:
+            # In the router's type: bfloat16 would round most of the jitter away.
+            x = inp.to(_checks.accumulate_dtype(inp.dtype))
+            inp = x * (torch.rand_like(x) * (2 * _JITTER) + (1 - _JITTER))
+        logits = router_logits(inp, self.gate)  # [T, E]
+        topk_ids = self._choose(logits.detach(), draws)
+        if used_token is not None:
+            topk_ids = torch.where(used_token[:, None] == 0, -1, topk_ids)
+        probs = torch.softmax(logits, dim=-1)  # [T, E]
+        counted = topk_ids if self.top_k > 2 else topk_ids[:, :1]
+        self.set_loss(balance_loss(probs, counted), logits, topk_ids)
+        # Read for every slot, dropped or not; an id of -1 is no column.
+        chosen = topk_ids.clamp_min(0)
+        probs = probs.gather(1, chosen)  # [T, K]
+        if self.drop_tokens:
+            topk_ids = self._limit(topk_ids, probs, draws)
+        if self.top_k == 1:
+            return topk_ids, probs
+        return topk_ids, _softmax_over(logits.gather(1, chosen), topk_ids >= 0)
+
+    def _choose(self, logits: Tensor, draws: bool) -> Tensor:
+        """The chosen experts, ``[T, K]``."""
+        if self.noisy_gate_policy == "RSample" and self.training:
+            return topk_route(logits + gumbel_like(logits), 1)[1]
+        if self.top_k != 2 or not (draws and self.top2_2nd_expert_sampling):
+            return topk_route(logits, self.top_k)[1]
+        first = topk_route(logits, 1)[1]
+        noisy = (logits + gumbel_like(logits)).scatter(1, first, -math.inf)
+        return torch.cat((first, noisy.argmax(-1, keepdim=True)), dim=1)
+
+    def _limit(self, topk_ids: Tensor, probs: Tensor, draws: bool) -> Tensor:
+        """Drop what is over the capacity."""
+        factor = self.capacity_factor if self.training else self.eval_capacity_factor
+        rows = expert_capacity(factor, topk_ids.shape[0], self.top_k, self.tot_expert)
+        # Dynamo, where a symbolic number passes for an int, knows max; sym_max of plain ints stops it in torch 2.11.
+        least = self.min_capacity
+        rows = torch.sym_max(rows, least) if isinstance(rows, torch.SymInt) else max(rows, least)
+        if self.top_k == 1:
+            policy = "random" if self.use_rts and draws else "position"
+        elif self.top_k == 2:
+            policy = "choice"
+        else:
+            policy = "priority" if self.drop_policy == "probs" else "position"
+        return apply_capacity(topk_ids, probs, self.tot_expert, rows, policy=policy)
+
+    def extra_repr(self) -> str:
+        """Sizes and options of the gate."""
+        return (
+            f"{super().extra_repr()}, capacity_factor={self.capacity_factor}, "
+            f"eval_capacity_factor={self.eval_capacity_factor}, min_capacity={self.min_capacity}, "
+            f"noisy_gate_policy={self.noisy_gate_policy!r}, drop_tokens={self.drop_tokens}, use_rts={self.use_rts}, "
+            f"top2_2nd_expert_sampling={self.top2_2nd_expert_sampling}, drop_policy={self.drop_policy!r}, "
+            f"compat={self.compat}"
+        )
+
+
+def _softmax_over(logits: Tensor, kept: Tensor) -> Tensor:
+    """Softmax over the entries of each row that were kept, 0 elsewhere; a row without any is 0."""
+    z = torch.where(kept, logits, -math.inf)  # [T, K]
+    largest = z.detach().amax(-1, keepdim=True)
+    powers = (z - torch.where(largest == -math.inf, 0, largest)).exp()
+    return powers / (powers.sum(-1, keepdim=True) + TINY)

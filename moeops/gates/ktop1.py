@@ -1,0 +1,100 @@
+"""HetuMoE's K top-1 gate. T tokens, K prototypes, E experts, D model width."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moeops.gates.functional import (
+    apply_capacity,
+    check_capacity,
+    expert_capacity,
+    expert_loads,
+    router_logits,
+)
+from moeops.gates.naive import NaiveGate
+from moeops.losses import TINY
+from moeops.ops.routing import topk_route
+
+
+class KTop1Gate(NaiveGate):
+    """Choose one expert in each of ``top_k`` prototypes, as in expert prototyping (M6-T) and HetuMoE.
+
+    The ``E`` experts stand in ``K`` equal prototypes; prototype ``k`` holds experts ``k * E / K`` to
+    ``(k + 1) * E / K``. In each of them ``p = softmax`` over its own logits, the expert with the largest ``p`` is
+    chosen and ``p`` is its weight; the ``K`` weights of a token do not sum to 1. Column ``k`` of ids and weights
+    belongs to prototype ``k``. The loss is the sum over the prototypes of ``E / K * sum_e f_e * P_e`` with ``f_e`` the
+    share of the tokens that chose ``e`` in its prototype and ``P_e`` the mean of ``p_e``: ``K`` at perfect balance.
+
+    Departures from HetuMoE's gate of the same name:
+
+    - No capacity by default; with ``capacity`` the rows per expert are ``ceil(factor * T * K / E)``, HetuMoE rounds
+      ``factor * T / E`` up before it multiplies by ``K``.
+
+    Args:
+        d_model: ``D``.
+        num_expert: experts on this rank.
+        world_size: ranks that hold different experts.
+        top_k: ``K``, a divisor of ``E``.
+        gate_bias: give the router a bias.
+        capacity: capacity factors (training, evaluation), one factor for both, or ``None`` for no limit.
+
+    Attributes:
+        gate: the router, ``nn.Linear(D, E)``.
+
+    Raises:
+        ValueError: ``top_k`` does not divide ``E``, or another argument does not fit.
+    Source: M6-T, arXiv:2105.15082, section 3.3; HetuMoE, arXiv:2203.14685.
+
+    Example:
+        >>> topk_ids, topk_weights = KTop1Gate(8, 6, top_k=2)(torch.randn(5, 8))
+        >>> bool((topk_ids[:, 0] < 3).all() and (topk_ids[:, 1] >= 3).all())
+        True
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_expert: int,
+        world_size: int = 1,
+        top_k: int = 2,
+        gate_bias: bool = True,
+        *,
+        capacity: tuple[float, float] | float | None = None,
+    ) -> None:
+        super().__init__(d_model, num_expert, world_size, top_k, gate_bias)
+        name = type(self).__name__
+        if self.tot_expert % top_k != 0:
+            raise ValueError(
+                f"{name}: top_k must divide the {self.tot_expert} experts, got {top_k}. Choose a divisor."
+            )
+        self.capacity = check_capacity(name, capacity)
+
+    def forward(  # type: ignore[override]
+        self, inp: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Choose one expert per prototype: ``inp [T, D]`` to topk_ids ``[T, K]`` and topk_weights ``[T, K]``."""
+        num_tokens, prototypes = inp.shape[0], self.top_k
+        size = self.tot_expert // prototypes
+        logits = router_logits(inp, self.gate)  # [T, E]
+        # A prototype of a token is a row of its own.
+        rows = logits.detach().view(num_tokens * prototypes, size)
+        _, ids = topk_route(rows, 1)
+        ids = ids.view(num_tokens, prototypes)
+        topk_ids = ids + torch.arange(prototypes, device=ids.device) * size
+        # Not of the rows: Inductor 2.13 computes a wrong gradient for a softmax between two views of symbolic size.
+        probs = torch.softmax(logits.view(num_tokens, prototypes, size), dim=-1)
+        topk_weights = probs.gather(2, ids[:, :, None])[:, :, 0]
+        means = probs.sum(0).view(self.tot_expert) / (num_tokens + TINY)  # [E]
+        counts = expert_loads(topk_ids, self.tot_expert).to(means.dtype)
+        loss = size * (counts / (num_tokens + TINY) * means).sum()
+        self.set_loss(loss, logits, topk_ids)
+        if self.capacity is not None:
+            factor = self.capacity[0 if self.training else 1]
+            capacity = expert_capacity(factor, num_tokens, prototypes, self.tot_expert)
+            topk_ids = apply_capacity(topk_ids, topk_weights, self.tot_expert, capacity)
+        return topk_ids, topk_weights
+
+    def extra_repr(self) -> str:
+        """Sizes and options of the gate."""
+        return f"{super().extra_repr()}, capacity={self.capacity}"

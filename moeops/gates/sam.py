@@ -1,0 +1,141 @@
+"""HetuMoE's switch-and-mixture gate. T tokens, K experts per token, E experts in G groups, D model width."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moeops.gates.functional import (
+    apply_capacity,
+    check_capacity,
+    expert_capacity,
+    expert_loads,
+    router_logits,
+)
+from moeops.gates.naive import NaiveGate
+from moeops.losses import TINY, alignment_loss
+from moeops.ops import _checks
+from moeops.ops.routing import topk_route
+
+
+class SAMGate(NaiveGate):
+    """Switch to one group of experts and mix ``top_k`` of them, so that a token travels to one place only.
+
+    ``p = softmax(W x + b)`` over all experts, which stand in ``num_groups`` equal groups, one per rank by default. The
+    group with the largest sum of ``p`` is chosen, in it the ``top_k`` experts with the largest ``p``; the weights are
+    ``p`` itself, not renormalised. The loss is a sum: the balance loss ``E * sum_e f_e * P_e`` over all ``K`` choices
+    (``f_e`` the tokens that chose ``e``, divided by ``T``; ``K`` at perfect balance), and ``alignment`` times the
+    alignment loss, the mean over the tokens of ``sum over the experts e outside the group of max(0, p_e - p_last)``
+    with ``p_last`` the smallest chosen ``p``: it teaches the router to hold a token's best experts in one group.
+
+    Departures from HetuMoE's gate of the same name:
+
+    - A group is ``E / G`` experts wide everywhere. HetuMoE sums groups of ``E / G`` experts, but then picks from, and
+      aligns to, the ``G`` experts from ``g * G`` on: the same only where ``G * G = E``.
+    - The alignment loss is the mean over the tokens, HetuMoE's is their sum.
+    - First choices come before second ones when an expert overflows. HetuMoE places later choices behind the number
+      of *last* choices, so that rows can collide.
+    - ``compat=True`` gives HetuMoE's groups and sum, where its reads stay within the row: ``G * G <= E``.
+
+    Args:
+        d_model: ``D``.
+        num_expert: experts on this rank.
+        world_size: ranks that hold different experts.
+        top_k: ``K``, at most the experts of a group.
+        gate_bias: give the router a bias.
+        num_groups: ``G``, a divisor of ``E``; ``None`` for ``world_size``.
+        alignment: factor of the alignment loss, at least 0.
+        capacity: capacity factors (training, evaluation), one factor for both, or ``None`` for no limit.
+        compat: HetuMoE's numbers.
+
+    Attributes:
+        gate: the router, ``nn.Linear(D, E)``.
+
+    Raises:
+        ValueError: the groups do not divide the experts, a group has fewer than ``top_k``, or another argument does
+        not fit.
+    Source: Switch and Mixture, arXiv:2110.07431; HetuMoE, arXiv:2203.14685.
+
+    Example:
+        >>> topk_ids, topk_weights = SAMGate(8, 6, top_k=2, num_groups=2)(torch.randn(5, 8))
+        >>> torch.equal(topk_ids[:, 0] // 3, topk_ids[:, 1] // 3)
+        True
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_expert: int,
+        world_size: int = 1,
+        top_k: int = 2,
+        gate_bias: bool = True,
+        *,
+        num_groups: int | None = None,
+        alignment: float = 1.0,
+        capacity: tuple[float, float] | float | None = None,
+        compat: bool = False,
+    ) -> None:
+        super().__init__(d_model, num_expert, world_size, top_k, gate_bias)
+        name = type(self).__name__
+        groups = world_size if num_groups is None else num_groups
+        _checks.check_int(name, "num_groups", groups, 1, "Use None for one group per rank.")
+        if self.tot_expert % groups != 0:
+            raise ValueError(
+                f"{name}: num_groups must divide the {self.tot_expert} experts, got {groups}. Choose a divisor."
+            )
+        if not isinstance(alignment, (int, float)) or not 0 <= alignment < float("inf"):
+            raise ValueError(
+                f"{name}: alignment must be at least 0 and finite, got {alignment!r}. Use 0 for no alignment loss."
+            )
+        if compat and groups * groups > self.tot_expert:
+            raise ValueError(
+                f"{name}: num_groups must be at most the square root of the {self.tot_expert} experts with compat, "
+                f"got {groups}. HetuMoE reads past the last expert there; use compat=False."
+            )
+        width = groups if compat else self.tot_expert // groups
+        if top_k > width:
+            raise ValueError(
+                f"{name}: top_k must be at most the {width} experts of a group, got {top_k}. "
+                "Lower top_k or num_groups."
+            )
+        self.num_groups = groups
+        self.alignment = float(alignment)
+        self.capacity = check_capacity(name, capacity)
+        self.compat = bool(compat)
+        self._width = width
+
+    def forward(  # type: ignore[override]
+        self, inp: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Choose experts of one group: ``inp [T, D]`` to topk_ids ``[T, K]`` and topk_weights ``[T, K]``."""
+        num_tokens, num_experts, width = inp.shape[0], self.tot_expert, self._width
+        # One bad logit makes its whole row of log_probs bad, whichever group topk_route gets to see and to refuse.
+        logits = router_logits(inp, self.gate)  # [T, E]
+        log_probs = torch.log_softmax(logits, dim=-1)
+        probs = log_probs.exp()
+        sums = probs.detach().view(num_tokens, self.num_groups, num_experts // self.num_groups)
+        first = sums.sum(-1).argmax(-1, keepdim=True) * width  # [T, 1]
+        members = first + torch.arange(width, device=first.device)  # [T, width]
+        _, local_ids = topk_route(log_probs.detach().gather(1, members), self.top_k)
+        topk_ids = first + local_ids
+        topk_weights = probs.gather(1, topk_ids)
+        counts = expert_loads(topk_ids, num_experts).to(probs.dtype)
+        means = probs.sum(0) / (num_tokens + TINY)  # [E]
+        loss = num_experts * (counts / (num_tokens + TINY) * means).sum()
+        if self.alignment > 0:
+            aligned = alignment_loss(probs, topk_ids, width)
+            scale = num_tokens if self.compat else 1
+            loss = loss + self.alignment * scale * aligned
+        self.set_loss(loss, logits, topk_ids)
+        if self.capacity is not None:
+            factor = self.capacity[0 if self.training else 1]
+            rows = expert_capacity(factor, num_tokens, self.top_k, num_experts)
+            topk_ids = apply_capacity(topk_ids, topk_weights, num_experts, rows, policy="choice")
+        return topk_ids, topk_weights
+
+    def extra_repr(self) -> str:
+        """Sizes and options of the gate."""
+        return (
+            f"{super().extra_repr()}, num_groups={self.num_groups}, alignment={self.alignment}, "
+            f"capacity={self.capacity}, compat={self.compat}"
+        )

@@ -1,0 +1,140 @@
+"""Gate by probability mass. T tokens, K slots per token, E experts, D model width."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moeops.gates._variable import VariableGate
+from moeops.gates.functional import router_logits
+from moeops.losses import TINY, chosen_experts, router_entropy
+from moeops.ops.routing import topk_route
+from moeops.types import Routing
+
+
+class ThresholdGate(VariableGate):
+    """Send each token to as many experts as it takes to reach a probability mass: top-p routing.
+
+    ``p = softmax(W x + b)`` over all experts, sorted. A token gets the smallest set of best experts whose mass
+    reaches ``top_p``, without those below ``min_prob``; never fewer than the best one, never more than ``top_k``. The
+    weights are the probabilities, divided by their sum with ``renormalize``. An uncertain router means many experts:
+    the harder a token, the more work it gets.
+
+    The loss, on request, is ``balance + dynamic * entropy``: ``balance = E * sum_e f_e * P_e`` with ``f_e`` the share
+    of all chosen pairs that name ``e`` and ``P_e`` the mean of ``p_e``, 1 at perfect balance, and the mean entropy of
+    ``p``, which pulls towards few experts ("dynamic loss"). The paper's balance loss is that times the mean number of
+    experts per token; its factors are 0.01 and 0.0001, here ``dynamic=0.01`` and 0.01 on the whole loss.
+
+    The shape of ids and weights is ``[T, K]`` all the same, empty slots have id -1. With ``row_budget`` (see
+    ``VariableGate``) the last choices are dropped first, of the same choice those with the lowest probability: with a
+    budget of at least 1 every token keeps its best expert. Which slots are dropped depends on the other tokens.
+
+    Args:
+        d_model: ``D``.
+        num_expert: experts on this rank.
+        world_size: ranks that hold different experts.
+        top_k: ``K``, the most experts a token can get.
+        gate_bias: give the router a bias.
+        top_p: mass to reach, in (0, 1]; 1 for no limit.
+        min_prob: least probability of an expert, in [0, 1).
+        renormalize: divide the weights by their sum; not changed by what the row budget drops.
+        balance: set the balance loss.
+        dynamic: factor of the entropy in the loss.
+        row_budget: experts per token that there are rows for on average; ``None`` for ``K``.
+
+    Attributes:
+        gate: the router, ``nn.Linear(D, E)``.
+        dropped: slots lost to the row budget, int64; not saved.
+
+    Raises:
+        ValueError: a number does not fit.  TypeError: a number is not an int.
+    Source: Harder Tasks Need More Experts, arXiv:2403.07652, section 3.
+
+    Example:
+        >>> gate = ThresholdGate(8, 4, top_k=4, top_p=0.5)
+        >>> topk_ids, topk_weights, num_rows, _ = gate(torch.randn(5, 8))
+        >>> bool((topk_weights.sum(-1) >= 0.5).all()), num_rows
+        (True, None)
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_expert: int,
+        world_size: int = 1,
+        top_k: int = 2,
+        gate_bias: bool = True,
+        *,
+        top_p: float = 0.4,
+        min_prob: float = 0.0,
+        renormalize: bool = False,
+        balance: bool = False,
+        dynamic: float = 0.0,
+        row_budget: float | None = None,
+    ) -> None:
+        super().__init__(d_model, num_expert, world_size, top_k, gate_bias, row_budget)
+        name = type(self).__name__
+        if not isinstance(top_p, (int, float)) or not 0 < top_p <= 1:
+            raise ValueError(f"{name}: top_p must be in (0, 1], got {top_p!r}. Use 1 for no limit.")
+        if not isinstance(min_prob, (int, float)) or not 0 <= min_prob < 1:
+            raise ValueError(
+                f"{name}: min_prob must be in [0, 1), got {min_prob!r}. Use 0 for no threshold."
+            )
+        if not isinstance(dynamic, (int, float)) or not 0 <= dynamic < float("inf"):
+            raise ValueError(
+                f"{name}: dynamic must be at least 0 and finite, got {dynamic!r}. Use 0 for none."
+            )
+        self.top_p = float(top_p)
+        self.min_prob = float(min_prob)
+        self.renormalize = bool(renormalize)
+        self.balance = bool(balance)
+        self.dynamic = float(dynamic)
+
+    def forward(  # type: ignore[override]
+        self, inp: Tensor
+    ) -> Routing:
+        """Choose experts: ``inp [T, D]`` to a Routing of ``[T, K]`` ids and weights, best first."""
+        logits = router_logits(inp, self.gate)  # [T, E]
+        probs, topk_ids = topk_route(logits, self.top_k, renormalize=False)  # [T, K] each
+        choice = torch.arange(self.top_k, device=probs.device)
+        fixed = probs.detach()
+        # An expert is needed if the better ones do not reach the mass.
+        needed = (mass_before(fixed) < self.top_p) & (fixed >= self.min_prob)
+        needed = needed | (choice == 0)
+        topk_ids = torch.where(needed, topk_ids, -1)
+        self.set_loss(self._loss(logits, topk_ids), logits, topk_ids)
+        weights = probs.masked_fill(~needed, 0)
+        if self.renormalize:
+            weights = weights / weights.sum(-1, keepdim=True)
+        # Probabilities are at most 1: a later choice never comes before an earlier one.
+        return self._fit(topk_ids, weights, fixed - 2 * choice)
+
+    def _loss(self, logits: Tensor, topk_ids: Tensor) -> Tensor | None:
+        loss = None
+        if self.balance:
+            counts = chosen_experts(topk_ids, self.tot_expert).to(logits.dtype).sum(0)  # [E]
+            shares = counts / (counts.sum() + TINY)
+            probs = torch.softmax(logits, -1).sum(0) / (logits.shape[0] + TINY)  # [E]
+            loss = self.tot_expert * (shares * probs).sum()
+        if self.dynamic > 0:
+            entropy = self.dynamic * router_entropy(logits)
+            loss = entropy if loss is None else loss + entropy
+        return loss
+
+    def extra_repr(self) -> str:
+        """Sizes and options of the gate."""
+        return (
+            f"{super().extra_repr()}, top_p={self.top_p}, min_prob={self.min_prob}, "
+            f"renormalize={self.renormalize}, balance={self.balance}, dynamic={self.dynamic}"
+        )
+
+
+def mass_before(probs: Tensor) -> Tensor:
+    """Sum what stands left of each entry, ``[T, K]``. In doubling steps: CUDA's cumsum is not deterministic."""
+    mass = F.pad(probs[:, :-1], (1, 0))
+    step = 1
+    while step < probs.shape[1]:
+        mass = mass + F.pad(mass[:, :-step], (step, 0))
+        step *= 2
+    return mass

@@ -1,0 +1,206 @@
+"""Tutel's top-any gate. T tokens, K experts per token, E experts, D model width, C capacity in rows."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moeops.gates.base import check_top_k
+from moeops.gates.functional import apply_capacity, router_logits
+from moeops.gates.naive import NaiveGate
+from moeops.losses import cv_squared, gshard_loss
+from moeops.ops import _checks
+from moeops.ops.routing import topk_route
+
+_MILLION = 1_000_000
+
+
+class TutelGate(NaiveGate):
+    """Choose any number of experts with any capacity, both per call, as Tutel's "top" gate does.
+
+    ``h = W x``, plus ``gate_noise / E * N(0, 1)`` in training; ``p = softmax(h)``; the ``K`` largest are chosen and
+    weighted by ``p``, with ``K > 1`` and ``normalize_gate`` divided by their sum. Weights are not rescaled when
+    a pair is dropped.
+
+    **Capacity**, with ``s = ceil(T / E)``, is ``C = K * int(f * s)`` rounded up to a multiple of ``alignment`` for a
+    ``capacity_factor`` ``f > 0``. ``f = 0`` drops nothing. ``f < 0`` drops what ``-f`` drops: Tutel's buffers then have
+    ``min(largest load, K * int(-f * s))`` rows, and the largest load drops nothing by itself. So no capacity depends on
+    a measured load, nothing is copied to the host or reduced over ranks, and how many rows are computed is the
+    dispatcher's matter, which makes no more than there are pairs. First choices come before second ones, in token order
+    or, with ``batch_prioritized_routing``, in the order of the tokens' largest ``p``.
+
+    **Per call:** ``gate(x, top_k=..., capacity_factor=...)``; or write the attributes ``top_k`` and
+    ``capacity_factor``, which a layer's calls then use. A compiled model makes a graph for each pair of values.
+
+    **The loss** is ``E * sum_e f_e * P_e`` of first choices (GShard), or with ``is_gshard_loss=False`` half the sum of
+    the importance loss ``CV2(sum_t softmax(W x)_te)`` and the load loss ``CV2(sum_t P(e is among the best K of t when
+    its noise is drawn again))``, with the noise ``N(0, gate_noise / E)`` and the K-th best noisy logit as the mark.
+
+    Departures from Tutel:
+
+    - The load loss compares logits with logits. Tutel subtracts the K-th best noisy *logit* from *probabilities*.
+    - Its variance divides by ``E``, not by ``E - 1``, as in ``moeops.losses``: one expert gives 0, not NaN.
+    - ``compat=True`` gives Tutel's numbers in both.
+    - The router computes in float32 always; ``fp32_gate`` says what its parameters are stored in.
+    - Tokens with the same largest ``p`` keep their order under ``batch_prioritized_routing``.
+
+    Args:
+        d_model: ``D``.
+        num_expert: experts on this rank.
+        world_size: ranks that hold different experts.
+        top_k: ``K``.
+        capacity_factor: ``f``, any finite number.
+        gate_noise: factor of the noise, at least 0; above 0 for the load loss.
+        batch_prioritized_routing: see above.
+        normalize_gate: see above.
+        is_gshard_loss: which loss.
+        fp32_gate: keep the router's parameters in float32 when the module is cast to a half type.
+        alignment: ``C`` is a multiple of it.
+        compat: Tutel's load and importance losses.
+
+    Attributes:
+        gate: the router, ``nn.Linear(D, E)`` without bias.
+
+    Raises:
+        ValueError: a number does not fit.  TypeError: a number is not an int.
+    Source: Tutel, arXiv:2206.03382; losses and batch-prioritised routing: V-MoE, arXiv:2106.05974.
+
+    Example:
+        >>> gate = TutelGate(8, 4, top_k=2, capacity_factor=0.0)
+        >>> x = torch.randn(5, 8)
+        >>> gate(x)[0].shape, gate(x, top_k=3, capacity_factor=1.25)[0].shape
+        (torch.Size([5, 2]), torch.Size([5, 3]))
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_expert: int,
+        world_size: int = 1,
+        top_k: int = 2,
+        *,
+        capacity_factor: float = 1.0,
+        gate_noise: float = 0.0,
+        batch_prioritized_routing: bool = False,
+        normalize_gate: bool = True,
+        is_gshard_loss: bool = True,
+        fp32_gate: bool = False,
+        alignment: int = 1,
+        compat: bool = False,
+    ) -> None:
+        super().__init__(d_model, num_expert, world_size, top_k, gate_bias=False)
+        name = type(self).__name__
+        _check_factor(name, capacity_factor)
+        if not isinstance(gate_noise, (int, float)) or not 0 <= gate_noise < math.inf:
+            raise ValueError(
+                f"{name}: gate_noise must be at least 0 and finite, got {gate_noise!r}. Use 0 for none."
+            )
+        if not is_gshard_loss and gate_noise == 0:
+            raise ValueError(
+                f"{name}: gate_noise must be above 0 with is_gshard_loss=False, got {gate_noise!r}. "
+                "The load loss is the probability that noise of this width moves a choice; use 1.0."
+            )
+        _checks.check_int(name, "alignment", alignment, 1, "Use 1 for none.")
+        self.capacity_factor = float(capacity_factor)
+        self.gate_noise = float(gate_noise)
+        self.batch_prioritized_routing = bool(batch_prioritized_routing)
+        self.normalize_gate = bool(normalize_gate)
+        self.is_gshard_loss = bool(is_gshard_loss)
+        self.fp32_gate = bool(fp32_gate)
+        self.alignment = alignment
+        self.compat = bool(compat)
+
+    def forward(  # type: ignore[override]
+        self, inp: Tensor, *, top_k: int | None = None, capacity_factor: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Choose experts.
+
+        Args:
+            inp: tokens, ``[T, D]``, any float type.
+            top_k: ``K`` of this call; ``None`` for the attribute.
+            capacity_factor: factor of this call; ``None`` for the attribute.
+
+        Returns:
+            topk_ids ``[T, K]`` int64 and topk_weights ``[T, K]`` float32 (float64 for float64).
+
+        Raises:
+            ValueError: a number or a shape does not fit.  TypeError: a number is not an int.
+        """
+        top_k = self.top_k if top_k is None else top_k
+        factor = self.capacity_factor if capacity_factor is None else capacity_factor
+        name = type(self).__name__
+        check_top_k(name, top_k, self.tot_expert)
+        _check_factor(name, factor)
+        clean = router_logits(inp, self.gate)  # [T, E]
+        logits = clean
+        if self.training and self.gate_noise > 0:
+            logits = clean + torch.randn_like(clean) * (self.gate_noise / self.tot_expert)
+        normalize = top_k > 1 and self.normalize_gate
+        topk_weights, topk_ids = topk_route(logits, top_k, renormalize=normalize)
+        if self.is_gshard_loss:
+            loss = gshard_loss(logits, topk_ids)
+        else:
+            loss = self._load_importance_loss(clean, logits.gather(1, topk_ids[:, -1:]))
+        self.set_loss(loss, logits, topk_ids)
+        if factor != 0:
+            rows = self._capacity(inp.shape[0], top_k, abs(factor))
+            policy, priority = "choice", topk_weights
+            if self.batch_prioritized_routing:
+                largest = torch.softmax(logits.detach(), dim=-1).amax(-1, keepdim=True)
+                policy, priority = "batch", largest.expand_as(topk_weights)
+            topk_ids = apply_capacity(topk_ids, priority, self.tot_expert, rows, policy=policy)
+        return topk_ids, topk_weights
+
+    def _capacity(self, num_tokens: int, top_k: int, factor: float) -> int:
+        """``C`` for a factor above 0, in integers on the factor rounded to millionths."""
+        share = (num_tokens + self.tot_expert - 1) // self.tot_expert
+        rows = share * round(factor * _MILLION) // _MILLION * top_k
+        return (rows + self.alignment - 1) // self.alignment * self.alignment
+
+    def _load_importance_loss(self, clean: Tensor, mark: Tensor) -> Tensor:
+        """Half the sum of importance and load loss; ``mark [T, 1]`` is the K-th best noisy logit."""
+        probs = torch.softmax(clean, dim=-1)
+        sigma = self.gate_noise / self.tot_expert
+        distance = ((probs if self.compat else clean) - mark) / (sigma * math.sqrt(2))
+        load = (0.5 * (1 + torch.erf(distance))).sum(0)  # [E]
+        weights = probs.sum(0)  # [E]
+        if self.compat:
+            return (_cv_squared_tutel(weights) + _cv_squared_tutel(load)) / 2
+        return (cv_squared(weights) + cv_squared(load)) / 2
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        before = self.gate.weight.data
+        out = super()._apply(fn, recurse)
+        after = self.gate.weight.data
+        if self.fp32_gate and after.dtype in (torch.bfloat16, torch.float16):
+            # The values of before: a trip through bfloat16 would round them.
+            source = after if before.is_meta else before
+            self.gate.weight.data = source.to(after.device, torch.float32)
+        return out
+
+    def extra_repr(self) -> str:
+        """Sizes and options of the gate."""
+        return (
+            f"{super().extra_repr()}, capacity_factor={self.capacity_factor}, gate_noise={self.gate_noise}, "
+            f"batch_prioritized_routing={self.batch_prioritized_routing}, normalize_gate={self.normalize_gate}, "
+            f"is_gshard_loss={self.is_gshard_loss}, fp32_gate={self.fp32_gate}, alignment={self.alignment}, "
+            f"compat={self.compat}"
+        )
+
+
+def _cv_squared_tutel(values: Tensor) -> Tensor:
+    """With the sample variance and Tutel's way around a division by 0."""
+    mean = values.mean()
+    return (values - mean).square().sum() / (values.shape[0] - 1) / (mean.square() + 1e-10)
+
+
+def _check_factor(gate: str, factor: object) -> None:
+    """``capacity_factor`` is a finite number."""
+    if not isinstance(factor, (int, float)) or not -1e6 < factor < 1e6:
+        raise ValueError(
+            f"{gate}: capacity_factor must be a finite number, got {factor!r}. 1.0 leaves room for the average load, "
+            "0 drops nothing."
+        )

@@ -1,0 +1,78 @@
+"""Gates and experts from what users hand to a layer: classes, functions, ready modules."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from moeops.gates.naive import NaiveGate
+from moeops.ops import _checks
+
+
+def build_gate(
+    op: str,
+    gate: Any,
+    d_model: int,
+    num_expert: int,
+    world_size: int,
+    top_k: int,
+    gate_bias: bool,
+) -> nn.Module:
+    """Call a gate's class or factory, or take a ready one."""
+    if isinstance(gate, nn.Module):
+        built = gate
+    elif callable(gate):
+        _checks.check_int(op, "top_k", top_k, 1, "Choose 1 <= top_k <= num_expert.")
+        if top_k > num_expert * world_size:
+            raise ValueError(
+                f"{op}: top_k must be at most the {num_expert * world_size} experts, got {top_k}. Lower top_k."
+            )
+        options = {"gate_bias": gate_bias} if _takes_gate_bias(gate) else {}
+        built = gate(d_model, num_expert, world_size, top_k, **options)
+    else:
+        built = gate
+    if not isinstance(built, nn.Module):
+        raise TypeError(
+            f"{op}: gate must be a gate class, a function that builds a gate, or an nn.Module, got "
+            f"{_checks.describe(built)}. Subclass moeops.gates.BaseGate."
+        )
+    tot_expert = getattr(built, "tot_expert", num_expert * world_size)
+    if tot_expert != num_expert * world_size:
+        raise ValueError(
+            f"{op}: gate must choose among the layer's {num_expert * world_size} experts, got one for {tot_expert}. "
+            "Build it with the same num_expert."
+        )
+    return built
+
+
+def _takes_gate_bias(gate: Callable[..., Any]) -> bool:
+    """The constructor names ``gate_bias``, or hands its keywords on to a NaiveGate."""
+    try:
+        parameters = inspect.signature(gate).parameters
+    except (TypeError, ValueError):  # no signature: a builtin
+        return False
+    if "gate_bias" in parameters:
+        return True
+    open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    return open_ended and isinstance(gate, type) and issubclass(gate, NaiveGate)
+
+
+def build_expert(op: str, expert: Any, d_model: int, may_be_ready: bool) -> nn.Module:
+    """Call an expert's class or factory, or take a ready one from a list."""
+    if isinstance(expert, nn.Module):
+        if may_be_ready:
+            return expert
+        raise TypeError(
+            f"{op}: expert must be a class, a function of d_model or a list, got the ready module "
+            f"{type(expert).__name__}. Pass a list with one module per expert."
+        )
+    built = expert(d_model) if callable(expert) else expert
+    if not isinstance(built, nn.Module):
+        raise TypeError(
+            f"{op}: expert must build an nn.Module, got {_checks.describe(built)}. "
+            "Pass a class, or a function of d_model that returns a module."
+        )
+    return built

@@ -1,0 +1,110 @@
+"""What the records that gates return have in common for a layer. T tokens, K experts per token, E experts, S slots."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree
+
+from moeops._token_groups import join_groups, split_groups
+from moeops.types import Routing, SlotRouting
+
+
+def as_routing(op: str, gate: object, output: Any) -> Routing | SlotRouting:
+    """Read what a gate returned: a record, or a pair that means ``Routing`` with its defaults."""
+    if isinstance(output, (Routing, SlotRouting)):
+        return output
+    if not isinstance(output, (tuple, list)) or len(output) != 2:
+        got = (
+            f"{len(output)} values" if isinstance(output, (tuple, list)) else type(output).__name__
+        )
+        raise TypeError(
+            f"{op}: {type(gate).__name__} must return (topk_ids, topk_weights), a moeops.Routing or a "
+            f"moeops.SlotRouting, got {got}. Return (topk_ids [T, K], topk_weights [T, K])."
+        )
+    return Routing(output[0], output[1])
+
+
+def without_masked(routing: Routing | SlotRouting, mask: Tensor) -> Routing | SlotRouting:
+    """Take the tokens with a mask other than 0 out: the experts see nothing of them, and they get nothing."""
+    if isinstance(routing, Routing):
+        topk_ids = torch.where((mask != 0)[:, None], -1, routing.topk_ids)
+        return Routing(topk_ids, routing.topk_weights, routing.num_rows, routing.scale_inputs)
+    dispatch, combine, group_size = routing
+    masked = (mask != 0)[:, None]  # [T, 1]
+    every = split_groups(dispatch, group_size)  # [G, L, E * S]
+    kept = split_groups(dispatch.masked_fill(masked, 0), group_size)
+    # The other tokens take over, so that a slot's weights keep their sum: what a softmax over them alone gives.
+    kept_sum = kept.sum(1, keepdim=True)
+    factor = every.sum(1, keepdim=True) / torch.where(kept_sum == 0, 1, kept_sum)
+    dispatch = join_groups(kept * factor, group_size, mask.shape[0])
+    return SlotRouting(dispatch, combine.masked_fill(masked, 0), group_size)
+
+
+def output_weights(routing: Routing | SlotRouting) -> Tensor:
+    """Sum the factors that a token's expert outputs get: ``[T]``."""
+    if isinstance(routing, SlotRouting):
+        return routing.combine_weights.sum(1)
+    dropped = routing.topk_ids < 0
+    weights = routing.topk_weights
+    if routing.scale_inputs:
+        weights = torch.ones_like(weights)
+    return weights.masked_fill(dropped, 0).sum(1)
+
+
+def fill_masked(out: Any, mask: Tensor, mask_dict: dict[int, Any] | None, weights: Tensor) -> Any:
+    """Write ``mask_dict``'s values times ``weights [T]`` over the masked tokens of every leaf."""
+
+    def fill(y: Tensor) -> Tensor:
+        column = (-1, *(1,) * (y.dim() - 1))
+        for key, value in (mask_dict or {}).items():
+            if isinstance(value, Tensor):
+                value = value.to(y.device)
+            filled = (weights.reshape(column) * value).to(y.dtype)
+            y = torch.where((mask == key).reshape(column), filled, y)
+        return y
+
+    return _pytree.tree_map(fill, out)
+
+
+def scale_inputs(routing: Routing | SlotRouting, inp: Any) -> tuple[Routing | SlotRouting, Any]:
+    """Turn weights on the experts' inputs into tokens of their own, one per pair: ``T * K`` with one expert each.
+
+    Dispatchers and experts then know outputs' weights only; those are 1. The first leaf is scaled, the one that the
+    gate sees by default; all others are copied. Other routings pass through.
+    """
+    if not isinstance(routing, Routing) or not routing.scale_inputs:
+        return routing, inp
+    topk_ids, topk_weights, num_rows, _ = routing
+    num_tokens, top_k = topk_ids.shape
+    # Not read where the slot holds nothing: not even times the zero gradient of a dropped pair.
+    factors = topk_weights.masked_fill(topk_ids < 0, 0).reshape(-1)  # [T * K]
+
+    def copy(leaf: Tensor) -> Tensor:
+        shape = leaf.shape[1:]
+        copies = leaf.unsqueeze(1).expand(num_tokens, top_k, *shape)
+        return copies.reshape(num_tokens * top_k, *shape)
+
+    leaves, spec = _pytree.tree_flatten(inp)
+    copies = [copy(leaf) for leaf in leaves]
+    column = (-1, *(1,) * (copies[0].dim() - 1))
+    copies[0] = (copies[0] * factors.reshape(column)).to(copies[0].dtype)
+    ids = topk_ids.reshape(-1, 1)
+    inp = _pytree.tree_unflatten(copies, spec)
+    return Routing(ids, torch.ones_like(topk_weights).reshape(-1, 1), num_rows), inp
+
+
+def sum_copies(routing: Routing | SlotRouting, out: Any) -> Any:
+    """Sum what the copies made by ``scale_inputs`` got, token by token: ``[T * K, ...]`` to ``[T, ...]``."""
+    if not isinstance(routing, Routing) or not routing.scale_inputs:
+        return out
+    num_tokens, top_k = routing.topk_ids.shape
+    if top_k == 1:
+        return out
+
+    def fold(leaf: Tensor) -> Tensor:
+        return leaf.reshape(num_tokens, top_k, *leaf.shape[1:]).sum(1)
+
+    return _pytree.tree_map(fold, out)

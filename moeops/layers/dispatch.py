@@ -1,0 +1,190 @@
+"""From tokens to rows of experts and back. T tokens, K experts per token, R rows, E experts, S slots, G groups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree
+
+from moeops._token_groups import join_groups, split_groups
+from moeops.ops import _checks
+from moeops.ops.permute import permute_tokens, unpermute_tokens
+from moeops.ops.sorting import sort_tokens
+from moeops.types import Routing, SlotRouting, TokenPlan
+
+# experts(rows, expert_offsets, rows_per_expert): the last are the offsets' differences where the host knows them.
+Experts = Callable[[Any, Tensor, list[int] | None], Any]
+Block = Callable[[Any, Tensor, TokenPlan], Any]
+
+
+class Dispatcher:
+    """Base of all dispatchers: how tokens get to the experts that a gate chose, and their outputs back.
+
+    A dispatcher knows nothing of gates and experts. It reads a ``Routing`` (never with ``scale_inputs``: a layer has
+    applied that before) or a ``SlotRouting``, and hands rows in expert order to the experts on this rank. Inputs and
+    outputs are nests of tensors, tokens or rows in dimension 0 of every leaf.
+
+    Subclasses write ``dispatch`` and ``combine``; one with a schedule of its own (chunks in flight, say) overrides
+    ``run``, which a layer calls. One without rows for slots raises NotImplementedError for a ``SlotRouting``.
+    """
+
+    def dispatch(self, routing: Routing | SlotRouting, inp: Any) -> tuple[Any, Tensor, Any]:
+        """Bring tokens to experts.
+
+        Args:
+            routing: what the gate decided.
+            inp: nest of ``[T, ...]``.
+
+        Returns:
+            Nest of rows ``[R, ...]`` in expert order; expert_offsets ``[E_local + 1]`` int32, rows past the last
+            offset are padding; and the record that ``combine`` needs.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__}: dispatch must be written by the subclass."
+        )
+
+    def combine(self, out: Any, record: Any) -> Any:
+        """Bring the experts' outputs, a nest of ``[R, ...]``, back: nest of ``[T, ...]``, weighted and summed."""
+        raise NotImplementedError(
+            f"{type(self).__name__}: combine must be written by the subclass."
+        )
+
+    def run(
+        self,
+        routing: Routing | SlotRouting,
+        inp: Any,
+        experts: Experts,
+        block: Block | None = None,
+    ) -> Any:
+        """Dispatch, run the experts, combine.
+
+        Args:
+            routing: what the gate decided.
+            inp: nest of ``[T, ...]``.
+            experts: called with the rows, ``expert_offsets`` and, if the host knows them, the rows per expert;
+                returns a nest of ``[R, ...]``.
+            block: the same experts as one call ``block(x, topk_weights, plan)`` that moves the tokens itself, for
+                dispatchers that leave them on this rank.
+
+        Returns:
+            Nest of ``[T, ...]``.
+        """
+        rows, expert_offsets, record = self.dispatch(routing, inp)
+        return self.combine(experts(rows, expert_offsets, None), record)
+
+
+class _Slots(NamedTuple):
+    """What ``combine`` needs of a ``SlotRouting``."""
+
+    combine_weights: Tensor
+    group_size: int | None
+
+
+class LocalDispatcher(Dispatcher):
+    """Every expert is on this rank: rows are sorted by expert, slots are weighted sums of tokens.
+
+    Args:
+        num_experts: ``E``.
+
+    Host sync: none.
+
+    Example:
+        >>> routing = Routing(torch.tensor([[1], [0]]), torch.tensor([[0.5], [2.0]]))
+        >>> rows, offsets, record = LocalDispatcher(2).dispatch(routing, torch.tensor([[1.0], [3.0]]))
+        >>> rows.tolist(), offsets.tolist(), LocalDispatcher(2).combine(rows, record).tolist()
+        ([[3.0], [1.0]], [0, 1, 2], [[0.5], [6.0]])
+    """
+
+    def __init__(self, num_experts: int) -> None:
+        self.num_experts = num_experts
+
+    def run(
+        self,
+        routing: Routing | SlotRouting,
+        inp: Any,
+        experts: Experts,
+        block: Block | None = None,
+    ) -> Any:
+        """Dispatch, run the experts, combine: in one call where there is one for chosen experts."""
+        if block is not None and isinstance(routing, Routing):
+            return block(inp, routing.topk_weights, self._plan(routing))
+        return super().run(routing, inp, experts, block)
+
+    def _plan(self, routing: Routing) -> TokenPlan:
+        if routing.num_rows is None:
+            return sort_tokens(routing.topk_ids, self.num_experts)
+        return sort_tokens(routing.topk_ids, self.num_experts, routing.num_rows)
+
+    def dispatch(self, routing: Routing | SlotRouting, inp: Any) -> tuple[Any, Tensor, Any]:
+        """Sort a copy of each token's leaves by expert, or mix the tokens of each slot."""
+        if isinstance(routing, Routing):
+            plan = self._plan(routing)
+            rows = _pytree.tree_map(lambda leaf: permute_leaf(leaf, plan), inp)
+            return rows, plan.expert_offsets, (plan, routing.topk_weights)
+        weights = split_groups(routing.dispatch_weights, routing.group_size)  # [G, L, E * S]
+        rows = _pytree.tree_map(lambda leaf: self._mix_leaf(leaf, weights, routing.group_size), inp)
+        rows_per_expert = weights.shape[0] * (weights.shape[2] // self.num_experts)  # G * S
+        ends = torch.arange(self.num_experts + 1, dtype=torch.int32, device=weights.device)
+        record = _Slots(routing.combine_weights, routing.group_size)
+        return rows, ends * rows_per_expert, record
+
+    def combine(self, out: Any, record: Any) -> Any:
+        """Sum the outputs of each token's experts, or of all slots of its group, weighted."""
+        if isinstance(record, _Slots):
+            return _pytree.tree_map(lambda leaf: self._unmix_leaf(leaf, record), out)
+        plan, topk_weights = record
+        return _pytree.tree_map(lambda leaf: combine_leaf(leaf, plan, topk_weights), out)
+
+    def _mix_leaf(self, leaf: Tensor, weights: Tensor, group_size: int | None) -> Tensor:
+        """Mix ``[T, ...]`` by weights ``[G, L, E * S]`` into rows ``[E * G * S, ...]``."""
+        if leaf.dtype not in _checks.FLOAT_DTYPES:
+            raise TypeError(
+                f"LocalDispatcher: moe_inp must hold float tensors where a gate mixes tokens, got "
+                f"{_checks.describe(leaf)}. Pass such values to a gate that chooses experts."
+            )
+        tokens = split_groups(_as_rows(leaf), group_size)  # [G, L, row]
+        slots = torch.bmm(weights.transpose(1, 2).to(leaf.dtype), tokens)  # [G, E * S, row]
+        num_groups, num_slots, row = slots.shape
+        by_expert = slots.unflatten(1, (self.num_experts, num_slots // self.num_experts))
+        rows = by_expert.transpose(0, 1).reshape(num_groups * num_slots, row)
+        return rows.reshape(num_groups * num_slots, *leaf.shape[1:])
+
+    def _unmix_leaf(self, leaf: Tensor, record: _Slots) -> Tensor:
+        """Mix rows ``[E * G * S, ...]`` back into ``[T, ...]``."""
+        num_tokens, num_slots = record.combine_weights.shape
+        weights = split_groups(record.combine_weights, record.group_size)  # [G, L, E * S]
+        num_groups, per_expert = weights.shape[0], num_slots // self.num_experts
+        flat = _as_rows(leaf)
+        row = flat.shape[1]
+        slots = flat.reshape(self.num_experts, num_groups, per_expert, row).transpose(0, 1)
+        slots = slots.reshape(num_groups, num_slots, row)
+        y = torch.bmm(weights.to(leaf.dtype), slots)  # [G, L, row]
+        y = join_groups(y, record.group_size, num_tokens)
+        return y.reshape(num_tokens, *leaf.shape[1:])
+
+
+def permute_leaf(leaf: Tensor, plan: TokenPlan) -> Tensor:
+    """Copy a leaf ``[T, ...]`` into expert order ``[R, ...]``."""
+    if leaf.dtype in _checks.FLOAT_DTYPES:
+        return permute_tokens(_as_rows(leaf), plan).reshape(-1, *leaf.shape[1:])
+    # Ids, positions, flags: nothing to differentiate, and no kernel needed.
+    return leaf.index_select(0, plan.row_to_pair // plan.pair_to_row.shape[1])
+
+
+def combine_leaf(leaf: Tensor, plan: TokenPlan, topk_weights: Tensor | None) -> Tensor:
+    """Sum an output leaf ``[R, ...]`` over each token's pairs: ``[T, ...]``."""
+    y = unpermute_tokens(_as_rows(leaf), plan, topk_weights)
+    return y.reshape(y.shape[0], *leaf.shape[1:])
+
+
+def _as_rows(leaf: Tensor) -> Tensor:
+    """``[T, ...]`` as ``[T, row]``; spelt out because ``reshape(T, -1)`` is undefined for zero tokens."""
+    if leaf.dim() == 2:
+        return leaf
+    size = 1
+    for length in leaf.shape[1:]:
+        size *= length
+    return leaf.reshape(leaf.shape[0], size)

@@ -1,0 +1,180 @@
+"""XMoEGate against straight-line float64."""
+
+from __future__ import annotations
+
+import copy
+import math
+from functools import partial
+
+import pytest
+import torch
+from gate_checks import (
+    D,
+    E,
+    assert_gradient,
+    check_checkpoint,
+    check_compile,
+    check_export,
+    gradcheck,
+    parameters_float64,
+)
+
+from moeops.gates import XMoEGate
+from moeops.reference import gates_fastmoe as fast
+from tolerances import assert_close
+
+P = 5
+
+
+def logits_of(gate, params, x):
+    bias = params.get("projector.bias")
+    return fast.xmoe_logits(
+        x, params["projector.weight"], bias, params["expert_vectors"], params["log_scale"]
+    )
+
+
+@pytest.mark.parametrize("k", [1, 2, E])
+@pytest.mark.parametrize(
+    ("score", "renormalize", "bias"),
+    [("softmax", False, True), ("softmax", True, False), ("sigmoid", False, False)],
+)
+def test_values_and_gradients(score, renormalize, bias, k, dtype, device):
+    T = 13
+    gate = XMoEGate(
+        D, E, 1, k, bias, proj_dim=P, score=score, renormalize=renormalize, balance=True
+    ).to(device, dtype)
+    x = torch.randn(T, D, device=device).to(dtype).requires_grad_()
+    router_type = torch.float64 if dtype == torch.float64 else torch.float32
+    ids, weights, logits = gate(x, return_all_scores=True)
+    loss = gate.get_loss()
+
+    params = parameters_float64(gate)
+    x64 = x.detach().cpu().double().requires_grad_()
+    logits64 = logits_of(gate, params, x64)
+    scores = fast.scores(logits64, score)
+    want_ids = fast.best(logits64, k)
+    want = scores.gather(1, want_ids)
+    if renormalize:
+        want = want / want.sum(-1, keepdim=True)
+    (want_loss,) = fast.balance_losses([scores / scores.sum(-1, keepdim=True)], [want_ids])
+    assert torch.equal(ids.cpu(), want_ids)
+    assert weights.dtype == logits.dtype == router_type
+    assert_close(logits, logits64, router_type, "logits")
+    assert_close(weights, want, router_type, "weights")
+    assert_close(loss, want_loss, router_type, "loss")
+
+    factors = torch.randn(T, k, dtype=torch.float64)
+    ((weights * factors.to(weights)).sum() + 3 * loss).backward()
+    ((want * factors).sum() + 3 * want_loss).backward()
+    assert_gradient(x.grad, x64.grad, dtype, "gradient of x")
+    for name, parameter in gate.named_parameters():
+        assert_gradient(parameter.grad, params[name].grad, dtype, f"gradient of {name}")
+
+
+def test_gradcheck():
+    gradcheck(XMoEGate(D, E, 1, 2, proj_dim=P, balance=True))
+
+
+def test_equals_the_cosine_router_of_tutel():
+    """Its forward is two lines: normalised projection times normalised columns, times the clamped factor."""
+    gate = XMoEGate(D, E, 1, 2, proj_dim=P, renormalize=True)
+    x = torch.randn(32, D)
+    sim_matrix = gate.expert_vectors.t()
+    logits = torch.matmul(
+        torch.nn.functional.normalize(gate.projector(x), dim=1),
+        torch.nn.functional.normalize(sim_matrix, dim=0),
+    )
+    logits = logits * torch.clamp(gate.log_scale, max=math.log(1 / 0.01)).exp()
+    want, want_ids = torch.softmax(logits, dim=1).topk(2)
+    ids, weights = gate(x)
+    assert torch.equal(ids, want_ids)
+    assert_close(weights, want / want.sum(-1, keepdim=True), torch.float32)
+
+
+def test_lengths_do_not_count():
+    gate = XMoEGate(D, E, 1, 2, gate_bias=False, proj_dim=P)
+    x = torch.randn(9, D)
+    expected = gate(x)
+    with torch.no_grad():
+        gate.expert_vectors *= torch.rand(E, 1) + 0.5
+    ids, weights = gate(x * (torch.rand(9, 1) + 0.5))
+    assert torch.equal(ids, expected[0])
+    assert_close(weights, expected[1], torch.float32)
+
+
+def test_the_scale_is_clamped_at_100():
+    gate = XMoEGate(D, E, 1, 2, proj_dim=P, init_t=0.25)
+    assert float(gate.log_scale.detach().exp()) == pytest.approx(4)
+    x = torch.randn(9, D)
+    with torch.no_grad():
+        gate.log_scale.fill_(7.0)
+    _, weights, logits = gate(x, return_all_scores=True)
+    assert 50 < float(logits.abs().max()) <= 100.001
+    weights.square().sum().backward()
+    assert float(gate.log_scale.grad) == 0
+
+
+def test_router_stays_in_float32_under_autocast(device):
+    gate = XMoEGate(D, E, 1, 2, proj_dim=P).to(device)
+    x = torch.randn(32, D, device=device)
+    expected = gate(x)
+    with torch.autocast(device, torch.bfloat16):
+        got = gate(x)
+    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+
+
+def test_reset_parameters():
+    gate = XMoEGate(D, 64, 1, 2, proj_dim=64)
+    other = copy.deepcopy(gate)
+    with torch.no_grad():
+        gate.log_scale.fill_(3.0)
+    gate.reset_parameters()
+    assert not torch.equal(gate.expert_vectors, other.expert_vectors)
+    assert float(gate.log_scale.detach()) == pytest.approx(math.log(2))
+    std = float(gate.expert_vectors.std())
+    assert abs(std / 0.01 - 1) < 5 / math.sqrt(
+        2 * 64 * 64
+    )  # five standard deviations of a sample's
+
+
+def test_zero_tokens_and_zero_projections(device):
+    gate = XMoEGate(D, E, 1, 2, gate_bias=False, proj_dim=P, balance=True).to(device)
+    ids, weights = gate(torch.randn(0, D, device=device))
+    assert ids.shape == weights.shape == (0, 2)
+    assert float(gate.get_loss().detach()) == 0
+    _, weights = gate(torch.zeros(3, D, device=device))
+    (weights.sum() + gate.get_loss()).backward()
+    assert_close(weights, torch.full((3, 2), 1 / E), torch.float32)
+    assert all(bool(p.grad.isfinite().all()) for p in gate.parameters())
+
+
+BUILD = partial(XMoEGate, proj_dim=P, balance=True)
+
+
+def test_compile(device):
+    check_compile(BUILD, device, "inductor")
+
+
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "non_strict"])
+def test_export(strict, device):
+    check_export(BUILD, device, strict, training=True)
+
+
+def test_checkpoint():
+    check_checkpoint(BUILD, compile_it=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"top_k": 7}, ValueError, r"top_k must be at most the 6 experts, got 7"),
+        ({"proj_dim": 0}, ValueError, r"proj_dim must be at least 1, got 0"),
+        ({"proj_dim": 2.0}, TypeError, r"proj_dim must be an int, got 2\.0"),
+        ({"init_t": 0.0}, ValueError, r"init_t must be at least 0\.01 and finite, got 0\.0"),
+        ({"init_t": float("nan")}, ValueError, r"init_t must be .* got nan"),
+        ({"score": "x"}, ValueError, r"score must be one of .* got 'x'"),
+    ],
+)
+def test_bad_arguments(options, error, match):
+    with pytest.raises(error, match=f"XMoEGate: {match}"):
+        XMoEGate(D, E, **options)
