@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import NoReturn
 
 from lm.errors import UsageError
+from lm.gates import GATES, default_top_k, help_text
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 NEEDED = ("torch", "moeops", "tqdm", "matplotlib", "numpy")
-# The keys of lm.model.GATES, repeated because that module imports torch.
-GATE_NAMES = ("naive", "switch", "gshard", "noisy", "mixtral", "qwen3", "gpt-oss", "deepseek")
 QUICK = {
     "experts": 4,
     "d_model": 32,
@@ -54,12 +53,14 @@ def make_parser() -> Parser:
         epilog="Values in brackets are defaults.",
     )
     model = parser.add_argument_group("model")
-    model.add_argument("--gate", choices=GATE_NAMES, default="gshard", help="[gshard]")
+    model.add_argument(
+        "--gate", choices=tuple(GATES), default="gshard", help=f"[gshard] {help_text()}"
+    )
     model.add_argument(
         "--experts", type=positive_int, default=8, help="experts per layer [%(default)s]"
     )
     model.add_argument(
-        "--top-k", type=positive_int, help="experts per token [1 for switch, else 2]"
+        "--top-k", type=positive_int, help="experts per token [1 for switch and base, else 2]"
     )
     model.add_argument(
         "--d-model", type=positive_int, default=128, help="model width [%(default)s]"
@@ -154,13 +155,13 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
         parser.set_defaults(**QUICK)
     options = parser.parse_args(arguments)
     if options.top_k is None:
-        options.top_k = 1 if options.gate == "switch" else min(2, options.experts)
+        options.top_k = default_top_k(options.gate, options.experts)
     if options.top_k > options.experts:
         raise UsageError(
             f"--top-k must be at most --experts = {options.experts}, got {options.top_k}. Lower it."
         )
-    wanted = {"switch": 1, "gshard": 2}.get(options.gate, options.top_k)
-    if options.top_k != wanted:
+    wanted = GATES[options.gate].top_k
+    if wanted is not None and options.top_k != wanted:
         raise UsageError(
             f"--top-k must be {wanted} for the {options.gate} gate, got {options.top_k}. Leave it out."
         )
@@ -172,13 +173,18 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
-def load_run() -> Callable[[argparse.Namespace], int]:
-    """Import the rest: late, so that --help is quick and a missing package gives one clear line."""
+def check_installed() -> None:
+    """Refuse to start without a package, in one clear line."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(
             f"{', '.join(missing)} must be installed. Run: pip install 'moeops[examples]', or use `make train`."
         )
+
+
+def load_run() -> Callable[[argparse.Namespace], int]:
+    """Import the rest: late, so that --help is quick."""
+    check_installed()
     try:
         from lm.run import run
     except ImportError as err:  # an unbuilt or broken moeops says what to do

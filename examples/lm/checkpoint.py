@@ -10,7 +10,7 @@ import torch
 
 from lm.errors import UsageError
 
-FORMAT = "moeops-train-lm-1"
+FORMAT = "moeops-train-lm-2"
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:

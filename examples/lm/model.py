@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -10,30 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import moeops
-from moeops.gates import (
-    DeepSeekV3Gate,
-    GptOssGate,
-    GShardGate,
-    MixtralGate,
-    NaiveGate,
-    NoisyGate,
-    Qwen3Gate,
-    SwitchGate,
-)
+from lm.gates import GATES, Sizes
+from moeops import gates
 from moeops.layers import FMoETransformerMLP
 
-# The routers of published models come with a balance loss here; deepseek's bias does that work instead.
-GATES = {
-    "naive": NaiveGate,
-    "switch": SwitchGate,
-    "gshard": GShardGate,
-    "noisy": NoisyGate,
-    "mixtral": partial(MixtralGate, balance=True),
-    "qwen3": partial(Qwen3Gate, balance=True),
-    "gpt-oss": partial(GptOssGate, balance=True),
-    "deepseek": partial(DeepSeekV3Gate, scale=2.5),
-}
-BIAS_SPEED = 0.001  # of the deepseek gate, per step
+BIAS_SPEED = 0.001  # of gates that balance with a bias, per step
 VOCABULARY = 256  # bytes
 
 
@@ -62,29 +44,11 @@ class ModelConfig:
     context: int
 
 
-class ExpertLoad(nn.Module):
-    """Gate hook that counts the pairs each expert got while training.
-
-    The counts are a buffer: adding to them compiles without a graph break, and a checkpoint keeps them.
-    """
-
-    counts: Tensor
-
-    def __init__(self, num_experts: int):
-        super().__init__()
-        self.register_buffer("counts", torch.zeros(num_experts))
-
-    def forward(self, topk_ids: Tensor, topk_weights: Tensor, context: object = None) -> None:
-        """Add the choices ``[T, K]`` of one step; dropped pairs (-1) count for no expert."""
-        if self.training:
-            experts = torch.arange(len(self.counts), device=topk_ids.device)
-            self.counts += (topk_ids.reshape(-1, 1) == experts).sum(0)
-
-    def take(self) -> Tensor:
-        """Counts ``[E]`` since the last call."""
-        counts = self.counts.clone()
-        self.counts.zero_()
-        return counts
+def make_gate(config: ModelConfig) -> Callable[..., nn.Module]:
+    """The gate's class with its options, as a layer calls it."""
+    spec = GATES[config.gate]
+    sizes = Sizes(config.experts, config.top_k, config.d_model, config.context)
+    return partial(getattr(gates, spec.cls), **spec.options(sizes))
 
 
 class DenseMLP(nn.Module):
@@ -140,19 +104,16 @@ class Block(nn.Module):
         self.attention_norm = nn.RMSNorm(config.d_model)
         self.attention = Attention(config)
         self.mlp_norm = nn.RMSNorm(config.d_model)
-        self.load: ExpertLoad | None = None
         if config.gate is None:
             self.mlp: nn.Module = DenseMLP(config.d_model, config.d_hidden * config.top_k)
         else:
-            self.load = ExpertLoad(config.experts)
             self.mlp = FMoETransformerMLP(
                 config.experts,
                 config.d_model,
                 config.d_hidden,
                 activation="swiglu",
                 top_k=config.top_k,
-                gate=GATES[config.gate],
-                gate_hook=self.load,
+                gate=make_gate(config),
             )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -176,8 +137,9 @@ class GPT(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Map ``[B, S]`` int64 to logits ``[B, S, 256]``."""
         x = self.embedding(tokens)
-        for block in self.blocks:
-            x = block(x)
+        with gates.token_ids(self, tokens):  # for the hash gate, which looks experts up by byte
+            for block in self.blocks:
+                x = block(x)
         return self.head(self.norm(x))
 
     def losses(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -186,16 +148,15 @@ class GPT(nn.Module):
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
         return loss, moeops.auxiliary_loss(self)
 
-    def update_biases(self) -> None:
-        """Once per optimizer step: move the selection bias of gates that balance with one."""
+    def update_gates(self, progress: float) -> None:
+        """Once per optimizer step: what gates do beside their gradients; ``progress`` runs from 0 to 1."""
         for module in self.modules():
-            if isinstance(module, DeepSeekV3Gate):
+            if isinstance(module, gates.DeepSeekV3Gate):
                 module.update_bias(BIAS_SPEED)
-
-    def take_load(self) -> Tensor:
-        """Share of the pairs that each expert of each layer got since the last call, ``[layers, E]``."""
-        counts = torch.stack([block.load.take() for block in self.blocks])
-        return counts / counts.sum(1, keepdim=True).clamp(min=1)
+            elif isinstance(module, gates.DenseToSparseGate):
+                module.anneal(progress)
+        if self.config.gate == "remoe":
+            gates.update_coefficients(self)
 
     def num_parameters(self) -> tuple[int, int]:
         """All parameters, and those that one token uses."""

@@ -11,6 +11,7 @@ import torch
 
 from lm.data import Batches, Corpus, load_corpus, order0_entropy
 from lm.errors import UsageError
+from lm.gates import warning
 from lm.model import ModelConfig
 from lm.plots import plot_run
 from lm.training import Result, StopRequest, TrainConfig, Trainer
@@ -35,6 +36,9 @@ def run(options: argparse.Namespace) -> int:
         flush=True,
     )
 
+    text = None if options.dense else warning(options.gate)
+    if text is not None:
+        print(text, flush=True)
     names = ["dense"] if options.dense else ["moe"]
     if options.compare_dense:
         names.append("dense")

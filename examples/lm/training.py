@@ -19,6 +19,7 @@ from lm.checkpoint import load_checkpoint, save_checkpoint
 from lm.data import Batches
 from lm.errors import UsageError
 from lm.model import GPT, ModelConfig
+from moeops import LoadMonitor
 
 BITS = 1 / math.log(2)  # nats to bits
 LOG_EVERY = 10  # steps between two looks at the losses, which wait for the device
@@ -56,11 +57,15 @@ class History:
         train: loss in bits per byte, one entry per step.
         held_out: pairs of step and bits per byte.
         load: pairs of step and the experts' shares since the pair before, ``[layers][E]``.
+        dropped: pairs of step and the share of empty slots since the pair before, ``[layers]``.
+        experts_per_token: the same for the mean number of experts.
     """
 
     train: list[float] = field(default_factory=list)
     held_out: list[tuple[int, float]] = field(default_factory=list)
     load: list[tuple[int, list[list[float]]]] = field(default_factory=list)
+    dropped: list[tuple[int, list[float]]] = field(default_factory=list)
+    experts_per_token: list[tuple[int, list[float]]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -224,6 +229,7 @@ class Trainer:
         except (ValueError, TypeError) as err:
             raise UsageError(f"the options must fit each other, got: {err}") from err
         self._optimizer = make_optimizer(self._model, config)
+        self._monitor = None if model_config.gate is None else LoadMonitor(self._model)
         if resume:
             self._load()
 
@@ -306,7 +312,7 @@ class Trainer:
         (loss + self._config.aux_loss_weight * auxiliary).backward()
         torch.nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
         self._optimizer.step()
-        self._model.update_biases()
+        self._model.update_gates((self._step + 1) / self._config.steps)
         self._optimizer.zero_grad()
         self._pending.append(loss.detach())
         self._step += 1
@@ -318,9 +324,20 @@ class Trainer:
         self._history.train.extend(values)
         if not math.isfinite(values[-1]):
             raise _diverged(self._step)
-        is_moe = self._model.config.gate is not None
-        if is_moe and (self._step % LOG_EVERY == 0 or self._step == self._config.steps):
-            self._history.load.append((self._step, self._model.take_load().tolist()))
+        if self._monitor is not None and (
+            self._step % LOG_EVERY == 0 or self._step == self._config.steps
+        ):
+            self._log_load(self._monitor)
+
+    def _log_load(self, monitor: LoadMonitor) -> None:
+        """Move what the gates did from the device into the history."""
+        layers = monitor.summary().values()
+        monitor.reset()
+        shares = [(layer.loads / layer.loads.sum().clamp(min=1)).tolist() for layer in layers]
+        self._history.load.append((self._step, shares))
+        self._history.dropped.append((self._step, [layer.dropped for layer in layers]))
+        per_token = [layer.experts_per_token for layer in layers]
+        self._history.experts_per_token.append((self._step, per_token))
 
     def _describe(self, stopwatch: Stopwatch) -> str:
         recent = self._history.train[-LOG_EVERY:]
@@ -348,6 +365,7 @@ class Trainer:
                 "config": self._identity,
                 "step": self._step,
                 "model": self._model.state_dict(),
+                "monitor": {} if self._monitor is None else self._monitor.state_dict(),
                 "optimizer": self._optimizer.state_dict(),
                 "history": asdict(self._history),
                 "random_state": random_state,
@@ -358,6 +376,8 @@ class Trainer:
         state: dict[str, Any] = load_checkpoint(self._checkpoint, self._identity)
         self._step = state["step"]
         self._model.load_state_dict(state["model"])
+        if self._monitor is not None:
+            self._monitor.load_state_dict(state["monitor"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._history = History(**state["history"])
         torch.set_rng_state(state["random_state"]["cpu"])
