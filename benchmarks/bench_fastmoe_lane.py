@@ -143,6 +143,21 @@ def graphed_layer(problem: LaneProblem) -> Case:
     return problem.case(layer, begin=torch.compiler.cudagraph_mark_step_begin)
 
 
+@register(
+    GROUP,
+    "moeops-graphed",
+    "FMoETransformerMLP, compiled, graphed callable",
+    ours=True,
+    default_on=("cuda",),
+)
+def graphed_callable(problem: LaneProblem) -> Case:
+    """The compiled layer under ``torch.cuda.make_graphed_callables``: the graphs again, without their tree's checks."""
+    torch._dynamo.reset()
+    compiled = torch.compile(problem.layer, fullgraph=True)
+    sample = torch.randn_like(problem.x).requires_grad_()
+    return problem.case(torch.cuda.make_graphed_callables(compiled, (sample,)))
+
+
 @register(GROUP, "moeops", "FMoETransformerMLP, eager", ours=True)
 def eager_layer(problem: LaneProblem) -> Case:
     """The layer as it is."""

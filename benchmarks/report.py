@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from benchmarks.bench_gates import GateTimes
 from benchmarks.runner import Row
 from benchmarks.shapes import Shape
 from benchmarks.timing import Spread
@@ -121,6 +122,27 @@ def stage_table(group: str, rows: Sequence[Row]) -> str:
         ]
 
     return _with_failures(header, rows, cells)
+
+
+def gate_table(gates: Sequence[GateTimes]) -> str:
+    """Microseconds of routing; without the router's product, over ``topk_route`` alone at the same K."""
+    header = (
+        "gate", "K", "fwd us", "bwd us", "x topk_route", "compiled fwd us", "bwd us", "x topk_route", "syncs",
+    )  # fmt: skip
+
+    def number(value: float | None, digits: int = 1) -> str:
+        return "-" if value is None else f"{value:.{digits}f}"
+
+    lines = [
+        [
+            gate.name, str(gate.top_k), number(gate.forward), number(gate.backward), number(gate.ratio, 2),
+            number(gate.compiled_forward), number(gate.compiled_backward), number(gate.compiled_ratio, 2),
+            _count(gate.host_syncs),
+        ]
+        for gate in gates
+    ]  # fmt: skip
+    notes = [f"  {gate.error}" for gate in gates if gate.error]
+    return "\n".join([table(header, lines), *notes])
 
 
 def lane_table(

@@ -19,6 +19,7 @@ import torch
 
 from benchmarks import (
     bench_fastmoe_lane,
+    bench_gates,
     bench_moe_mlp,
     bench_permute,
     bench_routing,
@@ -42,7 +43,8 @@ DTYPES = {
     "fp64": torch.float64,
     "float64": torch.float64,
 }
-KINDS = ("stages", "block", "lane")
+KINDS = ("stages", "block", "lane", "gates")
+DEFAULT_KINDS = ("stages", "block", "lane")  # the gates take minutes to compile
 # Group, how its inputs are made, which problem several groups may share.
 STAGES = (
     (bench_routing.GROUP, bench_routing.make),
@@ -61,7 +63,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
     parser.add_argument("--configs", help="comma list of configurations and lanes, or all")
-    parser.add_argument("--only", help=f"comma list of {', '.join(KINDS)}; default: all three")
+    parser.add_argument("--only", help=f"comma list of {', '.join(KINDS)}; default: all but gates")
     parser.add_argument(
         "--peers", help=f"comma list of rows, from: {', '.join(sorted(known_keys()))}"
     )
@@ -96,19 +98,22 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name}: unknown {unknown}, choose from {sorted(known)}")
         return chosen
 
-    args.only = choose("only", args.only, set(KINDS)) or KINDS
+    every = KINDS if args.only == "all" else DEFAULT_KINDS
+    args.only = choose("only", args.only, set(KINDS)) or every
     args.peers = (
         tuple(known_keys()) if args.peers == "all" else choose("peers", args.peers, known_keys())
     )
-    known = set(shapes.SHAPES) | set(shapes.LANES)
+    known = set(shapes.SHAPES) | set(shapes.LANES) | set(shapes.GATES)
     names = choose("configs", args.configs, known)
     if names is None:
         blocks = shapes.CUDA_SHAPES if kind == "cuda" else shapes.CPU_SHAPES
         lanes = shapes.CUDA_LANES if kind == "cuda" else shapes.CPU_LANES
+        gates = shapes.CUDA_GATES if kind == "cuda" else shapes.CPU_GATES
     else:
         blocks = tuple(shapes.SHAPES[name] for name in names if name in shapes.SHAPES)
         lanes = tuple(shapes.LANES[name] for name in names if name in shapes.LANES)
-    args.blocks, args.lanes = blocks, lanes
+        gates = tuple(shapes.GATES[name] for name in names if name in shapes.GATES)
+    args.blocks, args.lanes, args.gates = blocks, lanes, gates
     args.dtype = DTYPES[args.dtype or ("bf16" if kind == "cuda" else "fp32")]
     args.json = args.json or machine.ROOT / "runs" / f"benchmark_{kind}.json"
     return args
@@ -155,6 +160,9 @@ class Session:
         if "lane" in self.args.only:
             for shape in self.args.lanes:
                 self._lane(shape)
+        if "gates" in self.args.only:
+            for shape in self.args.gates:
+                self._gates(shape)
 
     def _stages(self, shape: shapes.Shape) -> None:
         begin = self._begin("stages", shape)
@@ -171,6 +179,14 @@ class Session:
         )
         if rows:
             self._keep(shape, bench_moe_mlp.GROUP, rows, report.block_table(shape, rows))
+        self._end(begin)
+
+    def _gates(self, shape: shapes.Shape) -> None:
+        begin = self._begin("gates", shape)
+        group = bench_gates.GROUP
+        rows = self._rows(group, shape, bench_gates.make, Plan(infer=False), self.stage_timer)
+        if rows:
+            self._keep(shape, group, rows, report.gate_table(bench_gates.times(shape, rows)))
         self._end(begin)
 
     def _lane(self, shape: shapes.LaneShape) -> None:

@@ -75,3 +75,9 @@ CUDA_LANES = (
 CPU_LANES = (LaneShape("fastmoe_cpu", 512, 128, 512, 8, 2),)
 TEST_LANES = (LaneShape("fastmoe_tiny", 48, 32, 16, 4, 2),)
 LANES = {shape.name: shape for shape in CUDA_LANES + CPU_LANES + TEST_LANES}
+
+# Routing alone, for which D only sets the router's product: small, so that the gates' own work shows.
+CUDA_GATES = (Shape("gates_t32768", 32768, 16, 16, 128, 8),)
+CPU_GATES = (Shape("gates_t8192", 8192, 16, 16, 128, 8),)
+TEST_GATES = (Shape("gates_tiny", 96, 16, 16, 16, 4),)
+GATES = {shape.name: shape for shape in CUDA_GATES + CPU_GATES + TEST_GATES}

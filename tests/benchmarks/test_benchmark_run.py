@@ -12,9 +12,10 @@ import torch
 # At the end, so that an installed moeops is not hidden by the source tree.
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-from benchmarks import profile, registry, run, timing
+from benchmarks import bench_gates, gates_table, profile, registry, run, timing
 from benchmarks.inputs import BlockProblem, block_reference, choose_experts, make_block
 from benchmarks.registry import Case, Entry, WrongResult, compare, compare_exact
+from benchmarks.shapes import GATES as SHAPES_OF_GATES
 from benchmarks.shapes import SHAPES, Shape
 from benchmarks.timing import Runner, Spread, measure
 from moeops import reference
@@ -98,6 +99,95 @@ def test_transformers_row(tmp_path):
         "transformers": "ok",
         "torchtitan": "ok",
     }
+
+
+GATE_ROWS = (
+    "naive",
+    "switch",
+    "deepseek",
+    "expert-choice",
+    "soft",
+    "hash",
+    "zero",
+    "naive-compiled",
+)
+ALONE = ("topk_route-1", "topk_route-2", "topk_route-k", "router")
+
+
+def test_gates(tmp_path, capsys):
+    code, record = run_benchmark(
+        tmp_path,
+        *("--only", "gates", "--configs", "gates_tiny", "--peers", ",".join((*ALONE, *GATE_ROWS))),
+    )
+    assert code == 0, record["problems"]
+    rows = rows_by_group(record)["gates"]
+    assert set(rows) == {*ALONE, *GATE_ROWS}
+    assert all(row["status"] == "ok" for row in rows.values())
+    for key in ("naive", "switch", "soft", "naive-compiled", "router", "topk_route-2"):
+        assert rows[key]["forward"]["median"] > 0
+        assert rows[key]["backward"]["median"] > 0
+    for key in ("hash", "zero"):
+        assert "backward" not in rows[key]
+    out = capsys.readouterr().out
+    (line,) = [line.split() for line in out.splitlines() if line.startswith("naive ")]
+    own = rows["naive"]["forward"]["median"] - rows["router"]["forward"]["median"]
+    ratio = max(0.0, own) / rows["topk_route-k"]["forward"]["median"]
+    assert float(line[4]) == pytest.approx(ratio, abs=0.01)
+    # Both machines side by side, here twice the same.
+    assert gates_table.main([str(tmp_path / "out.json")] * 2) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].count("T 96, E 16") == 2
+    (cells,) = [line.split(" | ") for line in lines if line.startswith("| `SwitchGate`")]
+    assert cells[1] == "1"
+    assert cells[2] == f"{rows['switch']['forward']['median']:.0f}"
+    assert cells[4] == "-"  # not compiled in this run
+    assert len(cells) == 10
+
+
+def test_gates_table_needs_gates(tmp_path, capsys):
+    assert gates_table.main([]) == 2
+    path = tmp_path / "no_gates.json"
+    path.write_text(json.dumps({"machine": {"date": "today"}, "results": []}))
+    assert gates_table.main([str(path)]) == 2
+    assert "no gates in the run of today" in capsys.readouterr().err
+
+
+def test_every_gate_is_measured():
+    import moeops
+
+    library = {
+        name
+        for name in moeops.gates.__all__
+        if isinstance(gate := getattr(moeops.gates, name), type)
+        and issubclass(gate, moeops.gates.BaseGate)
+    }
+    assert {spec.cls for spec in bench_gates.SPECS.values()} == library - {"BaseGate"}
+
+
+@pytest.mark.parametrize(
+    ("break_it", "error"),
+    [
+        (lambda ids, weights: (ids, weights.float() * 1.01), "weights: off by"),
+        (lambda ids, weights: (ids.flip(0), weights), "ids: .* go elsewhere in float64"),
+        (lambda ids, weights: (ids + 99, weights), "ids: out of range"),
+        (lambda ids, weights: (ids, weights * float("nan")), "weights: off by nan|not finite"),
+    ],
+    ids=["weights", "ids", "range", "nan"],
+)
+def test_wrong_gate_is_refused(monkeypatch, break_it, error):
+    import moeops
+
+    class Broken(moeops.gates.NaiveGate):
+        def forward(self, inp):
+            ids, weights = super().forward(inp)
+            everywhere = error == "ids: out of range"
+            broken = everywhere or inp.dtype == torch.float32
+            return break_it(ids, weights) if broken else (ids, weights)
+
+    monkeypatch.setattr(moeops.gates, "NaiveGate", Broken)
+    problem = bench_gates.make(SHAPES_OF_GATES["gates_tiny"], CPU, torch.float32, "uniform")
+    with pytest.raises(WrongResult, match=error):
+        registry._GROUPS["gates"]["naive"].build(problem).verify()
 
 
 def broken_block(problem: BlockProblem) -> Case:
