@@ -38,9 +38,8 @@ void launch_permute(const Tensor& x, const Tensor& pair_to_row, const Tensor& of
   const int64_t num_tokens = pair_to_row.size(0), top_k = pair_to_row.size(1);
   // Rows without a pair are zeroed by the same groups, about top_k by each.
   const int64_t groups = std::max(num_tokens, rows.size(0) / std::max<int64_t>(1, top_k));
-  auto* kernel = is_sparse(rows, pair_to_row) ? &permute_kernel<Word, true, 1>
-                 : words <= kThreads          ? &permute_kernel<Word, false, 1>
-                                              : &permute_kernel<Word, false, 2>;
+  auto* kernel =
+      is_sparse(rows, pair_to_row) ? &permute_kernel<Word, true> : &permute_kernel<Word, false>;
   kernel<<<grid_blocks(groups, block.y), block, 0, stream>>>(
       static_cast<const Word*>(x.data_ptr()), static_cast<const int32_t*>(pair_to_row.data_ptr()),
       static_cast<const int32_t*>(offsets.data_ptr()), static_cast<int>(offsets.size(0) - 1),

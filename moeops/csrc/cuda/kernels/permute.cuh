@@ -17,8 +17,8 @@ __device__ __forceinline__ unsigned live_slots(const int32_t* slot_rows, int cou
 
 // Copies token t to its live rows, and zeros to the rows behind them. A group of blockDim.x
 // threads, whole warps, owns a token and reads it once; blockDim.y groups share a block. `Word`
-// moves columns; D is counted in words. A thread has kColumns of them in flight.
-template <typename Word, bool kSparse, int kColumns>
+// moves columns; D is counted in words.
+template <typename Word, bool kSparse>
 __global__ void __launch_bounds__(256)
     permute_kernel(const Word* __restrict__ x, const int32_t* __restrict__ pair_to_row,
                    const int32_t* __restrict__ offsets, int num_experts, int64_t num_tokens,
@@ -40,22 +40,12 @@ __global__ void __launch_bounds__(256)
         }
       }
     } else {
-      for (int64_t c = threadIdx.x; c < width; c += kColumns * blockDim.x) {
-        Word value[kColumns];
-#pragma unroll
-        for (int v = 0; v < kColumns; ++v) {
-          const int64_t column = c + v * blockDim.x;
-          value[v] = column < width ? x[t * width + column] : Word{};
-        }
+      for (int64_t c = threadIdx.x; c < width; c += blockDim.x) {
+        const Word value = x[t * width + c];
 #pragma unroll 8
         for (int k = 0; k < top_k; ++k) {
           const int64_t row = targets[k];
-          if (row < 0 || row >= live) continue;
-#pragma unroll
-          for (int v = 0; v < kColumns; ++v) {
-            const int64_t column = c + v * blockDim.x;
-            if (column < width) rows[row * width + column] = value[v];
-          }
+          if (row >= 0 && row < live) rows[row * width + c] = value;
         }
       }
     }
