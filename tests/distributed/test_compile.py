@@ -1,0 +1,17 @@
+"""Compiled expert-parallel layers on 2 processes; the checks themselves are in compile_checks.py."""
+
+from __future__ import annotations
+
+import pytest
+from processes import run_checks
+
+pytestmark = pytest.mark.distributed
+
+
+def test_gloo(tmp_path):
+    run_checks("compile_checks", 2, "gloo", tmp_path, seconds=400)
+
+
+@pytest.mark.cuda
+def test_nccl(tmp_path, cuda_device):
+    run_checks("compile_checks", 2, "nccl", tmp_path, seconds=400)
