@@ -1,0 +1,47 @@
+"""Prototype a gate or a kernel as one Python function: it becomes a ``torch.library`` op on CPU and CUDA.
+
+``route`` and ``row_kernel`` take a rule that sees one row and compile it with Numba for both devices;
+``block_kernel`` wraps a raw ``@cuda.jit`` kernel. ``as_gate`` makes a gate for ``FMoE``; ``check``, ``bench`` and
+``inspect`` are for the way from there to a native op. See docs/numba.md.
+"""
+
+try:
+    from numba import njit as _njit
+except ImportError as err:
+    raise ImportError(
+        f"moeops.numba: numba must be installed, got: {err}. Install it with pip install 'moeops[numba]', and "
+        "pip install 'moeops[numba-cuda]' for CUDA; numba 0.68 needs numpy below 2.5."
+    ) from err
+del _njit
+
+from moeops.numba import scores  # noqa: E402  (the error above says what to install)
+from moeops.numba._bench import Timing, bench  # noqa: E402
+from moeops.numba._bits import narrow, widen  # noqa: E402
+from moeops.numba._block_op import BlockOp  # noqa: E402
+from moeops.numba._check import CheckError, CheckReport, check  # noqa: E402
+from moeops.numba._decorators import block_kernel, route, row_kernel  # noqa: E402
+from moeops.numba._gate import as_gate  # noqa: E402
+from moeops.numba._inspect import inspect  # noqa: E402
+from moeops.numba._ops import registered  # noqa: E402
+from moeops.numba._row_op import RowOp  # noqa: E402
+from moeops.numba._rules import RuleError  # noqa: E402
+
+__all__ = [
+    "BlockOp",
+    "CheckError",
+    "CheckReport",
+    "RowOp",
+    "RuleError",
+    "Timing",
+    "as_gate",
+    "bench",
+    "block_kernel",
+    "check",
+    "inspect",
+    "narrow",
+    "registered",
+    "route",
+    "row_kernel",
+    "scores",
+    "widen",
+]

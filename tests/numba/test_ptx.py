@@ -1,0 +1,105 @@
+"""The gallery's kernels compile to PTX for sm_90 without a device, with the parameters that the launch packs."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+
+import pytest
+import torch
+from numba_prototypes import missing_compiler, require_numba
+
+require_numba()
+
+from gallery_samples import CASES  # noqa: E402
+
+import moeops.numba as prototype  # noqa: E402  (skipped without numba)
+from moeops.numba import _cuda  # noqa: E402
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_ptx_for_sm_90(name):
+    if reason := missing_compiler():
+        pytest.skip(reason)
+    case = CASES[name]
+    for dtype in case.options.get("dtypes", [torch.float32]):
+        call = {
+            k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v
+            for k, v in case.samples()[0].items()
+        }
+        ptx = prototype.inspect(case.op, "ptx", **call)
+        assert ".target sm_90" in ptx
+        # The rule and what it calls are inlined, bfloat16 conversions too.
+        assert "call.uni" not in ptx
+
+
+def test_ptx_names_the_rule_that_does_not_compile():
+    if reason := missing_compiler():
+        pytest.skip(reason)
+
+    @prototype.row_kernel("test_ptx::bad", "x[T, D] -> y[T, D]: x")
+    def bad(x, y):
+        y[0] = torch.ones(1)
+
+    with pytest.raises(
+        prototype.RuleError, match=r"rule .*bad \(.*test_ptx.py:\d+\) must compile .* for CUDA"
+    ):
+        prototype.inspect(bad, "ptx", torch.ones(2, 3))
+
+
+def test_parameters_that_do_not_fit_are_refused():
+    entry = ".visible .entry f(.param .u64 a, .param .u64 b) { ret; }"
+    _cuda.check_parameters("ns::op", entry, [None, None])
+    with pytest.raises(
+        RuntimeError, match=r"ns::op: numba-cuda must pass an array .* 9 parameters here, got 2"
+    ):
+        _cuda.check_parameters("ns::op", entry, [2])
+
+
+class RecordingDriver:
+    """Stands in for the driver: keeps what a launch hands over, and answers with the next of ``codes``."""
+
+    def __init__(self, size, codes=(0,)):
+        self.size = size
+        self.codes = list(codes)
+        self.launches = []
+
+    def cuLaunchKernel(self, function, *rest):
+        dims, stream, pointers = rest[:7], rest[7], rest[8]
+        slots = [ctypes.string_at(pointers[i], 8) for i in range(self.size)]
+        self.launches.append((function.value, dims, stream, slots))
+        return self.codes.pop(0)
+
+    def cuGetErrorName(self, code, name):
+        name._obj.value = b"CUDA_ERROR_NAME"
+        return 0
+
+
+def test_launch_packs_arguments(monkeypatch):
+    """Arrays as (0, 0, elements, item size, address, sizes, strides in bytes), numbers in 8 bytes each."""
+    x = torch.zeros(3, 1, 4, dtype=torch.bfloat16)
+    flags = torch.zeros(5, dtype=torch.bool)
+    args = [x, 7, 2.5, True, flags]
+    want = struct.pack(
+        "=11qqdq7q",
+        *(0, 0, 12, 2, x.data_ptr(), 3, 1, 4, 8, 8, 2),
+        *(7, 2.5, 1),
+        *(0, 0, 5, 1, flags.data_ptr(), 5, 1),
+    )
+    driver = RecordingDriver(len(want) // 8, codes=[0, 1, _cuda._INVALID_CONTEXT, 0])
+    monkeypatch.setattr(_cuda, "_loaded", [driver])
+    launcher = _cuda._Launcher("ns::op", 0x1234, args, 0, None)
+    launcher(args, (2, 1, 1), (64, 1, 1), 16, 99)
+    function, dims, stream, slots = driver.launches[0]
+    assert (function, dims, stream) == (0x1234, (2, 1, 1, 64, 1, 1, 16), 99)
+    assert b"".join(slots) == want
+    with pytest.raises(
+        RuntimeError,
+        match=r"ns::op: .* got CUDA_ERROR_NAME .* grid \(2, 1, 1\), block \(64, 1, 1\)",
+    ):
+        launcher(args, (2, 1, 1), (64, 1, 1), 16, 99)
+    bound = []
+    monkeypatch.setattr(_cuda, "bind_context", bound.append)
+    launcher(args, (2, 1, 1), (64, 1, 1), 16, 99)
+    assert bound == [0]
+    assert driver.launches[3] == driver.launches[2]
