@@ -81,7 +81,7 @@ class Kernel:
         self.build = build
         self.failed = failed
         self._dispatchers: dict[bool, Any] = {}
-        self._launchers: dict[Any, _Launcher] = {}
+        self._launchers: dict[Any, Launcher] = {}
 
     def dispatcher(self, cuda: Any, debug: bool = False) -> Any:
         """Numba's dispatcher, made at its first use."""
@@ -116,13 +116,25 @@ class Kernel:
         if how == "numba" or debug:
             self._launch_with_numba(index, args, grid, block, shared, debug)
             return
+        launcher = self.launcher(index, args, types, key)
+        values, _ = launcher.pack(args)
+        launcher(values, grid, block, shared, torch._C._cuda_getCurrentRawStream(index))
+
+    def launcher(
+        self,
+        index: int,
+        args: Sequence[Any],
+        types: Callable[[], tuple[Any, ...]],
+        key: Any,
+    ) -> Launcher:
+        """The loaded function for these types, compiled at its first use."""
         launcher = self._launchers.get((index, key))
         if launcher is None:
             launcher = self._compile(index, args, types())
             self._launchers[index, key] = launcher
-        launcher(args, grid, block, shared, torch._C._cuda_getCurrentRawStream(index))
+        return launcher
 
-    def _compile(self, index: int, args: Sequence[Any], types: tuple[Any, ...]) -> _Launcher:
+    def _compile(self, index: int, args: Sequence[Any], types: tuple[Any, ...]) -> Launcher:
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 f"{self.op}: the op must be called once before a CUDA graph is captured, got its first call with these "
@@ -138,7 +150,7 @@ class Kernel:
             self.op, compiled.inspect_asm(None), [getattr(kind, "ndim", None) for kind in types]
         )
         function = compiled._codelibrary.get_cufunc()
-        return _Launcher(self.op, int(function.handle), args, index, function)
+        return Launcher(self.op, int(function.handle), args, index, function)
 
     def _launch_with_numba(
         self,
@@ -171,7 +183,7 @@ class Kernel:
         self.dispatcher(cuda)[grid, block, 0, shared](*args)
 
 
-class _Launcher:
+class Launcher:
     """A loaded function with a prepared argument buffer."""
 
     def __init__(self, op: str, function: int, args: Sequence[Any], index: int, owner: Any) -> None:
@@ -189,19 +201,15 @@ class _Launcher:
         self._lock = threading.Lock()
         self._driver = _driver()
 
-    def __call__(
-        self,
-        args: Sequence[Any],
-        grid: tuple[int, int, int],
-        block: tuple[int, int, int],
-        shared: int,
-        stream: int,
-    ) -> None:
+    def pack(self, args: Sequence[Any]) -> tuple[list[Any], list[int]]:
+        """What the kernel's parameters hold for these arguments, and which of them are the tensors' addresses."""
         values: list[Any] = []
+        addresses: list[int] = []
         for value in args:
             if isinstance(value, Tensor):
                 size = value.itemsize
                 shape = value.shape
+                addresses.append(len(values) + 4)
                 values += (0, 0, value.numel(), size, value.data_ptr(), *shape)
                 if len(shape) == 1:
                     values.append(size)
@@ -213,6 +221,17 @@ class _Launcher:
                     values += reversed(strides)
             else:
                 values.append(value)
+        return values, addresses
+
+    def __call__(
+        self,
+        values: Sequence[Any],
+        grid: tuple[int, int, int],
+        block: tuple[int, int, int],
+        shared: int,
+        stream: int,
+    ) -> None:
+        """Launch with packed parameters on the current device."""
         if shared > self._shared_limit:
             self._raise_shared_limit(shared)
         with self._lock:
@@ -264,7 +283,7 @@ def device_function(cuda: Any, options: dict[str, Any]) -> Callable[[Any], Any]:
 
 
 def check_parameters(op: str, ptx: str, ndims: Sequence[int | None]) -> None:
-    """The compiled kernel takes its arguments as ``_Launcher`` packs them."""
+    """The compiled kernel takes its arguments as ``Launcher`` packs them."""
     entry = ptx[ptx.index(".entry") :]
     entry = entry[: entry.index(")")]
     found = re.findall(r"\.param \.(\w+)", entry)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,19 @@ from moeops.numba._signature import Signature, TensorArg
 from moeops.ops import _checks
 
 _HALVES = (torch.bfloat16, torch.float16)
+_MAX_PLANS = 256  # per op
+
+
+class _Plan(NamedTuple):
+    """What a CUDA call needs and sizes, types and numbers decide, found out and checked at the first such call."""
+
+    device: torch.device
+    launcher: _cuda.Launcher
+    values: list[Any]  # packed parameters, addresses to be filled in
+    addresses: list[int]  # their places: inputs in the order of the call, then outputs
+    outputs: list[tuple[torch.Size, torch.dtype]]
+    finals: list[torch.dtype]
+    grid: tuple[int, int, int]
 
 
 def _named(signature: Signature, name: str) -> TensorArg:
@@ -54,6 +67,7 @@ class RowOp(Op):
         self.fastmath = fastmath
         self.driver = _cpu.RowDriver(rule, signature, finite, fastmath)
         self.kernel = _cuda.Kernel(name, self._build, rule.failed)
+        self._plans: dict[tuple[Any, ...], _Plan] = {}
         super().__init__(name, rule, signature, launch, replace)
 
     def kernel_source(self) -> str:
@@ -123,6 +137,11 @@ class RowOp(Op):
 
     def _cuda(self, *values: Any) -> Any:
         values = self._filled(values)
+        repeats = self.launch == "direct" and not self.debug and not self.poison
+        key = tuple([(v.shape, v.dtype, v.device) if isinstance(v, Tensor) else v for v in values])
+        plan = self._plans.get(key) if repeats else None
+        if plan is not None:
+            return self._repeat(plan, values)
         args, outputs, finals, rows = self._prepare(values)
         if rows:
             if self.debug:
@@ -130,6 +149,10 @@ class RowOp(Op):
             device = outputs[0].device
             grid = ((rows + self.row_threads - 1) // self.row_threads, 1, 1)
             self._on_device(device, lambda: self._launch(device.index, args, grid))
+            if repeats:
+                if len(self._plans) >= _MAX_PLANS:
+                    self._plans.clear()
+                self._plans[key] = self._plan(device, args, outputs, finals, grid)
         return self._finish(outputs, finals)
 
     def _launch(self, index: int, args: list[Any], grid: tuple[int, int, int]) -> None:
@@ -144,6 +167,39 @@ class RowOp(Op):
             self.launch,
             self.debug,
         )
+
+    def _plan(
+        self,
+        device: torch.device,
+        args: list[Any],
+        outputs: list[Tensor],
+        finals: list[torch.dtype],
+        grid: tuple[int, int, int],
+    ) -> _Plan:
+        def types() -> tuple[Any, ...]:
+            return tuple(_cpu.numba_type(value) for value in args)
+
+        launcher = self.kernel.launcher(device.index, args, types, _cuda.launch_key(args))
+        values, addresses = launcher.pack(args)
+        shapes = [(value.shape, value.dtype) for value in outputs]
+        return _Plan(device, launcher, values, addresses, shapes, finals, grid)
+
+    def _repeat(self, plan: _Plan, values: Sequence[Any]) -> Any:
+        """A call with the sizes, types and numbers of an earlier one: only the addresses are new."""
+        inputs = [value for value in values if isinstance(value, Tensor)]
+        tensors = [
+            (value.float() if value.dtype in _HALVES else value).contiguous() for value in inputs
+        ]
+        outputs = [
+            torch.empty(shape, dtype=dtype, device=plan.device) for shape, dtype in plan.outputs
+        ]
+        packed = plan.values.copy()
+        for place, tensor in zip(plan.addresses, (*tensors, *outputs), strict=True):
+            packed[place] = tensor.data_ptr()
+        block = (self.row_threads, 1, 1)
+        stream = torch._C._cuda_getCurrentRawStream(plan.device.index)
+        self._on_device(plan.device, lambda: plan.launcher(packed, plan.grid, block, 0, stream))
+        return self._finish(outputs, plan.finals)
 
     def _check_finite(self, values: Sequence[Any]) -> None:
         for name, value in self._tensors(values).items():

@@ -88,8 +88,10 @@ def test_launch_packs_arguments(monkeypatch):
     )
     driver = RecordingDriver(len(want) // 8, codes=[0, 1, _cuda._INVALID_CONTEXT, 0])
     monkeypatch.setattr(_cuda, "_loaded", [driver])
-    launcher = _cuda._Launcher("ns::op", 0x1234, args, 0, None)
-    launcher(args, (2, 1, 1), (64, 1, 1), 16, 99)
+    launcher = _cuda.Launcher("ns::op", 0x1234, args, 0, None)
+    values, addresses = launcher.pack(args)
+    assert [values[place] for place in addresses] == [x.data_ptr(), flags.data_ptr()]
+    launcher(values, (2, 1, 1), (64, 1, 1), 16, 99)
     function, dims, stream, slots = driver.launches[0]
     assert (function, dims, stream) == (0x1234, (2, 1, 1, 64, 1, 1, 16), 99)
     assert b"".join(slots) == want
@@ -97,9 +99,9 @@ def test_launch_packs_arguments(monkeypatch):
         RuntimeError,
         match=r"ns::op: .* got CUDA_ERROR_NAME .* grid \(2, 1, 1\), block \(64, 1, 1\)",
     ):
-        launcher(args, (2, 1, 1), (64, 1, 1), 16, 99)
+        launcher(values, (2, 1, 1), (64, 1, 1), 16, 99)
     bound = []
     monkeypatch.setattr(_cuda, "bind_context", bound.append)
-    launcher(args, (2, 1, 1), (64, 1, 1), 16, 99)
+    launcher(values, (2, 1, 1), (64, 1, 1), 16, 99)
     assert bound == [0]
     assert driver.launches[3] == driver.launches[2]
