@@ -61,6 +61,7 @@ class Op:
         self.poison = False  # fill outputs so that an unwritten element shows; set by check()
         self._gradient: Callable[..., Any] | None = None
         self._saves: tuple[str, ...] = ()
+        self._places: tuple[list[int], list[int], list[tuple[str, int]]] | None = None
         self._replaced = replace
         self._defaults = tuple(
             item.default if isinstance(item, ScalarArg) else None for item in signature.inputs
@@ -197,6 +198,7 @@ class Op:
             )
         self._gradient = function
         self._saves = saves
+        self._places = None
 
     def _register(self, replace: bool) -> None:
         namespace, _, name = self.name.partition("::")
@@ -234,21 +236,25 @@ class Op:
         return (*values, *self._defaults[len(values) :])
 
     def _setup(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        inputs = self._filled(inputs)
-        outputs = (output,) if isinstance(output, Tensor) else output
-        own = self.signature
+        # Positions, not names: this runs at every call that records a gradient.
+        values = (*self._filled(inputs), *((output,) if isinstance(output, Tensor) else output))
+        saved, whole, scalars = self._setup_places()
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(
-            *(
-                value
-                for item, value in zip(own.returned, outputs, strict=True)
-                if not own.is_float(item)
+        ctx.mark_non_differentiable(*[values[place] for place in whole])
+        ctx.save_for_backward(*[values[place] for place in saved])
+        ctx.scalars = {name: values[place] for name, place in scalars}
+
+    def _setup_places(self) -> tuple[list[int], list[int], list[tuple[str, int]]]:
+        """Where inputs, then outputs, hold what is saved, what has no gradient, and the numbers."""
+        if self._places is None:
+            own = self.signature
+            names = [item.name for item in (*own.inputs, *own.returned)]
+            self._places = (
+                [names.index(name) for name in self._saves],
+                [names.index(item.name) for item in own.returned if not own.is_float(item)],
+                [(item.name, names.index(item.name)) for item in own.scalars],
             )
-        )
-        named = dict(zip((item.name for item in own.inputs), inputs, strict=True))
-        named.update(zip((item.name for item in own.returned), outputs, strict=True))
-        ctx.save_for_backward(*(named[name] for name in self._saves))
-        ctx.scalars = {item.name: named[item.name] for item in own.scalars}
+        return self._places
 
     def _run_gradient(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         own = self.signature
