@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moeops.ops import _checks
+from moeops.ops.routing import topk_route
+from moeops.ops.scores import score_sums
 from moeops.ops.sorting import count_tokens
 
 # Makes 0 / 0 tokens 0 and changes no other quotient. A maximum would do the same in eager mode, but a compiler that
@@ -50,13 +52,28 @@ def balance_loss(router_probs: Tensor, topk_ids: Tensor, *, group: Any = None) -
         >>> balance_loss(torch.full((4, 2), 0.5), torch.tensor([[0], [1], [0], [1]]))
         tensor(1.)
     """
-    num_tokens, num_experts = router_probs.shape
+    prob_sums = router_probs.sum(0, dtype=_checks.accumulate_dtype(router_probs.dtype))  # [E]
+    loss = balance_of_sums(prob_sums, topk_ids, group=group)
+    return loss.to(router_probs.dtype)
+
+
+def score_balance_loss(
+    logits: Tensor, topk_ids: Tensor, score: str = "softmax", *, group: Any = None
+) -> Tensor:
+    """``balance_loss`` of each token's scores divided by their sum, which are never written."""
+    return balance_of_sums(score_sums(logits, score), topk_ids, group=group)
+
+
+def balance_of_sums(prob_sums: Tensor, topk_ids: Tensor, *, group: Any = None) -> Tensor:
+    """``balance_loss`` from the sums of the probabilities over the tokens, ``[E]`` float32 or float64."""
+    num_tokens, num_experts = topk_ids.shape[0], prob_sums.shape[0]
     counts = count_tokens(topk_ids, num_experts)  # [E]
-    pairs: int | Tensor = num_tokens * topk_ids.shape[1]
-    if group is not None:
-        counts, pairs = _sum_counts(counts, topk_ids, group)
-    probs = router_probs.sum(0) / (num_tokens + TINY)  # [E]
-    return num_experts * (counts.to(router_probs.dtype) / (pairs + TINY) * probs).sum()
+    if group is None:
+        pairs = num_tokens * topk_ids.shape[1]
+        return (counts * prob_sums).sum() / (num_tokens * pairs * (1 / num_experts) + TINY)
+    counts, all_pairs = _sum_counts(counts, topk_ids, group)
+    means = (counts * prob_sums).sum() / (num_tokens * (1 / num_experts) + TINY)
+    return means / (all_pairs.to(means.dtype) + TINY)
 
 
 def _sum_counts(counts: Tensor, topk_ids: Tensor, group: Any) -> tuple[Tensor, Tensor]:
@@ -94,7 +111,7 @@ def switch_loss(logits: Tensor, topk_ids: Tensor, *, group: Any = None) -> Tenso
     if not torch.compiler.is_compiling():
         _check_logits("switch_loss", logits)
         _check_ids("switch_loss", topk_ids, logits.shape[0])
-    return balance_loss(_softmax(logits), topk_ids, group=group)
+    return score_balance_loss(logits, topk_ids, group=group)
 
 
 def gshard_loss(logits: Tensor, topk_ids: Tensor, *, group: Any = None) -> Tensor:
@@ -120,7 +137,7 @@ def gshard_loss(logits: Tensor, topk_ids: Tensor, *, group: Any = None) -> Tenso
     if not torch.compiler.is_compiling():
         _check_logits("gshard_loss", logits)
         _check_ids("gshard_loss", topk_ids, logits.shape[0])
-    return balance_loss(_softmax(logits), topk_ids[:, :1], group=group)
+    return score_balance_loss(logits, topk_ids[:, :1], group=group)
 
 
 def z_loss(logits: Tensor) -> Tensor:
@@ -270,14 +287,18 @@ def noisy_load(
                 _checks.check_size(op, name, value, dim, clean_logits.shape[dim], "as clean_logits")
         _check_ids(op, topk_ids, clean_logits.shape[0])
     num_experts = noisy_logits.shape[1]
-    chosen = chosen_experts(topk_ids, num_experts)  # [T, E]
-    if topk_ids.shape[1] == num_experts:
-        return chosen.to(noisy_logits.dtype).sum(0)
-    # The K-th best among the others: for a chosen expert the first one left out, else the last one let in.
-    left_out = noisy_logits.masked_fill(chosen, -math.inf).amax(-1, keepdim=True)  # [T, 1]
-    let_in = noisy_logits.gather(1, topk_ids[:, -1:].to(torch.int64))  # [T, 1]
-    score = (clean_logits - torch.where(chosen, left_out, let_in)) / noise
-    return (0.5 * (1 + torch.erf(score / math.sqrt(2)))).sum(0)
+    top_k = topk_ids.shape[1]
+    if top_k == num_experts:
+        return count_tokens(topk_ids, num_experts).to(noisy_logits.dtype)
+    # The K-th best among the others: for a chosen expert the first one left out, else the last one let in. Where
+    # experts tie with the last one let in, both are equal.
+    _, best = topk_route(noisy_logits.detach(), top_k + 1)
+    last = noisy_logits.gather(1, best[:, top_k - 1 :])  # [T, 2]
+    let_in, left_out = last.split(1, dim=1)  # [T, 1] each
+    mark = torch.where(noisy_logits >= let_in, left_out, let_in)  # [T, E]
+    # Phi(x) is erfc(-x / sqrt(2)) / 2.
+    distance = torch.addcdiv(noise.new_zeros(()), mark - clean_logits, noise, value=math.sqrt(0.5))
+    return 0.5 * torch.erfc(distance).sum(0)
 
 
 def importance(topk_weights: Tensor, topk_ids: Tensor, num_experts: int) -> Tensor:
@@ -345,8 +366,9 @@ def alignment_loss(router_probs: Tensor, topk_ids: Tensor, group_size: int) -> T
     topk_ids = topk_ids.to(torch.int64)
     experts = torch.arange(router_probs.shape[1], device=topk_ids.device)
     outside = experts // group_size != topk_ids[:, :1] // group_size  # [T, E]
-    excess = (router_probs - router_probs.gather(1, topk_ids[:, -1:])).clamp_min(0)
-    return torch.where(outside, excess, 0).sum() / (router_probs.shape[0] + TINY)
+    # Inside, 0 exceeds no probability.
+    excess = torch.where(outside, router_probs, 0) - router_probs.gather(1, topk_ids[:, -1:])
+    return torch.relu(excess).sum() / (router_probs.shape[0] + TINY)
 
 
 def cv_squared(values: Tensor) -> Tensor:
@@ -375,11 +397,6 @@ def cv_squared(values: Tensor) -> Tensor:
         _checks.check_float("cv_squared", "values", values)
     mean = values.mean()
     return (values - mean).square().mean() / (mean.square() + TINY)
-
-
-def _softmax(logits: Tensor) -> Tensor:
-    """In the type that routers compute in."""
-    return torch.softmax(logits.to(_checks.accumulate_dtype(logits.dtype)), dim=-1)
 
 
 def _check_logits(op: str, logits: Tensor) -> None:

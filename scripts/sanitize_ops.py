@@ -42,8 +42,11 @@ def route(T: int, E: int, K: int, drop: float, num_rows: int | None, dtype: torc
     moeops.topk_route(logits, K, score="sigmoid", renormalize=False, bias=bias)
     if E % 4 == 0 and K <= E // 2:
         moeops.topk_route(logits, K, bias=bias, num_groups=4, top_groups=2)
+    for score in ("softmax", "sigmoid"):
+        moeops.score_sums(logits, score).sum().backward()
     ids = ids.masked_fill(torch.rand(T, K, device="cuda") < drop, -1)
     moeops.limit_capacity(ids, E, 3)
+    moeops.limit_capacity(ids, E, 3, by_choice=True)
     moeops.limit_capacity(ids, E, 3, priority=weights.detach())
     moeops.count_tokens(ids, E)
     moeops.count_tokens(ids.to(torch.int32)[:, 1:], 2049)  # too many experts for shared memory

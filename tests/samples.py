@@ -223,6 +223,17 @@ def _topk_route_backward(p, dtype, device):
     return OpCase("topk_route_backward", args, {0: 0, 1: 0, 2: 0})
 
 
+def _score_sums(p, dtype, device, score):
+    logits = p.tensor(p.T, p.E, dtype=dtype, device=device)
+    return OpCase("score_sums", (logits, score), {0: 0}, (0,))
+
+
+def _score_sums_backward(p, dtype, device, score):
+    logits = p.tensor(p.T, p.E, dtype=dtype, device=device)
+    grad_sums = torch.randn(p.E).to(device, accumulate_dtype(dtype))
+    return OpCase("score_sums_backward", (grad_sums, logits, score), {1: 0})
+
+
 def _sort_tokens(p, dtype, device, with_rows):
     if not with_rows:
         return OpCase("sort_tokens", (p.ids(device), p.E, None, False), {0: 0})
@@ -235,10 +246,10 @@ def _count_tokens(p, dtype, device):
     return OpCase("count_tokens", (p.ids(device), p.E), {0: 0})
 
 
-def _limit_capacity(p, dtype, device, by_priority):
+def _limit_capacity(p, dtype, device, by_priority, by_choice=False):
     priority = p.weights(dtype, device) if by_priority else None
     token_dims = {0: 0, 1: 0} if by_priority else {0: 0}
-    return OpCase("limit_capacity", (p.ids(device), priority, p.E, 3), token_dims)
+    return OpCase("limit_capacity", (p.ids(device), priority, p.E, 3, by_choice), token_dims)
 
 
 def _permute_tokens(p, dtype, device):
@@ -330,6 +341,14 @@ OP_CASES: dict[str, list[Callable[[Sample, torch.dtype, str], OpCase]]] = {
         lambda *a: _topk_route(*a, groups=True),
     ],
     "topk_route_backward": [_topk_route_backward],
+    "score_sums": [
+        lambda *a: _score_sums(*a, score="softmax"),
+        lambda *a: _score_sums(*a, score="sigmoid"),
+    ],
+    "score_sums_backward": [
+        lambda *a: _score_sums_backward(*a, score="softmax"),
+        lambda *a: _score_sums_backward(*a, score="sigmoid"),
+    ],
     "sort_tokens": [
         lambda *a: _sort_tokens(*a, with_rows=False),
         lambda *a: _sort_tokens(*a, with_rows=True),
@@ -338,6 +357,7 @@ OP_CASES: dict[str, list[Callable[[Sample, torch.dtype, str], OpCase]]] = {
     "limit_capacity": [
         lambda *a: _limit_capacity(*a, by_priority=False),
         lambda *a: _limit_capacity(*a, by_priority=True),
+        lambda *a: _limit_capacity(*a, by_priority=False, by_choice=True),
     ],
     "permute_tokens": [_permute_tokens],
     "unpermute_tokens": [

@@ -100,6 +100,23 @@ inline void check_num_experts(const char* op, int64_t num_experts) {
                   ". Pass the number of experts.");
 }
 
+// The arguments of limit_capacity.
+inline void check_limit(const char* op, const Tensor& ids, const std::optional<Tensor>& priority,
+                        int64_t num_experts, int64_t capacity, bool by_choice) {
+  check_ids(op, ids);
+  check_num_experts(op, num_experts);
+  STD_TORCH_CHECK(capacity >= 0, op, ": capacity must be at least 0, got ", capacity,
+                  ". Pass rows per expert.");
+  if (!priority) return;
+  STD_TORCH_CHECK(!by_choice, op,
+                  ": priority must be None with by_choice, got a tensor. Pass one.");
+  check_dim(op, "priority", *priority, 2);
+  check_float(op, "priority", *priority);
+  check_same_device(op, "priority", *priority, ids);
+  check_size(op, "priority", *priority, 0, ids.size(0));
+  check_size(op, "priority", *priority, 1, ids.size(1));
+}
+
 inline void check_score(const char* op, const std::string& score) {
   STD_TORCH_CHECK(score == "softmax" || score == "sigmoid", op,
                   ": score must be 'softmax' or 'sigmoid', got '", score, "'. Pick one of them.");

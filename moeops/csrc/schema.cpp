@@ -13,14 +13,18 @@ STABLE_TORCH_LIBRARY(moeops, m) {
       "topk_route_backward(Tensor grad_topk_weights, Tensor logits, Tensor topk_ids, str score, "
       "bool renormalize, float scale) -> Tensor");
 
+  // scores: logits [T, E] -> sums over the tokens of score / sum of the token's scores, [E]
+  m.def("score_sums(Tensor logits, str score) -> Tensor");
+  m.def("score_sums_backward(Tensor grad_sums, Tensor logits, str score) -> Tensor");
+
   // sorting: ids [T, K] -> row_to_pair [R], pair_to_row [T, K], expert_offsets [E + 1], all int32
   m.def(
       "sort_tokens(Tensor topk_ids, SymInt num_experts, SymInt? num_rows, bool drop_out_of_range) "
       "-> (Tensor row_to_pair, Tensor pair_to_row, Tensor expert_offsets)");
   m.def("count_tokens(Tensor topk_ids, SymInt num_experts) -> Tensor");
   m.def(
-      "limit_capacity(Tensor topk_ids, Tensor? priority, SymInt num_experts, SymInt capacity) "
-      "-> Tensor");
+      "limit_capacity(Tensor topk_ids, Tensor? priority, SymInt num_experts, SymInt capacity, "
+      "bool by_choice) -> Tensor");
 
   // permute: x [T, D] <-> rows [R, D]
   m.def(

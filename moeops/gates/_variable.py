@@ -70,8 +70,13 @@ class VariableGate(NaiveGate):
         self.row_budget = None if row_budget is None else float(row_budget)
         self.register_buffer("dropped", torch.zeros((), dtype=torch.int64), persistent=False)
 
-    def _fit(self, topk_ids: Tensor, topk_weights: Tensor, priority: Tensor) -> Routing:
-        """Drop what the row budget has no room for: the slots with the lowest ``priority [T, K]``."""
+    def _fit(
+        self, topk_ids: Tensor, topk_weights: Tensor, priority: Tensor, *, masked: bool = False
+    ) -> Routing:
+        """Drop what the row budget has no room for: the slots with the lowest ``priority [T, K]``.
+
+        ``masked``: the weights of the empty slots are 0 already.
+        """
         num_tokens, num_slots = topk_ids.shape
         num_rows = None
         if self.row_budget is not None and self.row_budget < num_slots:
@@ -83,7 +88,10 @@ class VariableGate(NaiveGate):
             if records():
                 self.dropped.add_(filled.sum() - (queue >= 0).sum())
             topk_ids = torch.where(queue < 0, -1, topk_ids)
-        return Routing(topk_ids, topk_weights.masked_fill(topk_ids < 0, 0), num_rows)
+            masked = False
+        if not masked:
+            topk_weights = topk_weights.masked_fill(topk_ids < 0, 0)
+        return Routing(topk_ids, topk_weights, num_rows)
 
     def extra_repr(self) -> str:
         """Sizes and options of the gate."""

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from moeops.gates.base import exporting
-from moeops.gates.functional import check_scale, chosen_weights, expert_loads, router_logits
+from moeops.gates.functional import check_scale, chosen_weights, router_logits
 from moeops.gates.naive import NaiveGate
 from moeops.gates.topk import expert_probs
 from moeops.losses import sequence_loss
 from moeops.ops import _checks
 from moeops.ops.routing import topk_route
+from moeops.ops.sorting import count_tokens
 
 
 class DeepSeekV3Gate(NaiveGate):
@@ -134,7 +135,7 @@ class DeepSeekV3Gate(NaiveGate):
             top_groups=self.top_groups,
         )
         if self.training and self._records():
-            self.loads.add_(expert_loads(topk_ids, self.tot_expert))
+            self.loads.add_(count_tokens(topk_ids, self.tot_expert))
         # Not skipped in recomputations, which must save the same tensors as the forward.
         if not exporting():
             self.set_loss(self._sequence_loss(logits), logits, topk_ids)

@@ -8,9 +8,15 @@ import torch
 from torch import Tensor
 
 from moeops.gates.dense_to_sparse import gumbel_like
-from moeops.gates.functional import apply_capacity, expert_capacity, router_logits
+from moeops.gates.functional import (
+    apply_capacity,
+    chosen_weights,
+    expert_capacity,
+    router_logits,
+    uniform_like,
+)
 from moeops.gates.naive import NaiveGate
-from moeops.losses import TINY, balance_loss
+from moeops.losses import score_balance_loss
 from moeops.ops import _checks
 from moeops.ops.routing import topk_route
 
@@ -153,32 +159,34 @@ class DeepSpeedGate(NaiveGate):
         if self.noisy_gate_policy == "Jitter" and self.training:
             # In the router's type: bfloat16 would round most of the jitter away.
             x = inp.to(_checks.accumulate_dtype(inp.dtype))
-            inp = x * (torch.rand_like(x) * (2 * _JITTER) + (1 - _JITTER))
+            inp = x * uniform_like(x, 1 - _JITTER, 1 + _JITTER)
         logits = router_logits(inp, self.gate)  # [T, E]
-        topk_ids = self._choose(logits.detach(), draws)
+        probs, chosen = self._choose(logits, draws)
+        topk_ids = chosen
         if used_token is not None:
             topk_ids = torch.where(used_token[:, None] == 0, -1, topk_ids)
-        probs = torch.softmax(logits, dim=-1)  # [T, E]
         counted = topk_ids if self.top_k > 2 else topk_ids[:, :1]
-        self.set_loss(balance_loss(probs, counted), logits, topk_ids)
-        # Read for every slot, dropped or not; an id of -1 is no column.
-        chosen = topk_ids.clamp_min(0)
-        probs = probs.gather(1, chosen)  # [T, K]
+        self.set_loss(score_balance_loss(logits, counted), logits, topk_ids)
         if self.drop_tokens:
             topk_ids = self._limit(topk_ids, probs, draws)
         if self.top_k == 1:
             return topk_ids, probs
         return topk_ids, _softmax_over(logits.gather(1, chosen), topk_ids >= 0)
 
-    def _choose(self, logits: Tensor, draws: bool) -> Tensor:
-        """The chosen experts, ``[T, K]``."""
+    def _choose(self, logits: Tensor, draws: bool) -> tuple[Tensor, Tensor]:
+        """Probabilities and ids of the chosen experts, ``[T, K]``; of a sampled second one its place only."""
+        fixed = logits.detach()
         if self.noisy_gate_policy == "RSample" and self.training:
-            return topk_route(logits + gumbel_like(logits), 1)[1]
+            ids = topk_route(fixed + gumbel_like(fixed), 1)[1]
+            return chosen_weights(logits, ids, renormalize=False), ids
         if self.top_k != 2 or not (draws and self.top2_2nd_expert_sampling):
-            return topk_route(logits, self.top_k)[1]
-        first = topk_route(logits, 1)[1]
-        noisy = (logits + gumbel_like(logits)).scatter(1, first, -math.inf)
-        return torch.cat((first, noisy.argmax(-1, keepdim=True)), dim=1)
+            return topk_route(logits, self.top_k, renormalize=False)
+        probs, first = topk_route(fixed, 1)
+        noisy = (fixed + gumbel_like(fixed)).scatter_(1, first, -math.inf)
+        ids = torch.cat((first, noisy.argmax(-1, keepdim=True)), dim=1)
+        return probs.expand(
+            ids.shape
+        ), ids  # not read: first choices come first, then the position decides
 
     def _limit(self, topk_ids: Tensor, probs: Tensor, draws: bool) -> Tensor:
         """Drop what is over the capacity."""
@@ -208,7 +216,6 @@ class DeepSpeedGate(NaiveGate):
 
 def _softmax_over(logits: Tensor, kept: Tensor) -> Tensor:
     """Softmax over the entries of each row that were kept, 0 elsewhere; a row without any is 0."""
-    z = torch.where(kept, logits, -math.inf)  # [T, K]
-    largest = z.detach().amax(-1, keepdim=True)
-    powers = (z - torch.where(largest == -math.inf, 0, largest)).exp()
-    return powers / (powers.sum(-1, keepdim=True) + TINY)
+    # The lowest number instead of minus infinity, of which a whole row would be NaN.
+    z = torch.where(kept, logits, torch.finfo(logits.dtype).min)  # [T, K]
+    return torch.where(kept, torch.softmax(z, dim=-1), 0)

@@ -181,7 +181,7 @@ def gumbel_like(logits: Tensor) -> Tensor:
     """Draw standard Gumbel noise: ``argmax(logits + noise)`` is a sample of ``softmax(logits)``."""
     # rand can be 0, whose noise is minus infinity; half of its float32 step is as far out as it can be drawn.
     uniform = torch.rand_like(logits).clamp_min(2.0**-25)
-    return -(-uniform.log()).log()
+    return uniform.log_().neg_().log_().neg_()
 
 
 def _check_temperature(op: str, name: str, value: object) -> None:

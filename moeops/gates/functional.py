@@ -218,19 +218,21 @@ def apply_capacity(
     if policy == "position":
         return limit_capacity(topk_ids, num_experts, rows)
     if policy == "choice":
-        # Position in the transpose: a counting sort, where a priority would cost a sort of floats.
-        kept = limit_capacity(topk_ids.t(), num_experts, rows)  # [K, T]
-        # Not .t().contiguous(): that asks a compiler whether T is 1.
-        return torch.stack(kept.unbind(0), dim=1)
+        return limit_capacity(topk_ids, num_experts, rows, by_choice=True)
     weights = topk_weights.detach()
     if policy == "batch":
         order = torch.argsort(weights.amax(1), descending=True, stable=True)  # [T]
         order = order[:, None].expand_as(topk_ids)
-        queue = topk_ids.gather(0, order).t()  # [K, T]
-        kept = limit_capacity(queue, num_experts, rows).t()
+        queue = topk_ids.gather(0, order)  # [T, K]
+        kept = limit_capacity(queue, num_experts, rows, by_choice=True)
         return torch.zeros_like(topk_ids).scatter(0, order, kept)
     priority = torch.rand_like(weights) if policy == "random" else weights
     return limit_capacity(topk_ids, num_experts, rows, priority=priority)
+
+
+def uniform_like(like: Tensor, low: float, high: float) -> Tensor:
+    """Noise from ``U(low, high)`` in the shape and type of ``like``, drawn in one kernel."""
+    return torch.empty_like(like).uniform_(low, high)
 
 
 def queue_positions(

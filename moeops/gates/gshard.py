@@ -14,6 +14,7 @@ from moeops.gates.functional import (
     check_capacity_options,
     expert_capacity,
     router_logits,
+    uniform_like,
 )
 from moeops.gates.naive import NaiveGate
 from moeops.losses import gshard_loss
@@ -123,10 +124,9 @@ class GShardGate(NaiveGate):
         always = self.random_routing == "always" or self.compat
         if not self.random_routing or not (always or self.training):
             return topk_ids
-        first, second = topk_ids.unbind(1)  # [T] each
-        weight = topk_weights[:, 1].detach()
-        second = torch.where(2 * weight < torch.rand_like(weight), -1, second)
-        return torch.stack((first, second), dim=1)
+        # First choices stay: their weights are at least 1 / 2.
+        weights = topk_weights.detach()
+        return torch.where(weights < uniform_like(weights[:, :1], 0.0, 0.5), -1, topk_ids)
 
     def _limit(self, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """Drop what does not fit."""

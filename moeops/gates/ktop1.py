@@ -5,16 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moeops.gates._variable import check_finite
 from moeops.gates.functional import (
     apply_capacity,
     check_capacity,
     expert_capacity,
-    expert_loads,
     router_logits,
 )
 from moeops.gates.naive import NaiveGate
-from moeops.losses import TINY
-from moeops.ops.routing import topk_route
+from moeops.losses import balance_of_sums
 
 
 class KTop1Gate(NaiveGate):
@@ -77,17 +76,15 @@ class KTop1Gate(NaiveGate):
         num_tokens, prototypes = inp.shape[0], self.top_k
         size = self.tot_expert // prototypes
         logits = router_logits(inp, self.gate)  # [T, E]
-        # A prototype of a token is a row of its own.
-        rows = logits.detach().view(num_tokens * prototypes, size)
-        _, ids = topk_route(rows, 1)
-        ids = ids.view(num_tokens, prototypes)
-        topk_ids = ids + torch.arange(prototypes, device=ids.device) * size
-        # Not of the rows: Inductor 2.13 computes a wrong gradient for a softmax between two views of symbolic size.
-        probs = torch.softmax(logits.view(num_tokens, prototypes, size), dim=-1)
+        check_finite(type(self).__name__, logits)
+        # Not rows of prototypes: Inductor 2.13 computes a wrong gradient for a softmax between two views of symbolic
+        # size, and topk_route would take a warp for each.
+        grouped = logits.view(num_tokens, prototypes, size)
+        ids = grouped.detach().argmax(-1)  # [T, K], ties to the lower id
+        probs = torch.softmax(grouped, dim=-1)
         topk_weights = probs.gather(2, ids[:, :, None])[:, :, 0]
-        means = probs.sum(0).view(self.tot_expert) / (num_tokens + TINY)  # [E]
-        counts = expert_loads(topk_ids, self.tot_expert).to(means.dtype)
-        loss = size * (counts / (num_tokens + TINY) * means).sum()
+        topk_ids = ids + torch.arange(0, self.tot_expert, size, device=ids.device)
+        loss = balance_of_sums(probs.sum(0).view(self.tot_expert), topk_ids)
         self.set_loss(loss, logits, topk_ids)
         if self.capacity is not None:
             factor = self.capacity[0 if self.training else 1]

@@ -6,8 +6,7 @@ from torch import Tensor
 
 from moeops.gates.functional import router_logits
 from moeops.gates.naive import NaiveGate
-from moeops.gates.topk import expert_probs
-from moeops.losses import balance_loss
+from moeops.losses import score_balance_loss
 from moeops.ops.routing import topk_route
 from moeops.types import Routing
 
@@ -60,7 +59,7 @@ class Llama4Gate(NaiveGate):
         """Choose experts: ``inp [T, D]`` to a Routing of ``[T, K]`` ids and input weights."""
         logits = router_logits(inp, self.gate)  # [T, E]
         topk_weights, topk_ids = topk_route(logits, self.top_k, score="sigmoid", renormalize=False)
-        loss = balance_loss(expert_probs(logits, "sigmoid"), topk_ids) if self.balance else None
+        loss = score_balance_loss(logits, topk_ids, "sigmoid") if self.balance else None
         self.set_loss(loss, logits, topk_ids)
         return Routing(topk_ids, topk_weights, scale_inputs=True)
 

@@ -126,26 +126,25 @@ class ReMoEGate(VariableGate):
         check_finite(type(self).__name__, logits)
         weights = torch.relu(logits)  # [T, E]
         positive = weights > 0
+        counts = positive.sum(0)  # [E]
         if self.training and self._records():
-            self.active.add_(positive.sum())
+            self.active.add_(counts.sum())
             self.tokens.add_(torch.ones_like(positive[:, 0], dtype=torch.int64).sum())
-        topk_ids = torch.arange(self.tot_expert, device=weights.device).expand(weights.shape)
+        topk_ids = torch.where(positive, torch.arange(self.tot_expert, device=weights.device), -1)
         if not exporting():
-            chosen = torch.where(positive, topk_ids, -1)
-            self.set_loss(self._loss(weights, positive), logits, chosen)
+            self.set_loss(self._loss(weights, counts), logits, topk_ids)
         if self.max_k < self.tot_expert:
             best = torch.sort(weights.detach(), dim=-1, descending=True, stable=True)
             topk_ids = best.indices[:, : self.max_k]
             weights = weights.gather(1, topk_ids)
-        topk_ids = torch.where(weights > 0, topk_ids, -1)
-        return self._fit(topk_ids, weights, weights)
+            topk_ids = torch.where(weights > 0, topk_ids, -1)
+        return self._fit(topk_ids, weights, weights, masked=True)
 
-    def _loss(self, weights: Tensor, positive: Tensor) -> Tensor:
+    def _loss(self, weights: Tensor, counts: Tensor) -> Tensor:
         num_tokens = weights.shape[0] + TINY
         norms = weights.sum(0) / num_tokens  # [E]
         if self.balance:
-            shares = positive.to(weights.dtype).sum(0) / num_tokens  # [E]
-            norms = norms * shares * (self.tot_expert / self.top_k)
+            norms = norms * counts * (self.tot_expert / self.top_k) / num_tokens
         # A copy: update_coefficient may come between forward and backward, which reads it.
         return self.coefficient.to(weights.dtype, copy=True) * norms.sum()
 

@@ -9,11 +9,10 @@ from moeops.gates.functional import (
     apply_capacity,
     check_capacity,
     expert_capacity,
-    expert_loads,
     router_logits,
 )
 from moeops.gates.naive import NaiveGate
-from moeops.losses import TINY, alignment_loss
+from moeops.losses import alignment_loss, score_balance_loss
 from moeops.ops import _checks
 from moeops.ops.routing import topk_route
 
@@ -119,9 +118,8 @@ class SAMGate(NaiveGate):
         _, local_ids = topk_route(log_probs.detach().gather(1, members), self.top_k)
         topk_ids = first + local_ids
         topk_weights = probs.gather(1, topk_ids)
-        counts = expert_loads(topk_ids, num_experts).to(probs.dtype)
-        means = probs.sum(0) / (num_tokens + TINY)  # [E]
-        loss = num_experts * (counts / (num_tokens + TINY) * means).sum()
+        # Its f_e is divided by T, not by T * K.
+        loss = self.top_k * score_balance_loss(logits, topk_ids)
         if self.alignment > 0:
             aligned = alignment_loss(probs, topk_ids, width)
             scale = num_tokens if self.compat else 1

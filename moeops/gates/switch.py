@@ -14,10 +14,13 @@ from moeops.gates.functional import (
     chosen_weights,
     expert_capacity,
     router_logits,
+    uniform_like,
 )
 from moeops.gates.naive import NaiveGate
 from moeops.losses import TINY, switch_loss
 from moeops.ops.routing import topk_route
+from moeops.ops.scores import score_sums
+from moeops.ops.sorting import count_tokens
 
 JITTERS = ("input", "logits")
 
@@ -118,7 +121,7 @@ class SwitchGate(NaiveGate):
 
     def _noise(self, like: Tensor) -> Tensor:
         """Uniform noise in ``[1 - switch_eps, 1 + switch_eps]``."""
-        return torch.rand_like(like) * (2 * self.switch_eps) + (1 - self.switch_eps)
+        return uniform_like(like, 1 - self.switch_eps, 1 + self.switch_eps)
 
     def forward(  # type: ignore[override]
         self, inp: Tensor
@@ -171,8 +174,6 @@ class SwitchGate(NaiveGate):
 
 def _kept_loss(logits: Tensor, topk_ids: Tensor) -> Tensor:
     """FastMoE's loss: both means are taken over the tokens that were kept."""
-    num_experts = logits.shape[1]
-    chosen = topk_ids == torch.arange(num_experts, device=topk_ids.device)  # [T, E]
-    counts = chosen.to(logits.dtype).sum(0)  # [E]
+    counts = count_tokens(topk_ids, logits.shape[1])  # [E]
     kept = counts.sum() + TINY
-    return num_experts * (counts / kept * (torch.softmax(logits, dim=-1).sum(0) / kept)).sum()
+    return logits.shape[1] * (counts * score_sums(logits)).sum() / kept / kept

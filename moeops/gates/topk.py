@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moeops.gates.functional import check_balance, check_scale, chosen_weights, router_logits
 from moeops.gates.naive import NaiveGate
-from moeops.losses import balance_loss
+from moeops.losses import score_balance_loss
 from moeops.ops.routing import SCORES, topk_route
 
 
@@ -98,7 +98,7 @@ class TopKGate(NaiveGate):
         loss = None
         if self.balance:
             group = self._balance_group() if self.balance == "global" else None
-            loss = balance_loss(expert_probs(logits, self.score), topk_ids, group=group)
+            loss = score_balance_loss(logits, topk_ids, self.score, group=group)
         self.set_loss(loss, logits, topk_ids)
         if return_all_scores:
             return topk_ids, topk_weights, logits

@@ -14,6 +14,7 @@ from moeops.gates.naive import NaiveGate
 from moeops.losses import cv_squared, gshard_loss
 from moeops.ops import _checks
 from moeops.ops.routing import topk_route
+from moeops.ops.scores import score_sums
 
 _MILLION = 1_000_000
 
@@ -149,7 +150,7 @@ class TutelGate(NaiveGate):
             rows = self._capacity(inp.shape[0], top_k, abs(factor))
             policy, priority = "choice", topk_weights
             if self.batch_prioritized_routing:
-                largest = torch.softmax(logits.detach(), dim=-1).amax(-1, keepdim=True)
+                largest, _ = topk_route(logits.detach(), 1, renormalize=False)  # [T, 1]
                 policy, priority = "batch", largest.expand_as(topk_weights)
             topk_ids = apply_capacity(topk_ids, priority, self.tot_expert, rows, policy=policy)
         return topk_ids, topk_weights
@@ -162,11 +163,10 @@ class TutelGate(NaiveGate):
 
     def _load_importance_loss(self, clean: Tensor, mark: Tensor) -> Tensor:
         """Half the sum of importance and load loss; ``mark [T, 1]`` is the K-th best noisy logit."""
-        probs = torch.softmax(clean, dim=-1)
         sigma = self.gate_noise / self.tot_expert
-        distance = ((probs if self.compat else clean) - mark) / (sigma * math.sqrt(2))
-        load = (0.5 * (1 + torch.erf(distance))).sum(0)  # [E]
-        weights = probs.sum(0)  # [E]
+        value = torch.softmax(clean, dim=-1) if self.compat else clean
+        load = 0.5 * torch.erfc((mark - value) / (sigma * math.sqrt(2))).sum(0)  # [E]
+        weights = score_sums(clean)  # [E]
         if self.compat:
             return (_cv_squared_tutel(weights) + _cv_squared_tutel(load)) / 2
         return (cv_squared(weights) + cv_squared(load)) / 2

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from moeops.gates.base import BaseGate, check_top_k
 from moeops.gates.functional import check_balance, exact_linear, router_logits
-from moeops.gates.topk import expert_probs
-from moeops.losses import balance_loss
+from moeops.losses import score_balance_loss
 from moeops.ops import _checks
 from moeops.ops.routing import SCORES, topk_route
 
@@ -129,7 +128,7 @@ class XMoEGate(BaseGate):
         loss = None
         if self.balance:
             group = self._balance_group() if self.balance == "global" else None
-            loss = balance_loss(expert_probs(logits, self.score), topk_ids, group=group)
+            loss = score_balance_loss(logits, topk_ids, self.score, group=group)
         self.set_loss(loss, logits, topk_ids)
         if return_all_scores:
             return topk_ids, topk_weights, logits

@@ -6,6 +6,7 @@ from moeops.ops.moe_mlp import moe_mlp
 from moeops.ops.padding import pad_rows, unpad_rows
 from moeops.ops.permute import permute_tokens, unpermute_tokens
 from moeops.ops.routing import topk_route
+from moeops.ops.scores import score_sums
 from moeops.ops.sorting import count_tokens, limit_capacity, sort_tokens
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "moe_mlp",
     "pad_rows",
     "permute_tokens",
+    "score_sums",
     "sort_tokens",
     "topk_route",
     "unpad_rows",

@@ -30,7 +30,7 @@ def _count_tokens_fake(topk_ids, num_experts):
 
 
 @torch.library.register_fake("moeops::limit_capacity")
-def _limit_capacity_fake(topk_ids, priority, num_experts, capacity):
+def _limit_capacity_fake(topk_ids, priority, num_experts, capacity, by_choice):
     return topk_ids.new_empty(topk_ids.shape)
 
 
@@ -110,18 +110,24 @@ def count_tokens(topk_ids: Tensor, num_experts: int) -> Tensor:
 
 
 def limit_capacity(
-    topk_ids: Tensor, num_experts: int, capacity: int, *, priority: Tensor | None = None
+    topk_ids: Tensor,
+    num_experts: int,
+    capacity: int,
+    *,
+    priority: Tensor | None = None,
+    by_choice: bool = False,
 ) -> Tensor:
     """Set to -1 every pair that does not fit into its expert's capacity.
 
-    Each expert keeps its first ``capacity`` pairs in (token, choice) order, or its ``capacity`` pairs of highest
-    ``priority``, ties in (token, choice) order.
+    Each expert keeps its first ``capacity`` pairs in (token, choice) order, with ``by_choice`` in (choice, token)
+    order, or its ``capacity`` pairs of highest ``priority``, ties in (token, choice) order.
 
     Args:
         topk_ids: chosen experts, ``[T, K]``, int32 or int64, values in ``[-1, E)``.
         num_experts: ``E``, at least 1.
         capacity: ``C`` in rows per expert, at least 0.
         priority: ``[T, K]``, any float type; a larger value is kept first.
+        by_choice: first choices of all tokens come before second ones; not beside ``priority``.
 
     Returns:
         The ids that fit, -1 elsewhere: ``[T, K]``, dtype of ``topk_ids``.
@@ -142,9 +148,13 @@ def limit_capacity(
         _checks.check_int(op, "num_experts", num_experts, 1, "Pass the expert count.")
         _checks.check_int(op, "capacity", capacity, 0, "Pass rows per expert.")
         if priority is not None:
+            if by_choice:
+                raise ValueError(
+                    f"{op}: priority must be None with by_choice, got {_checks.describe(priority)}. Pass one of them."
+                )
             _checks.check_tensor(op, "priority", priority, 2)
             _checks.check_float(op, "priority", priority)
             _checks.check_size(op, "priority", priority, 0, topk_ids.shape[0], "like topk_ids")
             _checks.check_size(op, "priority", priority, 1, topk_ids.shape[1], "like topk_ids")
             _checks.check_device(op, "priority", priority, "topk_ids", topk_ids)
-    return torch.ops.moeops.limit_capacity(topk_ids, priority, num_experts, capacity)
+    return torch.ops.moeops.limit_capacity(topk_ids, priority, num_experts, capacity, by_choice)

@@ -53,6 +53,13 @@ def topk_route(
     return weights * scale, ids
 
 
+def score_sums(logits: Tensor, score: str = "softmax") -> Tensor:
+    """Each token's scores divided by their sum, summed over the tokens."""
+    z = logits.to(_accumulate_dtype(logits.dtype))
+    # sigmoid(z) / sum of sigmoid is the softmax of log sigmoid, which cannot divide by zero.
+    return torch.softmax(z if score == "softmax" else F.logsigmoid(z), dim=-1).sum(0)
+
+
 def sort_tokens(
     topk_ids: Tensor,
     num_experts: int,
@@ -93,12 +100,19 @@ def count_tokens(topk_ids: Tensor, num_experts: int) -> Tensor:
 
 
 def limit_capacity(
-    topk_ids: Tensor, num_experts: int, capacity: int, *, priority: Tensor | None = None
+    topk_ids: Tensor,
+    num_experts: int,
+    capacity: int,
+    *,
+    priority: Tensor | None = None,
+    by_choice: bool = False,
 ) -> Tensor:
     """Keep the first, or the highest-priority, ``capacity`` pairs of each expert; -1 for the rest."""
     flat = topk_ids.reshape(-1)
     out = flat.clone()
     order = torch.arange(flat.numel(), device=flat.device)
+    if by_choice:
+        order = order.view(topk_ids.shape).t().reshape(-1)
     if priority is not None:
         order = torch.sort(priority.reshape(-1), descending=True, stable=True).indices
     for e in range(num_experts):

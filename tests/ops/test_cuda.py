@@ -15,9 +15,10 @@ CAPTURED = [
     (op, i)
     for op, cases in (
         ("topk_route", 2),
+        ("score_sums", 2),
         ("sort_tokens", 2),
         ("count_tokens", 1),
-        ("limit_capacity", 2),
+        ("limit_capacity", 3),
         ("permute_tokens", 1),
         ("unpermute_tokens", 2),
         ("pad_rows", 1),

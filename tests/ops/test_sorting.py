@@ -150,6 +150,19 @@ def test_limit_capacity(sample, capacity, priority_dtype, id_dtype, device, fill
 
 
 @pytest.mark.parametrize("sample", SAMPLES, ids=str)
+@pytest.mark.parametrize("capacity", [0, 3])
+@ID_DTYPES
+def test_limit_capacity_by_choice(sample, capacity, id_dtype, device, filled):
+    ids = sample.ids(device, id_dtype)
+    kept = moeops.limit_capacity(ids, sample.E, capacity, by_choice=True)
+    want = reference.limit_capacity(ids.cpu(), sample.E, capacity, by_choice=True)
+    assert kept.dtype == ids.dtype
+    assert torch.equal(kept.cpu(), want)
+    turned = moeops.limit_capacity(ids.t(), sample.E, capacity)
+    assert torch.equal(kept, turned.t())
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=str)
 @pytest.mark.parametrize("by_priority", [False, True], ids=["by_position", "by_priority"])
 def test_capacity_keeps_the_right_pairs(sample, by_priority, device):
     capacity = 2
@@ -200,6 +213,8 @@ def test_public_errors(device):
         moeops.limit_capacity(ids, 4, -1)
     with pytest.raises(ValueError, match=r"limit_capacity: priority must have size 2.*\[4, 1\]"):
         moeops.limit_capacity(ids, 4, 1, priority=torch.ones(4, 1, device=device))
+    with pytest.raises(ValueError, match=r"limit_capacity: priority must be None with by_choice"):
+        moeops.limit_capacity(ids, 4, 1, priority=torch.ones(4, 2, device=device), by_choice=True)
     with pytest.raises(TypeError, match=r"limit_capacity: priority must be float64.*torch.int64"):
         moeops.limit_capacity(ids, 4, 1, priority=ids)
 

@@ -198,37 +198,44 @@ void keep_best(id_t* out, const id_t* ids, const scalar_t* priority, ExpertCount
   });
 }
 
+// The transpose of `kept [K, T]`.
+template <typename id_t>
+void transpose_back(id_t* out, const id_t* kept, int64_t num_tokens, int64_t top_k) {
+  torch::stable::parallel_for(0, num_tokens, grain_rows(top_k), [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      for (int64_t k = 0; k < top_k; ++k) out[t * top_k + k] = kept[k * num_tokens + t];
+    }
+  });
+}
+
 Tensor limit_capacity(const Tensor& topk_ids, const std::optional<Tensor>& priority,
-                      int64_t num_experts, int64_t capacity) {
+                      int64_t num_experts, int64_t capacity, bool by_choice) {
   constexpr const char* kOp = "limit_capacity";
-  check_arguments(kOp, topk_ids, num_experts);
-  STD_TORCH_CHECK(capacity >= 0, kOp, ": capacity must be at least 0, got ", capacity,
-                  ". Pass rows per expert.");
-  if (priority) {
-    check_dim(kOp, "priority", *priority, 2);
-    check_float(kOp, "priority", *priority);
-    check_same_device(kOp, "priority", *priority, topk_ids);
-    check_size(kOp, "priority", *priority, 0, topk_ids.size(0));
-    check_size(kOp, "priority", *priority, 1, topk_ids.size(1));
-  }
-  const Tensor ids = as_contiguous(topk_ids);
+  check_limit(kOp, topk_ids, priority, num_experts, capacity, by_choice);
+  const int64_t num_tokens = topk_ids.size(0), top_k = topk_ids.size(1);
+  const bool turned = by_choice && top_k > 1;
+  const Tensor ids = as_contiguous(turned ? torch::stable::transpose(topk_ids, 0, 1) : topk_ids);
   const int64_t num_pairs = ids.numel();
   Tensor kept = torch::stable::new_empty(ids, ids.sizes());
+  Tensor out = turned ? torch::stable::new_empty(ids, topk_ids.sizes()) : kept;
   with_ids(ids, [&](const auto* data) {
     using id_t = std::remove_const_t<std::remove_pointer_t<decltype(data)>>;
-    auto* out = static_cast<id_t*>(kept.mutable_data_ptr());
+    auto* kept_ids = static_cast<id_t*>(kept.mutable_data_ptr());
     ExpertCounts counts(kOp, data, num_pairs, num_experts, /*drop_out_of_range=*/false);
     if (!priority) {
-      keep_first(out, data, counts, num_experts, capacity);
+      keep_first(kept_ids, data, counts, num_experts, capacity);
+      if (turned) {
+        transpose_back(static_cast<id_t*>(out.mutable_data_ptr()), kept_ids, num_tokens, top_k);
+      }
       return;
     }
     const Tensor values = as_contiguous(*priority);
     MOEOPS_DISPATCH_FLOAT(values.scalar_type(), kOp, [&] {
-      keep_best(out, data, static_cast<const scalar_t*>(values.const_data_ptr()), counts, num_pairs,
-                num_experts, capacity);
+      keep_best(kept_ids, data, static_cast<const scalar_t*>(values.const_data_ptr()), counts,
+                num_pairs, num_experts, capacity);
     });
   });
-  return kept;
+  return out;
 }
 
 }  // namespace

@@ -1,8 +1,10 @@
-// Dtype dispatch with CUDA's own element types.
+// Dispatch over CUDA's own element types and over registers per lane.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+
+#include <type_traits>
 
 #include "checks.h"
 
@@ -30,4 +32,36 @@
         STD_TORCH_CHECK(false, NAME,                                                     \
                         ": dtype must be float64, float32, bfloat16 or float16. Cast."); \
     }                                                                                    \
+  }()
+
+namespace moeops::cuda {
+
+// Kernels that give a warp a token hold its experts in registers, at most kMaxSlots in a lane.
+constexpr int kMaxSlots = 64;
+constexpr int kMaxRegisterExperts = kMaxSlots * 32;
+
+}  // namespace moeops::cuda
+
+// Runs the lambda body with kSlots bound to the smallest register count that holds E / 32 scores
+// per lane.
+#define MOEOPS_DISPATCH_SLOTS(NUM_EXPERTS, ...)      \
+  [&] {                                              \
+    const int needed = ((NUM_EXPERTS) + 31) / 32;    \
+    auto run = [&](auto slots) {                     \
+      constexpr int kSlots = decltype(slots)::value; \
+      __VA_ARGS__();                                 \
+    };                                               \
+    if (needed <= 1) {                               \
+      run(std::integral_constant<int, 1>{});         \
+    } else if (needed <= 2) {                        \
+      run(std::integral_constant<int, 2>{});         \
+    } else if (needed <= 4) {                        \
+      run(std::integral_constant<int, 4>{});         \
+    } else if (needed <= 8) {                        \
+      run(std::integral_constant<int, 8>{});         \
+    } else if (needed <= 16) {                       \
+      run(std::integral_constant<int, 16>{});        \
+    } else {                                         \
+      run(std::integral_constant<int, kMaxSlots>{}); \
+    }                                                \
   }()

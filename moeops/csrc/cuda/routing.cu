@@ -11,15 +11,16 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarpsPerBlock = kThreads / kWarpSize;
-constexpr int kMaxSlots = 64;  // a lane's chosen experts are bits of one 64-bit word
-constexpr int kMaxExperts = kMaxSlots * kWarpSize;
+// topk_route_backward_kernel keeps a lane's chosen experts as bits of one word.
+static_assert(kMaxSlots <= 64, "one bit for each register of a lane");
 
 RouteOptions make_options(const char* op, int64_t num_experts, int64_t top_k,
                           const std::string& score, bool renormalize, double scale,
                           int64_t num_groups, int64_t top_groups) {
   check_route_options(op, num_experts, top_k, score, num_groups, top_groups);
-  STD_TORCH_CHECK(num_experts <= kMaxExperts, op, ": logits must have at most ", kMaxExperts,
-                  " experts on CUDA, got ", num_experts, ". Use fewer experts.");
+  STD_TORCH_CHECK(num_experts <= kMaxRegisterExperts, op, ": logits must have at most ",
+                  kMaxRegisterExperts, " experts on CUDA, got ", num_experts,
+                  ". Use fewer experts.");
   return {static_cast<int>(num_experts),
           static_cast<int>(top_k),
           static_cast<int>(num_groups),
@@ -28,30 +29,6 @@ RouteOptions make_options(const char* op, int64_t num_experts, int64_t top_k,
           renormalize,
           scale};
 }
-
-// Runs the lambda body with kSlots bound to the smallest register count that holds E / 32 scores
-// per lane.
-#define MOEOPS_DISPATCH_SLOTS(NUM_EXPERTS, ...)      \
-  [&] {                                              \
-    const int needed = ((NUM_EXPERTS) + 31) / 32;    \
-    auto run = [&](auto slots) {                     \
-      constexpr int kSlots = decltype(slots)::value; \
-      __VA_ARGS__();                                 \
-    };                                               \
-    if (needed <= 1) {                               \
-      run(std::integral_constant<int, 1>{});         \
-    } else if (needed <= 2) {                        \
-      run(std::integral_constant<int, 2>{});         \
-    } else if (needed <= 4) {                        \
-      run(std::integral_constant<int, 4>{});         \
-    } else if (needed <= 8) {                        \
-      run(std::integral_constant<int, 8>{});         \
-    } else if (needed <= 16) {                       \
-      run(std::integral_constant<int, 16>{});        \
-    } else {                                         \
-      run(std::integral_constant<int, kMaxSlots>{}); \
-    }                                                \
-  }()
 
 std::tuple<Tensor, Tensor> topk_route(const Tensor& logits, const std::optional<Tensor>& bias,
                                       int64_t top_k, const std::string& score, bool renormalize,

@@ -39,49 +39,45 @@ int sort_warps(const char* op, int64_t num_experts, int max_shared_bytes) {
                   " bytes, got ", num_experts, ". Use fewer experts.");
 }
 
-struct Plan {
-  Tensor row_to_pair, pair_to_row, offsets;
+// What both passes of a sort share.
+struct SortLaunch {
+  SortShape shape;
+  int blocks, threads;
+  size_t count_bytes, scatter_bytes;
+  Tensor counts;  // [blocks, E + 1]
 };
 
-Plan sort(const char* op, const Tensor& ids, int64_t num_experts, int64_t num_rows,
-          bool drop_out_of_range, cudaStream_t stream) {
+// The first pass: counts per block and expert.
+SortLaunch count_blocks(const char* op, const Tensor& ids, int64_t num_experts, int64_t num_rows,
+                        bool drop_out_of_range, const Queue& queue, cudaStream_t stream) {
   const int64_t num_pairs = ids.numel();
-  Plan plan{empty_on(ids, {num_rows}, ScalarType::Int), empty_on(ids, ids.sizes(), ScalarType::Int),
-            empty_on(ids, {num_experts + 1}, ScalarType::Int)};
   const int warps =
       sort_warps(op, num_experts, device_limits(ids.get_device_index()).max_shared_bytes);
   const int threads = warps * kWarpSize;
   const int64_t wanted = std::max(kMinChunk, ceil_div(num_pairs, kMaxBlocks));
   const SortShape shape{num_pairs, ceil_div(wanted, threads) * threads, num_rows,
                         static_cast<int>(num_experts), drop_out_of_range};
-  const int num_blocks = static_cast<int>(std::max<int64_t>(1, ceil_div(num_pairs, shape.chunk)));
-  Tensor counts = empty_on(ids, {num_blocks, num_experts + 1}, ScalarType::Int);
-  DebugCounter bad_values(ids, stream), surplus(ids, stream);
+  const int blocks = static_cast<int>(std::max<int64_t>(1, ceil_div(num_pairs, shape.chunk)));
   const size_t count_bytes = (num_experts + 1) * sizeof(int32_t);
-  const size_t scatter_bytes = (2 + warps) * count_bytes;
+  SortLaunch launch{shape,
+                    blocks,
+                    threads,
+                    count_bytes,
+                    (2 + warps) * count_bytes,
+                    empty_on(ids, {blocks, num_experts + 1}, ScalarType::Int)};
+  DebugCounter bad_values(ids, stream);
   dispatch_ids(ids, [&](auto id) {
     using Id = decltype(id);
     allow_shared_bytes(sort_count_kernel<Id>, count_bytes);
-    allow_shared_bytes(sort_scatter_kernel<Id>, scatter_bytes);
-    const auto* data = static_cast<const Id*>(ids.data_ptr());
-    auto* count = static_cast<int32_t*>(counts.data_ptr());
-    sort_count_kernel<Id><<<num_blocks, threads, count_bytes, stream>>>(
-        data, shape, count, bad_values.device_pointer());
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
-    sort_scatter_kernel<Id><<<num_blocks, threads, scatter_bytes, stream>>>(
-        data, shape, count, num_blocks, static_cast<int32_t*>(plan.row_to_pair.data_ptr()),
-        static_cast<int32_t*>(plan.pair_to_row.data_ptr()),
-        static_cast<int32_t*>(plan.offsets.data_ptr()), surplus.device_pointer());
+    sort_count_kernel<Id><<<blocks, threads, count_bytes, stream>>>(
+        static_cast<const Id*>(ids.data_ptr()), shape, queue,
+        static_cast<int32_t*>(launch.counts.data_ptr()), bad_values.device_pointer());
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   });
   const int32_t bad = bad_values.read();
   STD_TORCH_CHECK(bad == 0, op, ": topk_ids must be from -1 to ", num_experts - 1, ", got ", bad,
                   " ids outside. Fix the gate, or pass drop_out_of_range=True.");
-  const int64_t too_many = surplus.read();
-  STD_TORCH_CHECK(too_many == 0, op, ": num_rows must be at least the ", num_rows + too_many,
-                  " pairs that are kept, got ", num_rows,
-                  ". Raise it, or drop pairs with -1 in topk_ids.");
-  return plan;
+  return launch;
 }
 
 std::tuple<Tensor, Tensor, Tensor> sort_tokens(const Tensor& topk_ids, int64_t num_experts,
@@ -92,9 +88,32 @@ std::tuple<Tensor, Tensor, Tensor> sort_tokens(const Tensor& topk_ids, int64_t n
   check_num_experts(kOp, num_experts);
   const int64_t num_rows = plan_rows(kOp, rows_asked, topk_ids.numel());
   DeviceGuard guard(topk_ids.get_device_index());
-  Plan plan = sort(kOp, as_contiguous(topk_ids), num_experts, num_rows, drop_out_of_range,
-                   current_stream(topk_ids));
-  return {plan.row_to_pair, plan.pair_to_row, plan.offsets};
+  const Tensor ids = as_contiguous(topk_ids);
+  const cudaStream_t stream = current_stream(ids);
+  Tensor row_to_pair = empty_on(ids, {num_rows}, ScalarType::Int);
+  Tensor pair_to_row = empty_on(ids, ids.sizes(), ScalarType::Int);
+  Tensor offsets = empty_on(ids, {num_experts + 1}, ScalarType::Int);
+  const Queue queue{};
+  const SortLaunch launch =
+      count_blocks(kOp, ids, num_experts, num_rows, drop_out_of_range, queue, stream);
+  DebugCounter surplus(ids, stream);
+  dispatch_ids(ids, [&](auto id) {
+    using Id = decltype(id);
+    auto* kernel = &sort_scatter_kernel<Id, false>;
+    allow_shared_bytes(kernel, launch.scatter_bytes);
+    kernel<<<launch.blocks, launch.threads, launch.scatter_bytes, stream>>>(
+        static_cast<const Id*>(ids.data_ptr()), launch.shape, queue,
+        static_cast<const int32_t*>(launch.counts.data_ptr()), launch.blocks,
+        static_cast<int32_t*>(row_to_pair.data_ptr()),
+        static_cast<int32_t*>(pair_to_row.data_ptr()), static_cast<int32_t*>(offsets.data_ptr()),
+        surplus.device_pointer(), /*capacity=*/0, /*kept=*/nullptr);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+  const int64_t too_many = surplus.read();
+  STD_TORCH_CHECK(too_many == 0, kOp, ": num_rows must be at least the ", num_rows + too_many,
+                  " pairs that are kept, got ", num_rows,
+                  ". Raise it, or drop pairs with -1 in topk_ids.");
+  return {row_to_pair, pair_to_row, offsets};
 }
 
 Tensor count_tokens(const Tensor& topk_ids, int64_t num_experts) {
@@ -105,7 +124,10 @@ Tensor count_tokens(const Tensor& topk_ids, int64_t num_experts) {
                   ": num_experts must be below 2^31, got ", num_experts, ". Use fewer experts.");
   DeviceGuard guard(topk_ids.get_device_index());
   const cudaStream_t stream = current_stream(topk_ids);
-  const Tensor ids = as_contiguous(topk_ids);
+  // A column, as losses of first choices count, is read in place.
+  const bool column = topk_ids.dim() == 2 && topk_ids.size(1) == 1;
+  const Tensor ids = column ? topk_ids : as_contiguous(topk_ids);
+  const int64_t stride = column ? topk_ids.stride(0) : 1;
   Tensor counts = empty_on(ids, {num_experts}, ScalarType::Int);
   STD_CUDA_CHECK(cudaMemsetAsync(counts.data_ptr(), 0, num_experts * sizeof(int32_t), stream));
   const int64_t num_ids = ids.numel();
@@ -124,15 +146,15 @@ Tensor count_tokens(const Tensor& topk_ids, int64_t num_experts) {
   dispatch_ids(ids, [&](auto id) {
     using Id = decltype(id);
     constexpr int kVector = 16 / sizeof(Id);
-    const bool wide = reinterpret_cast<uintptr_t>(ids.data_ptr()) % 16 == 0;
+    const bool wide = stride == 1 && reinterpret_cast<uintptr_t>(ids.data_ptr()) % 16 == 0;
     auto* kernel =
         shared
             ? (wide ? &count_tokens_kernel<Id, kVector, true> : &count_tokens_kernel<Id, 1, true>)
             : (wide ? &count_tokens_kernel<Id, kVector, false>
                     : &count_tokens_kernel<Id, 1, false>);
-    kernel<<<blocks, kCountThreads, bytes, stream>>>(static_cast<const Id*>(ids.data_ptr()), shape,
-                                                     static_cast<int32_t*>(counts.data_ptr()),
-                                                     bad_values.device_pointer());
+    kernel<<<blocks, kCountThreads, bytes, stream>>>(
+        static_cast<const Id*>(ids.data_ptr()), stride, shape,
+        static_cast<int32_t*>(counts.data_ptr()), bad_values.device_pointer());
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   });
   const int32_t bad = bad_values.read();
@@ -142,44 +164,35 @@ Tensor count_tokens(const Tensor& topk_ids, int64_t num_experts) {
 }
 
 Tensor limit_capacity(const Tensor& topk_ids, const std::optional<Tensor>& priority,
-                      int64_t num_experts, int64_t capacity) {
+                      int64_t num_experts, int64_t capacity, bool by_choice) {
   constexpr auto kOp = "limit_capacity";
-  check_ids(kOp, topk_ids);
-  check_num_experts(kOp, num_experts);
-  STD_TORCH_CHECK(capacity >= 0, kOp, ": capacity must be at least 0, got ", capacity,
-                  ". Pass rows per expert.");
+  check_limit(kOp, topk_ids, priority, num_experts, capacity, by_choice);
   DeviceGuard guard(topk_ids.get_device_index());
   const cudaStream_t stream = current_stream(topk_ids);
   const Tensor ids = as_contiguous(topk_ids);
   const int64_t num_pairs = ids.numel();
   Tensor out = empty_on(ids, ids.sizes(), ids.scalar_type());
   if (num_pairs == 0) return out;
-  Tensor sorted_ids = ids, order;
+  Tensor order;
+  Queue queue{};
   if (priority) {
-    check_dim(kOp, "priority", *priority, 2);
-    check_float(kOp, "priority", *priority);
-    check_size(kOp, "priority", *priority, 0, ids.size(0));
-    check_size(kOp, "priority", *priority, 1, ids.size(1));
-    check_same_device(kOp, "priority", *priority, ids);
     order = argsort_descending(torch::stable::reshape(*priority, {num_pairs}));
-    sorted_ids = empty_on(ids, ids.sizes(), ids.scalar_type());
+    queue.order = static_cast<const int64_t*>(order.data_ptr());
+  } else if (by_choice && ids.size(1) > 1) {
+    queue.num_tokens = static_cast<uint32_t>(ids.size(0));
+    queue.top_k = static_cast<uint32_t>(ids.size(1));
   }
-  const unsigned blocks = grid_blocks(num_pairs, kThreads);
-  const int64_t* picked = priority ? static_cast<const int64_t*>(order.data_ptr()) : nullptr;
+  const SortLaunch launch = count_blocks(kOp, ids, num_experts, num_pairs,
+                                         /*drop_out_of_range=*/false, queue, stream);
   dispatch_ids(ids, [&](auto id) {
     using Id = decltype(id);
-    const auto* data = static_cast<const Id*>(ids.data_ptr());
-    if (priority) {
-      gather_ids_kernel<Id><<<blocks, kThreads, 0, stream>>>(
-          data, picked, num_pairs, static_cast<Id*>(sorted_ids.data_ptr()));
-      STD_CUDA_KERNEL_LAUNCH_CHECK();
-    }
-    const Plan plan =
-        sort(kOp, sorted_ids, num_experts, num_pairs, /*drop_out_of_range=*/false, stream);
-    limit_capacity_kernel<Id><<<blocks, kThreads, 0, stream>>>(
-        data, picked, static_cast<const int32_t*>(plan.pair_to_row.data_ptr()),
-        static_cast<const int32_t*>(plan.offsets.data_ptr()), num_pairs,
-        static_cast<int>(num_experts), capacity, static_cast<Id*>(out.data_ptr()));
+    auto* kernel = &sort_scatter_kernel<Id, true>;
+    allow_shared_bytes(kernel, launch.scatter_bytes);
+    kernel<<<launch.blocks, launch.threads, launch.scatter_bytes, stream>>>(
+        static_cast<const Id*>(ids.data_ptr()), launch.shape, queue,
+        static_cast<const int32_t*>(launch.counts.data_ptr()), launch.blocks,
+        /*row_to_pair=*/nullptr, /*pair_to_row=*/nullptr, /*offsets=*/nullptr,
+        /*surplus=*/nullptr, capacity, static_cast<Id*>(out.data_ptr()));
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   });
   return out;

@@ -99,12 +99,38 @@ __device__ __forceinline__ void keep_best_groups(const Acc (&choice)[kSlots], Ke
   const int lane = threadIdx.x % kWarpSize;
   const int group_size = options.num_experts / options.num_groups;
   const Acc kLowest = Acc(-INFINITY);
-  for (int g = 0; g < options.num_groups; ++g) {
+  int group[kSlots];  // of the lane's experts; -1 past the last
+#pragma unroll
+  for (int i = 0; i < kSlots; ++i) {
+    const int e = lane + i * kWarpSize;
+    group[i] = e < options.num_experts ? e / group_size : -1;
+  }
+  // The two best of both lanes' two best.
+  const auto merge = [](Acc& first, Acc& second, int offset) {
+    const Acc other_first = __shfl_xor_sync(kFullMask, first, offset);
+    const Acc other_second = __shfl_xor_sync(kFullMask, second, offset);
+    const Acc loser = first < other_first ? first : other_first;
+    first = first < other_first ? other_first : first;
+    second = second < other_second ? other_second : second;
+    second = second < loser ? loser : second;
+  };
+  // Groups that are aligned neighbours in one register: all of a register's groups at once.
+  const bool aligned = group_size <= kWarpSize && (group_size & (group_size - 1)) == 0;
+  if (aligned) {
+#pragma unroll
+    for (int i = 0; i < kSlots; ++i) {
+      Acc first = group[i] < 0 ? kLowest : choice[i], second = kLowest;
+      for (int offset = group_size / 2; offset > 0; offset /= 2) merge(first, second, offset);
+      if (group[i] >= 0 && lane % group_size == 0) {
+        group_worth[group[i]] = group_size > 1 ? first + second : first;
+      }
+    }
+  }
+  for (int g = 0; g < options.num_groups && !aligned; ++g) {
     Acc first = kLowest, second = kLowest;
 #pragma unroll
     for (int i = 0; i < kSlots; ++i) {
-      const int e = lane + i * kWarpSize;
-      if (e < options.num_experts && e / group_size == g) {
+      if (group[i] == g) {
         if (choice[i] > first) {
           second = first;
           first = choice[i];
@@ -114,29 +140,30 @@ __device__ __forceinline__ void keep_best_groups(const Acc (&choice)[kSlots], Ke
       }
     }
 #pragma unroll
-    for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
-      const Acc other_first = __shfl_xor_sync(kFullMask, first, offset);
-      const Acc other_second = __shfl_xor_sync(kFullMask, second, offset);
-      const Acc loser = first < other_first ? first : other_first;
-      first = first < other_first ? other_first : first;
-      second = second < other_second ? other_second : second;
-      second = second < loser ? loser : second;
-    }
+    for (int offset = kWarpSize / 2; offset > 0; offset /= 2) merge(first, second, offset);
     if (lane == 0) group_worth[g] = group_size > 1 ? first + second : first;
   }
   __syncwarp();
-  // Group g stays if fewer than top_groups groups come before it.
-#pragma unroll
-  for (int i = 0; i < kSlots; ++i) {
-    const int e = lane + i * kWarpSize;
-    if (e >= options.num_experts) continue;
-    const int mine = e / group_size;
+  // A group stays if fewer than top_groups groups come before it.
+  const auto stays = [&](int mine) {
     int better = 0;
     for (int g = 0; g < options.num_groups; ++g) {
       better +=
           group_worth[g] > group_worth[mine] || (group_worth[g] == group_worth[mine] && g < mine);
     }
-    if (better >= options.top_groups) keys[i] = 0;
+    return better < options.top_groups;
+  };
+  if (options.num_groups <= kWarpSize) {  // every lane asks for one group
+    const unsigned kept = __ballot_sync(kFullMask, lane < options.num_groups && stays(lane));
+#pragma unroll
+    for (int i = 0; i < kSlots; ++i) {
+      if (group[i] >= 0 && !(kept >> group[i] & 1)) keys[i] = 0;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kSlots; ++i) {
+      if (group[i] >= 0 && !stays(group[i])) keys[i] = 0;
+    }
   }
   __syncwarp();
 }

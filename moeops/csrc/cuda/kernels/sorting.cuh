@@ -15,6 +15,22 @@ struct SortShape {
   bool drop_out_of_range;
 };
 
+// Who comes first: entry i of the queue is pair order[i], or with num_tokens > 0 choice
+// i / num_tokens of token i % num_tokens, or pair i.
+struct Queue {
+  const int64_t* order;
+  uint32_t num_tokens;
+  uint32_t top_k;
+};
+
+__device__ __forceinline__ int64_t pair_at(const Queue& queue, int64_t i) {
+  if (queue.order != nullptr) return queue.order[i];
+  if (queue.num_tokens == 0) return i;
+  const auto entry = static_cast<uint32_t>(i);  // as row numbers, pairs fit 31 bits
+  const uint32_t choice = entry / queue.num_tokens;
+  return static_cast<int64_t>(entry - choice * queue.num_tokens) * queue.top_k + choice;
+}
+
 // The bucket of an id: its expert, or E for a dropped or invalid pair; counts the invalid ones.
 template <typename Id>
 __device__ __forceinline__ int bucket_of(Id id, const SortShape& shape, int32_t* bad_values) {
@@ -24,18 +40,18 @@ __device__ __forceinline__ int bucket_of(Id id, const SortShape& shape, int32_t*
   return shape.num_experts;
 }
 
-// Buckets of the warp's pairs first + 32 * u + lane, -1 past `end`; all loads are in flight
+// Buckets of the warp's entries first + 32 * u + lane, -1 past `end`; all loads are in flight
 // together.
 constexpr int kSortUnroll = 4;
 template <typename Id>
 __device__ __forceinline__ void load_buckets(const Id* __restrict__ ids, const SortShape& shape,
-                                             int64_t first, int64_t end,
+                                             const Queue& queue, int64_t first, int64_t end,
                                              int (&bucket)[kSortUnroll]) {
   Id id[kSortUnroll];
 #pragma unroll
   for (int u = 0; u < kSortUnroll; ++u) {
     const int64_t p = first + u * kWarpSize + threadIdx.x % kWarpSize;
-    id[u] = p < end ? ids[p] : Id(0);
+    id[u] = p < end ? ids[pair_at(queue, p)] : Id(0);
   }
 #pragma unroll
   for (int u = 0; u < kSortUnroll; ++u) {
@@ -46,7 +62,7 @@ __device__ __forceinline__ void load_buckets(const Id* __restrict__ ids, const S
 
 // counts[block][bucket] of the block's chunk. Shared memory: E + 1 integers.
 template <typename Id>
-__global__ void sort_count_kernel(const Id* __restrict__ ids, SortShape shape,
+__global__ void sort_count_kernel(const Id* __restrict__ ids, SortShape shape, Queue queue,
                                   int32_t* __restrict__ counts, int32_t* bad_values) {
   extern __shared__ int32_t histogram[];
   const int buckets = shape.num_experts + 1;
@@ -59,7 +75,7 @@ __global__ void sort_count_kernel(const Id* __restrict__ ids, SortShape shape,
     const bool inside = p < end;
     const unsigned active = __ballot_sync(kFullMask, inside);
     if (!inside) continue;
-    const int bucket = bucket_of(ids[p], shape, bad_values);
+    const int bucket = bucket_of(ids[pair_at(queue, p)], shape, bad_values);
     // One atomic per bucket and warp: all tokens on one expert would otherwise queue up.
     const unsigned peers = __match_any_sync(active, bucket);
     if (threadIdx.x % kWarpSize == __ffs(peers) - 1) atomicAdd(&histogram[bucket], __popc(peers));
@@ -91,14 +107,16 @@ __device__ __forceinline__ void warp_exclusive_scan(int32_t* values, int size) {
 
 // Writes both maps and, from block 0, the offsets. With fewer rows than pairs the dropped pairs,
 // and those for which there is no row left, get the row R that does not exist; rows without a pair
-// name pair 0. `surplus` counts the pairs that found no row. Shared memory: (2 + warps) * (E + 1)
-// integers.
-template <typename Id>
-__global__ void sort_scatter_kernel(const Id* __restrict__ ids, SortShape shape,
+// name pair 0. `surplus` counts the pairs that found no row. With kLimit it writes `kept` instead:
+// the id of each pair that is among the first `capacity` of its expert's queue, -1 of the others.
+// Shared memory: (2 + warps) * (E + 1) integers.
+template <typename Id, bool kLimit>
+__global__ void sort_scatter_kernel(const Id* __restrict__ ids, SortShape shape, Queue queue,
                                     const int32_t* __restrict__ counts, int num_blocks,
                                     int32_t* __restrict__ row_to_pair,
                                     int32_t* __restrict__ pair_to_row,
-                                    int32_t* __restrict__ offsets, int32_t* surplus) {
+                                    int32_t* __restrict__ offsets, int32_t* surplus,
+                                    int64_t capacity, Id* __restrict__ kept) {
   extern __shared__ int32_t shared[];
   const int buckets = shape.num_experts + 1;
   const int lane = threadIdx.x % kWarpSize;
@@ -135,7 +153,7 @@ __global__ void sort_scatter_kernel(const Id* __restrict__ ids, SortShape shape,
   int32_t* mine = position + warp * buckets;
   int bucket[kSortUnroll];
   for (int64_t first = begin; first < end; first += kSortUnroll * kWarpSize) {
-    load_buckets(ids, shape, first, end, bucket);
+    load_buckets(ids, shape, queue, first, end, bucket);
 #pragma unroll
     for (int u = 0; u < kSortUnroll; ++u) {
       const unsigned peers = __match_any_sync(kFullMask, bucket[u]);
@@ -153,16 +171,17 @@ __global__ void sort_scatter_kernel(const Id* __restrict__ ids, SortShape shape,
       position[w * buckets + b] = next;
       next += count;
     }
-    if (blockIdx.x == 0) offsets[b] = static_cast<int32_t>(min(int64_t{total[b]}, shape.num_rows));
+    if (!kLimit && blockIdx.x == 0)
+      offsets[b] = static_cast<int32_t>(min(int64_t{total[b]}, shape.num_rows));
   }
   __syncthreads();
 
   const bool few_rows = shape.num_rows < shape.num_pairs;
-  const int64_t kept = total[shape.num_experts];
-  if (surplus != nullptr && blockIdx.x == 0 && threadIdx.x == 0 && kept > shape.num_rows) {
-    *surplus = static_cast<int32_t>(kept - shape.num_rows);
+  const int64_t live = total[shape.num_experts];
+  if (surplus != nullptr && blockIdx.x == 0 && threadIdx.x == 0 && live > shape.num_rows) {
+    *surplus = static_cast<int32_t>(live - shape.num_rows);
   }
-  for (int64_t row = (few_rows ? kept : shape.num_pairs) +
+  for (int64_t row = (few_rows ? live : shape.num_pairs) +
                      static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
        row < shape.num_rows; row += static_cast<int64_t>(gridDim.x) * blockDim.x) {
     row_to_pair[row] = 0;
@@ -171,7 +190,7 @@ __global__ void sort_scatter_kernel(const Id* __restrict__ ids, SortShape shape,
   const auto num_rows = static_cast<int32_t>(shape.num_rows);
 
   for (int64_t first = begin; first < end; first += kSortUnroll * kWarpSize) {
-    load_buckets(ids, shape, first, end, bucket);
+    load_buckets(ids, shape, queue, first, end, bucket);
 #pragma unroll
     for (int u = 0; u < kSortUnroll; ++u) {
       const unsigned peers = __match_any_sync(kFullMask, bucket[u]);
@@ -182,9 +201,14 @@ __global__ void sort_scatter_kernel(const Id* __restrict__ ids, SortShape shape,
       if (inside) {
         const int64_t p = first + u * kWarpSize + lane;
         if (lane == leader) mine[bucket[u]] = row + __popc(peers);
-        const bool placed = bucket[u] != rowless && row < num_rows;
-        if (placed) row_to_pair[row] = static_cast<int32_t>(p);
-        pair_to_row[p] = placed ? row : num_rows;
+        if constexpr (kLimit) {
+          const bool fits = bucket[u] < shape.num_experts && row - total[bucket[u]] < capacity;
+          kept[pair_at(queue, p)] = fits ? Id(bucket[u]) : Id(-1);
+        } else {
+          const bool placed = bucket[u] != rowless && row < num_rows;
+          if (placed) row_to_pair[row] = static_cast<int32_t>(p);
+          pair_to_row[p] = placed ? row : num_rows;
+        }
       }
       __syncwarp();
     }
@@ -192,13 +216,14 @@ __global__ void sort_scatter_kernel(const Id* __restrict__ ids, SortShape shape,
 }
 
 // counts[e] += the ids that are e. Every block owns a chunk, a multiple of blockDim.x * kCountIds;
-// a thread has kCountIds ids in flight, kVector to a load. Shared memory: E integers, or none with
-// kShared false, where every expert of a warp costs an atomic on global memory.
+// a thread has kCountIds ids in flight, kVector to a load if they are dense. Shared memory: E
+// integers, or none with kShared false, where every expert of a warp costs an atomic on global
+// memory.
 constexpr int kCountIds = 8;
 template <typename Id, int kVector, bool kShared>
 __global__ void __launch_bounds__(256)
-    count_tokens_kernel(const Id* __restrict__ ids, SortShape shape, int32_t* __restrict__ counts,
-                        int32_t* bad_values) {
+    count_tokens_kernel(const Id* __restrict__ ids, int64_t stride, SortShape shape,
+                        int32_t* __restrict__ counts, int32_t* bad_values) {
   extern __shared__ int32_t histogram[];
   if constexpr (kShared) {
     for (int e = threadIdx.x; e < shape.num_experts; e += blockDim.x) histogram[e] = 0;
@@ -221,11 +246,13 @@ __global__ void __launch_bounds__(256)
 #pragma unroll
     for (int u = 0; u < kLoads; ++u) {
       const int64_t p = first + (static_cast<int64_t>(u) * blockDim.x + threadIdx.x) * kVector;
-      if (p + kVector <= end) {
+      if (kVector > 1 && p + kVector <= end) {
         own[u] = load_vector<Vec>(ids + p);
       } else {
 #pragma unroll
-        for (int i = 0; i < kVector; ++i) own[u].value[i] = p + i < end ? ids[p + i] : Id(-1);
+        for (int i = 0; i < kVector; ++i) {
+          own[u].value[i] = p + i < end ? ids[(p + i) * stride] : Id(-1);
+        }
       }
     }
 #pragma unroll
@@ -239,33 +266,6 @@ __global__ void __launch_bounds__(256)
     for (int e = threadIdx.x; e < shape.num_experts; e += blockDim.x) {
       if (histogram[e] != 0) atomicAdd(&counts[e], histogram[e]);
     }
-  }
-}
-
-// Keeps pair p if its rank among its expert's rows is below the capacity. With `order`, entry i of
-// the plan stands for pair order[i].
-template <typename Id>
-__global__ void limit_capacity_kernel(const Id* __restrict__ ids, const int64_t* order,
-                                      const int32_t* __restrict__ pair_to_row,
-                                      const int32_t* __restrict__ offsets, int64_t num_pairs,
-                                      int num_experts, int64_t capacity, Id* __restrict__ out) {
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < num_pairs;
-       i += stride) {
-    const int64_t p = order ? order[i] : i;
-    const Id id = ids[p];
-    const bool valid = id >= 0 && id < num_experts;
-    out[p] = valid && pair_to_row[i] - offsets[id] < capacity ? id : Id(-1);
-  }
-}
-
-template <typename Id>
-__global__ void gather_ids_kernel(const Id* __restrict__ ids, const int64_t* __restrict__ order,
-                                  int64_t num_pairs, Id* __restrict__ out) {
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < num_pairs;
-       i += stride) {
-    out[i] = ids[order[i]];
   }
 }
 

@@ -1,0 +1,207 @@
+// score_sums and its backward on the CPU. One thread owns a range of tokens and works through each
+// token's logits in scratch memory of its own.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <limits>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "checks.h"
+#include "cpu/activation.h"
+#include "cpu/parallel.h"
+#include "dispatch.h"
+
+namespace moeops::cpu {
+namespace {
+
+// Independent partial results of a sum or a maximum: one chain would keep it from becoming vector
+// code.
+constexpr int64_t kLanes = 16;
+
+// Tokens whose shares are added up in one go. A long sum in float32 would lose digits, and one per
+// thread would depend on the number of threads.
+constexpr int64_t kTokensPerSum = 64;
+
+template <typename acc_t>
+inline acc_t largest_of(const acc_t* values, int64_t count) {
+  acc_t lanes[kLanes];
+  for (auto& lane : lanes) lane = -std::numeric_limits<acc_t>::infinity();
+  int64_t e = 0;
+  for (; e + kLanes <= count; e += kLanes) {
+    for (int64_t i = 0; i < kLanes; ++i) {
+      lanes[i] = values[e + i] > lanes[i] ? values[e + i] : lanes[i];
+    }
+  }
+  acc_t top = lanes[0];
+  for (; e < count; ++e) top = values[e] > top ? values[e] : top;
+  for (const acc_t lane : lanes) top = lane > top ? lane : top;
+  return top;
+}
+
+template <typename acc_t>
+inline acc_t sum_of(const acc_t* values, int64_t count) {
+  acc_t lanes[kLanes] = {};
+  int64_t e = 0;
+  for (; e + kLanes <= count; e += kLanes) {
+    for (int64_t i = 0; i < kLanes; ++i) lanes[i] += values[e + i];
+  }
+  acc_t sum = 0;
+  for (; e < count; ++e) sum += values[e];
+  for (const acc_t lane : lanes) sum += lane;
+  return sum;
+}
+
+// powers[e] becomes the score of z[e] times a factor that all experts share; returns what divides
+// them into shares. The largest is at least 1 / 2, so that nothing is divided by zero. `slopes`,
+// if it is asked for, becomes the derivative of log score.
+template <typename Sigmoid, typename acc_t>
+inline acc_t score_powers(Sigmoid, const acc_t* __restrict z, acc_t* __restrict powers,
+                          acc_t* __restrict slopes, int64_t num_experts) {
+  acc_t top = largest_of(z, num_experts);
+  if constexpr (Sigmoid::value) {
+    // sigmoid(z) = exp(min(z, 0)) / (1 + exp(-|z|)), taken relative to exp(min(top, 0)).
+    top = top < 0 ? top : acc_t(0);
+    for (int64_t e = 0; e < num_experts; ++e) {
+      const acc_t below = z[e] > 0 ? acc_t(0) : z[e];
+      const acc_t power = exponential(z[e] > 0 ? -z[e] : z[e]);
+      powers[e] = exponential(below - top) / (1 + power);
+      if (slopes) slopes[e] = (z[e] > 0 ? power : acc_t(1)) / (1 + power);
+    }
+  } else {
+    for (int64_t e = 0; e < num_experts; ++e) powers[e] = exponential(z[e] - top);
+  }
+  return sum_of(powers, num_experts);
+}
+
+template <typename Sigmoid, typename scalar_t>
+MOEOPS_WIDEST_VECTORS void add_shares(Sigmoid sigmoid, const scalar_t* __restrict logits,
+                                      accumulate_t<scalar_t>* __restrict z,
+                                      accumulate_t<scalar_t>* __restrict powers,
+                                      accumulate_t<scalar_t>* __restrict sums,
+                                      int64_t num_experts) {
+  using acc_t = accumulate_t<scalar_t>;
+  for (int64_t e = 0; e < num_experts; ++e) z[e] = static_cast<acc_t>(logits[e]);
+  const acc_t factor =
+      1 / score_powers(sigmoid, z, powers, static_cast<acc_t*>(nullptr), num_experts);
+  for (int64_t e = 0; e < num_experts; ++e) sums[e] += powers[e] * factor;
+}
+
+// With shares q and slopes d: grad_z = q * d * (g - <g, q>); softmax has d = 1.
+template <typename Sigmoid, typename scalar_t>
+MOEOPS_WIDEST_VECTORS void share_grads(Sigmoid sigmoid, scalar_t* __restrict grad_logits,
+                                       const accumulate_t<scalar_t>* __restrict grad_sums,
+                                       const scalar_t* __restrict logits,
+                                       accumulate_t<scalar_t>* __restrict scratch,
+                                       int64_t num_experts) {
+  using acc_t = accumulate_t<scalar_t>;
+  acc_t* __restrict z = scratch;
+  acc_t* __restrict powers = z + num_experts;
+  acc_t* __restrict slopes = powers + num_experts;
+  for (int64_t e = 0; e < num_experts; ++e) z[e] = static_cast<acc_t>(logits[e]);
+  const acc_t factor = 1 / score_powers(sigmoid, z, powers, slopes, num_experts);
+  for (int64_t e = 0; e < num_experts; ++e) z[e] = grad_sums[e] * powers[e];
+  const acc_t mean = sum_of(z, num_experts) * factor;
+  for (int64_t e = 0; e < num_experts; ++e) {
+    acc_t grad = powers[e] * factor * (grad_sums[e] - mean);
+    if constexpr (Sigmoid::value) grad *= slopes[e];
+    grad_logits[e] = static_cast<scalar_t>(grad);
+  }
+}
+
+// body(std::true_type) for sigmoid, body(std::false_type) for softmax.
+template <typename Body>
+void with_score(const std::string& score, const Body& body) {
+  if (score == "sigmoid") {
+    body(std::true_type{});
+  } else {
+    body(std::false_type{});
+  }
+}
+
+void check_logits(const char* op, const Tensor& logits, const std::string& score) {
+  check_dim(op, "logits", logits, 2);
+  check_float(op, "logits", logits);
+  check_score(op, score);
+}
+
+Tensor score_sums(const Tensor& logits, const std::string& score) {
+  constexpr const char* kOp = "score_sums";
+  check_logits(kOp, logits, score);
+  const int64_t num_tokens = logits.size(0), num_experts = logits.size(1);
+  const Tensor source = as_contiguous(logits);
+  Tensor out =
+      torch::stable::new_zeros(logits, {num_experts}, accumulate_type(logits.scalar_type()));
+  if (logits.numel() == 0) return out;
+  MOEOPS_DISPATCH_FLOAT(logits.scalar_type(), kOp, [&] {
+    using acc_t = accumulate_t<scalar_t>;
+    const auto* data = static_cast<const scalar_t*>(source.const_data_ptr());
+    auto* total = static_cast<acc_t*>(out.mutable_data_ptr());
+    const int64_t num_chunks = (num_tokens + kTokensPerSum - 1) / kTokensPerSum;
+    const Ranges ranges(num_chunks, grain_rows(kTokensPerSum * num_experts));
+    std::vector<acc_t> partial(num_chunks * num_experts, acc_t(0));
+    std::vector<acc_t> values(ranges.count() * num_experts * 2);  // per range: logits, powers
+    with_score(score, [&](auto sigmoid) {
+      ranges.run([&](int64_t range, int64_t begin, int64_t end) {
+        acc_t* z = values.data() + range * num_experts * 2;
+        for (int64_t chunk = begin; chunk < end; ++chunk) {
+          const int64_t first = chunk * kTokensPerSum;
+          const int64_t last = std::min(num_tokens, first + kTokensPerSum);
+          for (int64_t t = first; t < last; ++t) {
+            add_shares(sigmoid, data + t * num_experts, z, z + num_experts,
+                       partial.data() + chunk * num_experts, num_experts);
+          }
+        }
+      });
+    });
+    std::vector<double> sums(num_experts, 0.0);
+    for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
+      for (int64_t e = 0; e < num_experts; ++e) sums[e] += partial[chunk * num_experts + e];
+    }
+    for (int64_t e = 0; e < num_experts; ++e) total[e] = static_cast<acc_t>(sums[e]);
+  });
+  return out;
+}
+
+Tensor score_sums_backward(const Tensor& grad_sums, const Tensor& logits,
+                           const std::string& score) {
+  constexpr const char* kOp = "score_sums_backward";
+  check_logits(kOp, logits, score);
+  check_dim(kOp, "grad_sums", grad_sums, 1);
+  check_size(kOp, "grad_sums", grad_sums, 0, logits.size(1));
+  check_type(kOp, "grad_sums", grad_sums, accumulate_type(logits.scalar_type()),
+             "float32 (float64 for float64 logits)");
+  check_same_device(kOp, "grad_sums", grad_sums, logits);
+  const int64_t num_tokens = logits.size(0), num_experts = logits.size(1);
+  const Tensor source = as_contiguous(logits), grad = as_contiguous(grad_sums);
+  Tensor out = torch::stable::new_empty(logits, logits.sizes());
+  if (logits.numel() == 0) return out;
+  MOEOPS_DISPATCH_FLOAT(logits.scalar_type(), kOp, [&] {
+    using acc_t = accumulate_t<scalar_t>;
+    const auto* data = static_cast<const scalar_t*>(source.const_data_ptr());
+    const auto* g = static_cast<const acc_t*>(grad.const_data_ptr());
+    auto* target = static_cast<scalar_t*>(out.mutable_data_ptr());
+    const Ranges ranges(num_tokens, grain_rows(num_experts));
+    // Per range: logits, powers, slopes.
+    std::vector<acc_t> values(ranges.count() * num_experts * 3);
+    with_score(score, [&](auto sigmoid) {
+      ranges.run([&](int64_t range, int64_t begin, int64_t end) {
+        acc_t* scratch = values.data() + range * num_experts * 3;
+        for (int64_t t = begin; t < end; ++t) {
+          share_grads(sigmoid, target + t * num_experts, g, data + t * num_experts, scratch,
+                      num_experts);
+        }
+      });
+    });
+  });
+  return out;
+}
+
+}  // namespace
+}  // namespace moeops::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(moeops, CPU, m) {
+  m.impl("score_sums", TORCH_BOX(&moeops::cpu::score_sums));
+  m.impl("score_sums_backward", TORCH_BOX(&moeops::cpu::score_sums_backward));
+}
