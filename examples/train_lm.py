@@ -3,6 +3,7 @@
     python examples/train_lm.py                      about three minutes on two CPU cores
     python examples/train_lm.py --compare-dense      the same, beside a dense model of equal active FLOPs
     python examples/train_lm.py --text my_folder --gate switch --experts 16
+    torchrun --nproc-per-node=2 examples/train_lm.py --expert-parallel      each rank holds half of the experts
 
 Writes a checkpoint, metrics.json and train_lm.png into --out. Ctrl-C saves; --resume goes on.
 """
@@ -22,6 +23,7 @@ from lm.gates import GATES, default_top_k, help_text
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 NEEDED = ("torch", "moeops", "tqdm", "matplotlib", "numpy")
+CAPACITY = 2.0
 QUICK = {
     "experts": 4,
     "d_model": 32,
@@ -112,6 +114,22 @@ def make_parser() -> Parser:
     run = parser.add_argument_group("run")
     run.add_argument("--eager", action="store_true", help="without torch.compile")
     run.add_argument(
+        "--expert-parallel",
+        action="store_true",
+        help="under torchrun: divide the experts among the ranks, instead of copying them",
+    )
+    run.add_argument(
+        "--dispatch",
+        choices=("exact", "static"),
+        default="exact",
+        help="static: a fixed number of rows per expert, what does not fit is dropped [exact]",
+    )
+    run.add_argument(
+        "--capacity",
+        type=positive_float,
+        help="of --dispatch static: a factor on the mean load of an expert [2]",
+    )
+    run.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="[bfloat16 on CUDA, else float32]"
     )
     run.add_argument("--device", help="[cuda where there is one, else cpu]")
@@ -164,6 +182,12 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     if wanted is not None and options.top_k != wanted:
         raise UsageError(
             f"--top-k must be {wanted} for the {options.gate} gate, got {options.top_k}. Leave it out."
+        )
+    if options.dispatch == "static":
+        options.capacity = CAPACITY if options.capacity is None else options.capacity
+    elif options.capacity is not None:
+        raise UsageError(
+            f"--capacity must come with --dispatch static, got {options.capacity}. Exact dispatch drops nothing."
         )
     if options.d_model % (2 * options.heads):
         raise UsageError(

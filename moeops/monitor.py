@@ -106,8 +106,9 @@ class LoadMonitor:
       ``state_dict``, DDP does not broadcast them, and copies and pickles of the model are not watched.
     - **Gradient accumulation** adds micro-batches up. **Activation checkpointing** counts a token once, whatever
       ``use_reentrant`` is.
-    - **Several ranks**: each counts its own tokens, over all experts of its gate. Reading with ``group=`` sums over
-      a process group in one ``all_reduce``: all its ranks must call, and only its rank 0 writes files.
+    - **Several ranks**: each counts its own tokens (with a ``slice_group`` those of its slice), over all ``E``
+      experts of its gate, those on other ranks included. Reading with ``group=`` sums over a process group in one
+      ``all_reduce``: all its ranks must call, and only its rank 0 writes files.
     - **Masks** of the layer are not seen: what the gate decided for masked tokens counts.
 
     Args:

@@ -46,6 +46,8 @@ class RoutingReplay:
     - **torch.export** leaves recording out and refuses to run while replaying.
     - **Activation checkpointing**: what is replayed must stay until the backward is over. Recomputations do not record.
     - A layer that runs several times per forward keeps its last decision; replaying gives each run the same one.
+    - **Several ranks**: each records and replays the decisions about its own tokens, with ids among all ``E`` experts;
+      those of all ranks, one after the other, are what one rank with the whole batch and all experts replays.
     - **Masks** of the layer are not seen: recorded and replayed is what the gate decides before them.
 
     Args:

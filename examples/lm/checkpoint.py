@@ -10,7 +10,7 @@ import torch
 
 from lm.errors import UsageError
 
-FORMAT = "moeops-train-lm-2"
+FORMAT = "moeops-train-lm-3"
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:

@@ -132,9 +132,21 @@ class Batches:
         context: bytes per window that the model reads; the targets are the same window one byte later.
         seed: of the data order.
         device: where batches go.
+        rank: which part of every batch to return.
+        num_ranks: parts of a batch, equal ones.
     """
 
-    def __init__(self, corpus: Corpus, batch: int, context: int, seed: int, device: torch.device):
+    def __init__(
+        self,
+        corpus: Corpus,
+        batch: int,
+        context: int,
+        seed: int,
+        device: torch.device,
+        *,
+        rank: int = 0,
+        num_ranks: int = 1,
+    ):
         for name, text in (("training", corpus.train), ("held-out", corpus.held_out)):
             if len(text) <= context:
                 raise UsageError(
@@ -146,9 +158,11 @@ class Batches:
         self._context = context
         self._seed = seed
         self._device = device
+        self._rank = rank
+        self._num_ranks = num_ranks
 
     def train(self, step: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of a training step, each ``[batch, context]`` int64."""
+        """Inputs and targets of a training step, each ``[batch / num_ranks, context]`` int64."""
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 + step)
         text = self._corpus.train
         starts = torch.randint(len(text) - self._context, (self._batch,), generator=generator)
@@ -162,7 +176,8 @@ class Batches:
         return [self._windows(text, part) for part in starts.split(self._batch)]
 
     def _windows(self, text: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+        starts = starts.chunk(self._num_ranks)[self._rank]
         window = torch.arange(self._context + 1)
-        tokens = text[starts[:, None] + window].long()  # [batch, context + 1]
+        tokens = text[starts[:, None] + window].long()  # [batch / num_ranks, context + 1]
         tokens = tokens.to(self._device)
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()

@@ -32,6 +32,8 @@ class ModelConfig:
         layers: number of blocks.
         heads: attention heads per block.
         context: longest sequence in bytes.
+        dispatch: how tokens get to experts: "exact", or "static" with room for ``capacity`` rows.
+        capacity: of the static dispatcher: a factor on ``T * K / E``.
     """
 
     gate: str | None
@@ -42,6 +44,8 @@ class ModelConfig:
     layers: int
     heads: int
     context: int
+    dispatch: str = "exact"
+    capacity: float | None = None
 
 
 def make_gate(config: ModelConfig) -> Callable[..., nn.Module]:
@@ -99,7 +103,7 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Pre-norm attention and MLP."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, world_size: int):
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.d_model)
         self.attention = Attention(config)
@@ -108,12 +112,17 @@ class Block(nn.Module):
             self.mlp: nn.Module = DenseMLP(config.d_model, config.d_hidden * config.top_k)
         else:
             self.mlp = FMoETransformerMLP(
-                config.experts,
+                config.experts // world_size,
                 config.d_model,
                 config.d_hidden,
                 activation="swiglu",
+                # Ranks with all experts average their gradients like everything else's.
+                expert_dp_comm="dp" if world_size == 1 else "none",
+                world_size=world_size,
                 top_k=config.top_k,
                 gate=make_gate(config),
+                dispatch=config.dispatch,
+                capacity=config.capacity,
             )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -123,13 +132,14 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Bytes to logits of the next byte."""
+    """Bytes to logits of the next byte; ``world_size`` ranks divide the experts, each with its own tokens."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, world_size: int = 1):
         super().__init__()
         self.config = config
+        self.world_size = world_size
         self.embedding = nn.Embedding(VOCABULARY, config.d_model)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config, world_size) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.d_model)
         self.head = nn.Linear(config.d_model, VOCABULARY, bias=False)
         nn.init.normal_(self.head.weight, std=0.02)
@@ -159,11 +169,13 @@ class GPT(nn.Module):
             gates.update_coefficients(self)
 
     def num_parameters(self) -> tuple[int, int]:
-        """All parameters, and those that one token uses."""
+        """All parameters, those on other ranks included, and those that one token uses."""
         total = sum(p.numel() for p in self.parameters())
         if self.config.gate is None:
             return total, total
         experts = sum(p.numel() for b in self.blocks for p in b.mlp.experts.parameters())
+        total += (self.world_size - 1) * experts
+        experts *= self.world_size
         return total, total - experts + experts * self.config.top_k // self.config.experts
 
     @torch.no_grad()

@@ -13,6 +13,7 @@ from lm.data import Batches, Corpus, load_corpus, order0_entropy
 from lm.errors import UsageError
 from lm.gates import warning
 from lm.model import ModelConfig
+from lm.parallel import Ranks, check_shares, start_ranks
 from lm.plots import plot_run
 from lm.training import Result, StopRequest, TrainConfig, Trainer
 
@@ -22,49 +23,68 @@ PROMPT_BYTES = 32
 
 
 def run(options: argparse.Namespace) -> int:
-    """Train what the options ask for and report; returns the exit code."""
-    device = choose_device(options.device)
+    """Train what the options ask for and report, on as many ranks as there are; returns the exit code."""
+    with start_ranks(options.device) as (ranks, device):
+        check_shares(ranks, options.batch, options.experts if options.expert_parallel else None)
+        return run_on(ranks, choose_device(device), options)
+
+
+def run_on(ranks: Ranks, device: torch.device, options: argparse.Namespace) -> int:
+    """Run on this rank."""
     corpus = load_corpus(options.text)
-    batches = Batches(corpus, options.batch, options.context, options.seed, device)
+    batches = Batches(
+        corpus,
+        options.batch,
+        options.context,
+        options.seed,
+        device,
+        rank=ranks.rank,
+        num_ranks=ranks.size,
+    )
     windows = batches.held_out(options.eval_batches)
     order0 = order0_entropy(corpus.held_out)
     make_folder(options.out)
-    print(
+    ranks.say(
         f"text: {corpus.num_files} files of {corpus.name}, {len(corpus.train):,} bytes to train on, "
         f"{len(corpus.held_out):,} held out\n"
-        f"order-0 entropy of the held-out text: {order0:.3f} bits/byte",
-        flush=True,
+        f"order-0 entropy of the held-out text: {order0:.3f} bits/byte"
     )
+    if ranks.size > 1:
+        ranks.say(
+            f"{ranks.size} ranks, experts {'divided' if options.expert_parallel else 'copied'}"
+        )
 
     text = None if options.dense else warning(options.gate)
     if text is not None:
-        print(text, flush=True)
+        ranks.say(text)
     names = ["dense"] if options.dense else ["moe"]
     if options.compare_dense:
         names.append("dense")
-    stop = StopRequest()
+    stop = StopRequest(ranks.size)
     results: dict[str, Result] = {}
     for name in names:
         # The second run of a comparison may not have begun when the first one was stopped.
         resume = options.resume and (name == names[0] or checkpoint_path(options, name).exists())
-        trainer = make_trainer(options, name, batches, windows, corpus, device, resume=resume)
+        trainer = make_trainer(
+            options, name, batches, windows, corpus, device, ranks, resume=resume
+        )
         total, active = trainer.model.num_parameters()
-        print(
+        ranks.say(
             f"{name}: {total:,} parameters, {active:,} active per token, {device}, "
             f"{'eager' if options.eager else 'torch.compile'}"
-            + (f", resumed at step {trainer.step}" if resume else ""),
-            flush=True,
+            + (f", resumed at step {trainer.step}" if resume else "")
         )
         with stop.listen():
             results[name] = trainer.run(stop)
-        if stop.requested:
+        if ranks.any(stop.requested, device):
             break
 
-    write_outputs(options.out, results, order0)
+    if ranks.is_first:
+        write_outputs(options.out, results, order0)
     for name, result in results.items():
-        print(describe(name, result, order0))
+        ranks.say(describe(name, result, order0))
     if len(results) < len(names) or not all(result.finished for result in results.values()):
-        print(
+        ranks.say(
             f"stopped by Ctrl-C and saved in {options.out}/; the same options with --resume go on"
         )
         return EXIT_INTERRUPTED
@@ -72,11 +92,11 @@ def run(options: argparse.Namespace) -> int:
     sample = results[names[0]].model.generate(
         prompt, options.sample_bytes, TEMPERATURE, options.seed
     )
-    print(f"--- sample of {names[0]}\n{sample.decode('utf-8', errors='replace')}\n---")
+    ranks.say(f"--- sample of {names[0]}\n{sample.decode('utf-8', errors='replace')}\n---")
     if options.compare_dense:
-        print(compare(results["moe"], results["dense"]))
+        ranks.say(compare(results["moe"], results["dense"]))
     written = [checkpoint_path(options, name).name for name in names]
-    print(f"wrote {', '.join(written)}, train_lm.png and metrics.json in {options.out}/")
+    ranks.say(f"wrote {', '.join(written)}, train_lm.png and metrics.json in {options.out}/")
     return 0
 
 
@@ -120,6 +140,7 @@ def make_trainer(
     windows: list,
     corpus: Corpus,
     device: torch.device,
+    ranks: Ranks,
     *,
     resume: bool,
 ) -> Trainer:
@@ -133,6 +154,8 @@ def make_trainer(
         layers=options.layers,
         heads=options.heads,
         context=options.context,
+        dispatch=options.dispatch,
+        capacity=options.capacity,
     )
     config = TrainConfig(
         batch=options.batch,
@@ -155,6 +178,8 @@ def make_trainer(
         compiled=not options.eager,
         eval_every=options.eval_every,
         resume=resume,
+        ranks=ranks,
+        expert_parallel=options.expert_parallel,
     )
 
 

@@ -19,7 +19,17 @@ from lm.checkpoint import load_checkpoint, save_checkpoint
 from lm.data import Batches
 from lm.errors import UsageError
 from lm.model import GPT, ModelConfig
+from lm.parallel import (
+    ONE_RANK,
+    Ranks,
+    balance_over_ranks,
+    map_optimizer,
+    share_of,
+    sum_counts,
+    whole_of,
+)
 from moeops import LoadMonitor
+from moeops.distributed import DistributedGroupedDataParallel, clip_grad_norm_
 
 BITS = 1 / math.log(2)  # nats to bits
 LOG_EVERY = 10  # steps between two looks at the losses, which wait for the device
@@ -90,10 +100,15 @@ class Result:
 
 
 class StopRequest:
-    """Becomes true at the first Ctrl-C; the second one interrupts at once."""
+    """Becomes true at the first Ctrl-C; the second one interrupts at once.
 
-    def __init__(self) -> None:
+    Not so with several ranks: torchrun sends every Ctrl-C on, so that each rank gets two of them, and ends what has
+    not ended by itself after half a minute.
+    """
+
+    def __init__(self, num_ranks: int = 1) -> None:
         self.requested = False
+        self._patient = num_ranks > 1
 
     @contextmanager
     def listen(self) -> Iterator[None]:
@@ -106,6 +121,8 @@ class StopRequest:
 
     def _on_signal(self, signum: int, frame: object) -> None:
         if self.requested:
+            if self._patient:
+                return
             raise KeyboardInterrupt
         self.requested = True
         tqdm.write("Ctrl-C: saving after this step; once more stops at once.")
@@ -168,15 +185,21 @@ def make_step(model: GPT, config: TrainConfig, device: torch.device, *, compiled
 
 
 @torch.no_grad()
-def evaluate(model: GPT, losses: Callable, windows: list[tuple[Tensor, Tensor]]) -> float:
-    """Held-out loss in bits per byte. Runs in eager mode, which saves a second compilation."""
+def evaluate(
+    model: GPT, losses: Callable, windows: list[tuple[Tensor, Tensor]], ranks: Ranks
+) -> float:
+    """Held-out loss in bits per byte, over all ranks' windows. Eager mode, which saves a second compilation."""
     device = windows[0][0].device
     model.eval()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)  # a gate that draws random numbers draws the same ones each time
         total = sum(losses(tokens, targets)[0].item() for tokens, targets in windows)
     model.train()
-    return total / len(windows) * BITS
+    return (
+        float(ranks.mean(torch.tensor(total, dtype=torch.float64, device=device)))
+        / len(windows)
+        * BITS
+    )
 
 
 class Trainer:
@@ -194,6 +217,8 @@ class Trainer:
         compiled: use ``torch.compile``.
         eval_every: steps between two validations, each of which also saves a checkpoint.
         resume: go on from ``checkpoint``.
+        ranks: the processes that train together; ``batches`` and ``windows`` are this one's share.
+        expert_parallel: divide the experts among the ranks.
     """
 
     def __init__(
@@ -210,6 +235,8 @@ class Trainer:
         compiled: bool,
         eval_every: int,
         resume: bool,
+        ranks: Ranks = ONE_RANK,
+        expert_parallel: bool = False,
     ):
         self._name = name
         self._config = config
@@ -223,11 +250,24 @@ class Trainer:
         self._step = 0
         self._history = History()
         self._pending: list[Tensor] = []  # losses that still live on the device
+        self._ranks = ranks
+        self._divided = expert_parallel and ranks.size > 1 and model_config.gate is not None
         torch.manual_seed(config.seed)
         try:
-            self._model = GPT(model_config).to(device)
+            self._model = GPT(model_config)
+            if self._divided:
+                # The weights are those that one rank draws.
+                whole = self._model.state_dict()
+                self._model = GPT(model_config, ranks.size)
+                self._model.load_state_dict(share_of(ranks, whole))
         except (ValueError, TypeError) as err:
             raise UsageError(f"the options must fit each other, got: {err}") from err
+        self._model.to(device)
+        self._parallel = None
+        if ranks.size > 1:
+            balance_over_ranks(self._model, ranks)
+            self._parallel = DistributedGroupedDataParallel(self._model)
+            torch.manual_seed(config.seed + 1 + ranks.rank)  # gates draw for other tokens
         self._optimizer = make_optimizer(self._model, config)
         self._monitor = None if model_config.gate is None else LoadMonitor(self._model)
         if resume:
@@ -255,10 +295,15 @@ class Trainer:
         start_up = 0.0
         steps = self._config.steps
         bar = tqdm(
-            total=steps, initial=self._step, desc=self._name, unit="step", dynamic_ncols=True
+            total=steps,
+            initial=self._step,
+            desc=self._name,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not self._ranks.is_first,
         )
         with bar:
-            while self._step < steps and not stop.requested:
+            while self._step < steps and not self._ranks.any(stop.requested, self._device):
                 if start_up == 0.0:  # the first step compiles and is not part of the speed
                     first = Stopwatch(self._device)
                     first.start()
@@ -270,7 +315,7 @@ class Trainer:
                     self._train_some(losses, stopwatch, stop, bar)
                 self._flush()
                 if self._step % self._eval_every == 0 or self._step == steps:
-                    held_out = evaluate(self._model, eager, self._windows)
+                    held_out = evaluate(self._model, eager, self._windows, self._ranks)
                     self._history.held_out.append((self._step, held_out))
                     self._save()
                 bar.set_postfix_str(self._describe(stopwatch))
@@ -295,7 +340,9 @@ class Trainer:
         while True:
             self._train_step(losses)
             bar.update()
-            if self._step % every == 0 or self._step == self._config.steps or stop.requested:
+            if self._step % every == 0 or self._step == self._config.steps:
+                break
+            if stop.requested and self._ranks.size == 1:  # several must stop at the same step
                 break
         stopwatch.stop(self._step - first)
 
@@ -310,8 +357,12 @@ class Trainer:
                 raise
             raise _diverged(self._step) from err
         (loss + self._config.aux_loss_weight * auxiliary).backward()
-        torch.nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
+        if self._parallel is not None:
+            self._parallel.allreduce_gradients()
+        clip_grad_norm_(self._model, 1.0)
         self._optimizer.step()
+        if self._parallel is not None:
+            sum_counts(self._model)
         self._model.update_gates((self._step + 1) / self._config.steps)
         self._optimizer.zero_grad()
         self._pending.append(loss.detach())
@@ -319,7 +370,7 @@ class Trainer:
 
     def _flush(self) -> None:
         """Move losses from the device into the history, and the load at every tenth step."""
-        values = (torch.stack(self._pending) * BITS).tolist()
+        values = (self._ranks.mean(torch.stack(self._pending)) * BITS).tolist()
         self._pending.clear()
         self._history.train.extend(values)
         if not math.isfinite(values[-1]):
@@ -331,7 +382,8 @@ class Trainer:
 
     def _log_load(self, monitor: LoadMonitor) -> None:
         """Move what the gates did from the device into the history."""
-        layers = monitor.summary().values()
+        group = torch.distributed.group.WORLD if self._ranks.size > 1 else None
+        layers = monitor.summary(group).values()
         monitor.reset()
         shares = [(layer.loads / layer.loads.sum().clamp(min=1)).tolist() for layer in layers]
         self._history.load.append((self._step, shares))
@@ -356,33 +408,52 @@ class Trainer:
         return tokens / stopwatch.seconds if stopwatch.steps else 0.0
 
     def _save(self) -> None:
+        """Write the whole model, wherever its experts are; all ranks take part, rank 0 writes."""
+        ranks = self._ranks
         random_state = {"cpu": torch.get_rng_state()}
         if self._device.type == "cuda":
             random_state["cuda"] = torch.cuda.get_rng_state(self._device)
-        save_checkpoint(
-            self._checkpoint,
-            {
-                "config": self._identity,
-                "step": self._step,
-                "model": self._model.state_dict(),
-                "monitor": {} if self._monitor is None else self._monitor.state_dict(),
-                "optimizer": self._optimizer.state_dict(),
-                "history": asdict(self._history),
-                "random_state": random_state,
-            },
-        )
+        model, optimizer = self._model.state_dict(), self._optimizer.state_dict()
+        if self._divided:
+            model = whole_of(ranks, model)
+            optimizer = self._map_optimizer(optimizer, lambda values: whole_of(ranks, values))
+        monitor = {} if self._monitor is None else self._monitor.state_dict()
+        state = {
+            "config": self._identity,
+            "step": self._step,
+            "model": model,
+            "monitor": {name: ranks.mean(totals) * ranks.size for name, totals in monitor.items()},
+            "optimizer": optimizer,
+            "history": asdict(self._history),
+            "random_state": ranks.gather(random_state),
+        }
+        if ranks.is_first:
+            save_checkpoint(self._checkpoint, state)
+        ranks.gather(None)  # nobody goes on, or ends, before the file is there
 
     def _load(self) -> None:
+        ranks = self._ranks
         state: dict[str, Any] = load_checkpoint(self._checkpoint, self._identity)
+        model, optimizer = state["model"], state["optimizer"]
+        if self._divided:
+            model = share_of(ranks, model)
+            optimizer = self._map_optimizer(optimizer, lambda values: share_of(ranks, values))
         self._step = state["step"]
-        self._model.load_state_dict(state["model"])
-        if self._monitor is not None:
+        self._model.load_state_dict(model)
+        if self._monitor is not None and ranks.is_first:  # the counters are those of all ranks
             self._monitor.load_state_dict(state["monitor"])
-        self._optimizer.load_state_dict(state["optimizer"])
+        self._optimizer.load_state_dict(optimizer)
         self._history = History(**state["history"])
-        torch.set_rng_state(state["random_state"]["cpu"])
-        if self._device.type == "cuda" and "cuda" in state["random_state"]:
-            torch.cuda.set_rng_state(state["random_state"]["cuda"], self._device)
+        if len(state["random_state"]) != ranks.size:
+            return  # ranks that were not there before go on from the seed
+        random_state = state["random_state"][ranks.rank]
+        torch.set_rng_state(random_state["cpu"])
+        if self._device.type == "cuda" and "cuda" in random_state:
+            torch.cuda.set_rng_state(random_state["cuda"], self._device)
+
+    def _map_optimizer(self, state: dict[str, Any], convert: Callable) -> dict[str, Any]:
+        names = {parameter: name for name, parameter in self._model.named_parameters()}
+        return map_optimizer(self._optimizer, names, state, convert)
 
 
 def _diverged(step: int) -> UsageError:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+import tempfile
 import warnings
 from functools import partial
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -20,6 +22,7 @@ from parallel_cases import (
     assert_equals_whole,
     batch,
     copy_share,
+    dropped,
     loss_of,
     make,
     make_pair,
@@ -33,6 +36,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from moeops import LoadMonitor, RoutingReplay
 from moeops.distributed import expert_range
 from moeops.gates import ExpertChoiceGate, Llama4Gate, SoftMoEGate
 from moeops.layers.dispatch import LocalDispatcher
@@ -215,6 +219,64 @@ def check_mask_and_autocast_and_checkpoint(ranks: Ranks) -> None:
         torch.autograd.grad(loss_of(again), [x, *part.parameters()]), plain, strict=True
     ):
         assert torch.equal(actual, expected)
+
+
+def check_load_monitor(ranks: Ranks) -> None:
+    """Every rank counts its own tokens over all experts; a group's sum is what one rank counts for the whole batch."""
+    group = dist.group.WORLD
+    for routing, options in itertools.product((uneven, dropped, all_to_one), DISPATCHES[::2]):
+        part, whole = make_pair("mlp", ranks, **options)
+        counts = [3 + 2 * rank for rank in range(ranks.size)]
+        x = batch(sum(counts), ranks.device)
+        monitors = []
+        for layer, tokens in ((part, x.split(counts)[ranks.rank]), (whole, x)):
+            layer.gate.set_routing(routing)
+            monitors.append(LoadMonitor(layer))
+            layer(tokens)
+        own = monitors[0].summary()[""]
+        everyone = monitors[0].summary(group)[""]
+        wanted = monitors[1].summary()[""]
+        first = sum(counts[: ranks.rank])
+        index = torch.arange(first, first + counts[ranks.rank])
+        ids = routing(index, 2 * ranks.size).flatten()
+        loads = torch.bincount(ids[ids >= 0], minlength=2 * ranks.size)
+        assert own.loads.tolist() == loads.tolist()
+        assert own.tokens == counts[ranks.rank]
+        assert everyone.loads.tolist() == wanted.loads.tolist()
+        for name in ("tokens", "slots", "empty", "without_expert", "experts_per_token", "dropped"):
+            assert getattr(everyone, name) == getattr(wanted, name), name
+        assert everyone.forwards == ranks.size
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "loads.csv"
+        monitors[0].write_csv(path, 1, group)
+        assert path.exists() == (ranks.rank == 0)
+
+
+def check_routing_replay(ranks: Ranks) -> None:
+    """What each rank records, it replays; all of it together is what one rank replays for the whole batch."""
+    part, whole = make_pair("mlp", ranks)
+    counts = [3 + 2 * rank for rank in range(ranks.size)]
+    x = batch(sum(counts), ranks.device)
+    mine = x.split(counts)[ranks.rank]
+    part.gate.set_routing(uneven)
+    replay = RoutingReplay(part)
+    replay.record()
+    y = part(mine)
+    decisions = replay.take()
+    part.gate.set_routing(all_to_one)
+    with torch.no_grad():
+        part.gate.gate.weight.zero_()
+    replay.stop()
+    assert not torch.allclose(part(mine), y)
+    replay.replay(decisions)
+    torch.testing.assert_close(part(mine), y)
+    every: list = [None] * ranks.size
+    dist.all_gather_object(every, [t.detach().cpu() for t in decisions[""]])
+    together = RoutingReplay(whole)
+    together.replay(
+        {"": tuple(torch.cat(parts).to(ranks.device) for parts in zip(*every, strict=True))}
+    )
+    torch.testing.assert_close(whole(x).split(counts)[ranks.rank], y)
 
 
 def check_copies_of_a_layer(ranks: Ranks) -> None:

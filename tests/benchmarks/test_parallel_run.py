@@ -1,0 +1,67 @@
+"""benchmarks.parallel on two gloo processes, where two rows fail."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+RUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+# Static dispatch cannot run, and one layer computes something else: both rows say so, and the others are measured.
+PROGRAM = """
+import sys
+sys.path.insert(0, {root!r})
+from benchmarks import bench_parallel, parallel
+measure_row = bench_parallel.measure_row
+
+def fail(problem, row, *args):
+    if row.label == "static":
+        raise RuntimeError("no room")
+    if row.label == "exact, 4 chunks":
+        problem.grad_y.mul_(2)  # behind the reference's back
+    measure_row(problem, row, *args)
+
+bench_parallel.measure_row = fail
+sys.exit(parallel.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.distributed
+def test_two_ranks_report_every_row(tmp_path):
+    program, out = tmp_path / "program.py", tmp_path / "out.json"
+    program.write_text(PROGRAM.format(root=str(ROOT)))
+    options = ["--device", "cpu", "--modes", "eager", "--seconds", "60", "--json", out]
+    result = subprocess.run(
+        [*RUN, program, *options],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=tmp_path,
+    )
+    assert result.returncode != 0
+    record = json.loads(out.read_text())
+    assert record["ranks"] == 2
+    assert record["machine"]["torch"]
+    for row in record["exchange"]:
+        assert set(row["times"]) == {"moeops", "torch, splits", "torch, equal"}
+        assert row["ratio"] > 0
+        best = max(row["gbps"]["torch, splits"], row["gbps"]["torch, equal"])
+        assert row["ratio"] == pytest.approx(row["gbps"]["moeops"] / best)
+    rows = {row["label"]: row for row in record["layers"]}
+    assert list(rows) == ["one rank", "exact", "static", "exact, 2 chunks", "exact, 4 chunks"]
+    assert "RuntimeError: no room" in rows["static"]["error"]
+    assert "WrongResult: grad_x: relative error" in rows["exact, 4 chunks"]["error"]
+    for label in ("static", "exact, 4 chunks"):
+        assert "total" not in rows[label]
+    one, exact = rows["one rank"], rows["exact"]
+    assert exact["forward"]["count"] >= 10
+    assert exact["total"]["median"] > exact["forward"]["median"] > 0
+    speedup = 2 * one["total"]["median"] / exact["total"]["median"]
+    assert exact["speedup_total"] == pytest.approx(speedup)
+    assert len(record["problems"]) == 2
+    assert "FAILED tiny static, eager: rank 0: RuntimeError: no room" in result.stdout
+    assert result.stdout.count("MiB per rank") == 1
