@@ -147,6 +147,8 @@ class Session:
         # an H200, more than any row needs to queue. The lane's wall times show the host as well.
         self.block_timer = Timer(args.device, lead_passes=12 if on_cuda else 1)
         self.stage_timer = Timer(args.device, lead_passes=3 if on_cuda else 1)
+        # A gate in eager mode queues tens of kernels, each with its share of autograd's bookkeeping.
+        self.gate_timer = Timer(args.device, lead_passes=40 if on_cuda else 1)
 
     def run(self) -> None:
         """Everything that was asked for, quick things first."""
@@ -184,7 +186,7 @@ class Session:
     def _gates(self, shape: shapes.Shape) -> None:
         begin = self._begin("gates", shape)
         group = bench_gates.GROUP
-        rows = self._rows(group, shape, bench_gates.make, Plan(infer=False), self.stage_timer)
+        rows = self._rows(group, shape, bench_gates.make, Plan(infer=False), self.gate_timer)
         if rows:
             self._keep(shape, group, rows, report.gate_table(bench_gates.times(shape, rows)))
         self._end(begin)
