@@ -3,6 +3,11 @@
 Importing this package neither initialises torch.distributed nor needs a torch that has it.
 """
 
+from moeops.distributed.checkpoint import (
+    load_checkpoint,
+    merge_checkpoint,
+    save_checkpoint,
+)
 from moeops.distributed.collectives import all_gather_counts, all_reduce_sum
 from moeops.distributed.grad_sync import (
     DistributedGroupedDataParallel,
@@ -10,14 +15,27 @@ from moeops.distributed.grad_sync import (
     scale_expert_gradients,
 )
 from moeops.distributed.groups import RankGroup, expert_range, rank_group
+from moeops.distributed.hierarchical import (
+    Hierarchy,
+    build_hierarchy,
+    hierarchical_all_to_all,
+    hierarchical_counts,
+)
 
 __all__ = [
     "DistributedGroupedDataParallel",
+    "Hierarchy",
     "RankGroup",
     "all_gather_counts",
     "all_reduce_sum",
+    "build_hierarchy",
     "clip_grad_norm_",
     "expert_range",
+    "hierarchical_all_to_all",
+    "hierarchical_counts",
+    "load_checkpoint",
+    "merge_checkpoint",
     "rank_group",
+    "save_checkpoint",
     "scale_expert_gradients",
 ]

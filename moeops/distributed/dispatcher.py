@@ -9,6 +9,14 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
+from moeops.distributed.hierarchical import (
+    HierarchicalExchange,
+    Hierarchy,
+    Splits,
+    check_hierarchy,
+    hierarchical_counts,
+    start_exchange,
+)
 from moeops.distributed.static import StaticDispatcher, check_capacity, chunk_bounds
 from moeops.layers.dispatch import (
     Block,
@@ -35,6 +43,7 @@ def build_dispatcher(
     *,
     capacity: int | float | None = None,
     n_chunks: int = 1,
+    hierarchy: Hierarchy | None = None,
 ) -> Dispatcher:
     """Build the dispatcher that a layer asks for by name. With one rank, "exact" is the local one.
 
@@ -45,15 +54,23 @@ def build_dispatcher(
         group: the ranks that hold the experts; ``None`` for one rank.
         capacity: for "static", see ``StaticDispatcher``.
         n_chunks: parts of the work in flight at a time.
+        hierarchy: how the group's ranks are arranged as nodes; ``None`` for the flat exchange.
     """
     if dispatch not in DISPATCHES:
         raise ValueError(
             f"{op}: dispatch must be one of {DISPATCHES}, got {dispatch!r}. Pick one of them."
         )
     _checks.check_int(op, "n_chunks", n_chunks, 1, "Use 1 for no overlap.")
+    check_hierarchy(op, hierarchy, group)
     if dispatch == "static":
         check_capacity(op, capacity)
-        return StaticDispatcher(num_expert, group, capacity, n_chunks=n_chunks)  # type: ignore[arg-type]
+        return StaticDispatcher(
+            num_expert,
+            group,
+            capacity,  # type: ignore[arg-type]
+            n_chunks=n_chunks,
+            hierarchy=hierarchy,
+        )
     if capacity is not None:
         raise ValueError(
             f'{op}: capacity must be None for dispatch="exact", which drops nothing, got {capacity!r}. Use '
@@ -61,7 +78,7 @@ def build_dispatcher(
         )
     if group is None or group.size == 1:
         return LocalDispatcher(num_expert)
-    return ExactDispatcher(num_expert, group, n_chunks=n_chunks)
+    return ExactDispatcher(num_expert, group, n_chunks=n_chunks, hierarchy=hierarchy)
 
 
 class _Load(NamedTuple):
@@ -84,18 +101,27 @@ class ExactDispatcher(Dispatcher):
         num_expert: ``E_local``, the same on every rank.
         group: the ranks, more than one; rank ``r`` holds experts ``r * E_local`` to ``(r + 1) * E_local``.
         n_chunks: parts, at least 1, the same on every rank.
+        hierarchy: how the ranks are arranged as nodes, the same on every rank; ``None`` for the flat exchange.
 
     Raises:
         ValueError: on every rank, where one sends rows of another size or type than the others.
         NotImplementedError: chunks are asked for with a SlotRouting.
-    Host sync: one copy per forward, of ``2 W * (n_chunks + 1)`` integers, and ``n_chunks * E_local`` more for experts
-    that are separate modules.
+    Host sync: one copy per forward, of ``2 W * (n_chunks + 1)`` integers, ``n_chunks * E_local`` more for experts
+    that are separate modules, and ``n_chunks * num_middle`` more with a hierarchy.
     """
 
-    def __init__(self, num_expert: int, group: RankGroup, *, n_chunks: int = 1) -> None:
+    def __init__(
+        self,
+        num_expert: int,
+        group: RankGroup,
+        *,
+        n_chunks: int = 1,
+        hierarchy: Hierarchy | None = None,
+    ) -> None:
         self.num_expert = num_expert
         self.group = group
         self.n_chunks = n_chunks
+        self.hierarchy = hierarchy
 
     def run(
         self,
@@ -108,12 +134,12 @@ class ExactDispatcher(Dispatcher):
         trips = self._send(routing, inp, block is None)
         returns = []
         for trip in trips:
-            returns.append(_send_back(trip, _run_received(trip, experts, block), self.group))
+            returns.append(self._send_back(trip, _run_received(trip, experts, block)))
         return _join([load.combine(answer()) for load, answer in returns])
 
     def dispatch(self, routing: Routing | SlotRouting, inp: Any) -> tuple[Any, Tensor, Any]:
         """Send rows to their experts' ranks, and sort what arrives by expert. In one part."""
-        whole = ExactDispatcher(self.num_expert, self.group)
+        whole = ExactDispatcher(self.num_expert, self.group, hierarchy=self.hierarchy)
         (trip,) = whole._send(routing, inp, False)
         rows = _pytree.tree_map(lambda leaf: permute_leaf(leaf, trip.plan), trip.receive())
         return rows, trip.plan.expert_offsets, trip
@@ -121,7 +147,7 @@ class ExactDispatcher(Dispatcher):
     def combine(self, out: Any, record: Any) -> Any:
         """Send rows back and sum those of each token, weighted."""
         rows = _pytree.tree_map(lambda leaf: combine_leaf(leaf, record.plan, None), out)
-        load, answer = _send_back(record, rows, self.group)
+        load, answer = self._send_back(record, rows)
         return load.combine(answer())
 
     def _send(self, routing: Routing | SlotRouting, inp: Any, need_counts: bool) -> list[_Trip]:
@@ -151,32 +177,57 @@ class ExactDispatcher(Dispatcher):
         marks = torch.cat(
             [torch.full_like(sends[:, 0, :1], mark) for mark in signature], 1
         )  # [W, 2]
-        answer = exchange_counts(torch.cat((sends.flatten(1), marks), 1), self.group)
-        receives = answer[:, :-2].view_as(sends)
-        parts = [sends.sum(2), receives.sum(2), answer[:, -2:]]
-        if need_counts:
-            parts.append(receives.sum(0))
-        host = torch.cat([part.flatten() for part in parts]).cpu().tolist()
         n_chunks = len(loads)
+        answer, middle = self._exchange_counts(torch.cat((sends.flatten(1), marks), 1))
+        receives = answer[:, :-2].view_as(sends)
+        passing = middle[:, :-2].view(middle.shape[0], n_chunks, self.num_expert)
+        by_expert = receives.sum(0) if need_counts else receives[:0]
+        parts = [sends.sum(2), receives.sum(2), passing.sum(2), answer[:, -2:], by_expert]
+        host = torch.cat([part.flatten() for part in parts]).cpu().tolist()
         for count in host:
             torch._check(count >= 0)
-        send_rows, receive_rows = host[: size * n_chunks], host[size * n_chunks :]
-        marks_at, counts_at = size * n_chunks, size * n_chunks + 2 * size
-        self._check_signatures(signature, leaves, receive_rows[marks_at:counts_at])
+        send_rows, receive_rows, middle_rows, signatures, expert_rows = _cut(
+            host, [part.numel() for part in parts]
+        )
+        self._check_signatures(signature, leaves, signatures)
         trips = []
         for chunk, load in enumerate(loads):
-            input_splits = send_rows[chunk::n_chunks]
-            output_splits = receive_rows[chunk:marks_at:n_chunks]
-            first = counts_at + chunk * self.num_expert
-            counts = receive_rows[first : first + self.num_expert] if need_counts else None
-            ready = load(sum(input_splits))
-            exchanges, spec = _exchange(ready.rows, input_splits, output_splits, self.group)
-            trips.append(
-                _Trip(
-                    ready, exchanges, spec, input_splits, output_splits, receives[:, chunk], counts
-                )
+            splits = Splits(
+                send_rows[chunk::n_chunks],
+                receive_rows[chunk::n_chunks],
+                middle_rows[chunk::n_chunks],
             )
+            first = chunk * self.num_expert
+            counts = expert_rows[first : first + self.num_expert] if need_counts else None
+            ready = load(sum(splits.input_splits))
+            exchanges, spec = self._exchange(ready.rows, splits)
+            trips.append(_Trip(ready, exchanges, spec, splits, receives[:, chunk], counts))
         return trips
+
+    def _exchange_counts(self, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """The other ranks' counts, and those that pass through this rank on their way."""
+        if self.hierarchy is None:
+            return exchange_counts(counts, self.group), counts[:0]
+        return hierarchical_counts(counts, self.hierarchy)
+
+    def _exchange(
+        self, rows: Any, splits: Splits, *, back: bool = False
+    ) -> tuple[list[Exchange | HierarchicalExchange], Any]:
+        """Begin to send every leaf."""
+        leaves, spec = _pytree.tree_flatten(rows)
+        started = [
+            start_exchange(leaf, splits, self.group, self.hierarchy, back=back) for leaf in leaves
+        ]
+        return started, spec
+
+    def _send_back(self, trip: _Trip, out: Any) -> tuple[_Load, Callable[[], Any]]:
+        """Begin to send outputs back; the function returned waits for this rank's."""
+        exchanges, spec = self._exchange(out, trip.splits, back=True)
+
+        def answer() -> Any:
+            return _pytree.tree_unflatten([exchange.finish() for exchange in exchanges], spec)
+
+        return trip.load, answer
 
     def _check_signatures(
         self, mine: tuple[int, int], leaves: list[Tensor], signatures: list[int]
@@ -199,18 +250,19 @@ class ExactDispatcher(Dispatcher):
 class _Trip:
     """One chunk on its way to the experts, and what it takes to go back."""
 
-    def __init__(self, load, exchanges, spec, input_splits, output_splits, received, counts):
+    def __init__(self, load, exchanges, spec, splits, received, counts):
         self.load: _Load = load
-        self.exchanges: list[Exchange] = exchanges
+        self.exchanges: list[Exchange | HierarchicalExchange] = exchanges
         self.spec = spec
-        self.input_splits: list[int] = input_splits
-        self.output_splits: list[int] = output_splits
+        self.splits: Splits = splits
         self.counts: list[int] | None = counts
         # [R, 1]: the rows arrive by rank, and by expert within a rank.
         num_expert = received.shape[1]
         experts = torch.arange(num_expert, dtype=torch.int32, device=received.device)
         ids = torch.repeat_interleave(
-            experts.repeat(received.shape[0]), received.flatten(), output_size=sum(output_splits)
+            experts.repeat(received.shape[0]),
+            received.flatten(),
+            output_size=sum(splits.output_splits),
         )
         self.plan = sort_tokens(ids.unsqueeze(1), num_expert)
 
@@ -233,20 +285,13 @@ def _run_received(trip: _Trip, experts: Experts, block: Block | None) -> Any:
     return _pytree.tree_map(lambda leaf: combine_leaf(leaf, trip.plan, None), out)
 
 
-def _send_back(trip: _Trip, out: Any, group: RankGroup) -> tuple[_Load, Callable[[], Any]]:
-    """Begin to send outputs back; the function returned waits for this rank's."""
-    exchanges, spec = _exchange(out, trip.output_splits, trip.input_splits, group)
-
-    def answer() -> Any:
-        return _pytree.tree_unflatten([exchange.finish() for exchange in exchanges], spec)
-
-    return trip.load, answer
-
-
-def _exchange(rows: Any, input_splits, output_splits, group) -> tuple[list[Exchange], Any]:
-    """Begin to send every leaf."""
-    leaves, spec = _pytree.tree_flatten(rows)
-    return [Exchange(leaf, input_splits, output_splits, group) for leaf in leaves], spec
+def _cut(values: list[int], lengths: list[int]) -> list[list[int]]:
+    """Values in parts of these lengths."""
+    parts, start = [], 0
+    for length in lengths:
+        parts.append(values[start : start + length])
+        start += length
+    return parts
 
 
 def _loader(plan: TokenPlan, weights: Tensor, inp: Any) -> Callable[[int], _Load]:

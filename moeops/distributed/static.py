@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
+from moeops.distributed.hierarchical import Hierarchy, Splits, start_exchange
 from moeops.layers.dispatch import Block, Dispatcher, Experts, LocalDispatcher
 from moeops.ops import _checks
 from moeops.ops._groups import RankGroup
-from moeops.ops.exchange import Exchange
 from moeops.ops.padding import pad_rows, unpad_rows
 from moeops.types import Routing, SlotRouting, TokenPlan
 
@@ -55,6 +55,7 @@ class StaticDispatcher(Dispatcher):
             with which all ranks must have the same number of tokens (``MOEOPS_DEBUG_CHECKS=1`` checks that, outside of
             compiled code). A gate that mixes tokens has its own number of slots, and no rows to drop.
         n_chunks: parts, at least 1, the same on every rank.
+        hierarchy: how the ranks are arranged as nodes, the same on every rank; ``None`` for the flat exchange.
 
     Host sync: none.
     """
@@ -66,6 +67,7 @@ class StaticDispatcher(Dispatcher):
         capacity: int | float,
         *,
         n_chunks: int = 1,
+        hierarchy: Hierarchy | None = None,
     ) -> None:
         check_capacity("StaticDispatcher", capacity)
         self.num_expert = num_expert
@@ -73,6 +75,7 @@ class StaticDispatcher(Dispatcher):
         self.capacity = capacity
         self._factor = Fraction(capacity).limit_denominator(10000).as_integer_ratio()
         self.n_chunks = n_chunks
+        self.hierarchy = hierarchy
 
     def capacity_of(self, num_pairs: int) -> int:
         """``C`` for a number of token-expert pairs on this rank."""
@@ -98,7 +101,7 @@ class StaticDispatcher(Dispatcher):
         returns = []
         for wait, (_, length) in zip(waits, parts, strict=True):
             out = self._run_buffers(wait(), length, experts, block)
-            returns.append(self._start(out))
+            returns.append(self._start(out, back=True))
         outs = [wait() for wait in returns]
         if len(outs) == 1:
             return finish(outs[0])
@@ -117,7 +120,7 @@ class StaticDispatcher(Dispatcher):
         """Send the buffers back and sum the rows of each token, weighted."""
         finish, capacity = record
         buffers = _pytree.tree_map(lambda leaf: self._by_rank(leaf, capacity), out)
-        return finish(self._start(buffers)())
+        return finish(self._start(buffers, back=True)())
 
     def _fill(self, routing, inp) -> tuple[Any, Callable[[Any], Any]]:
         """Buffers ``[E, C, ...]``, and what turns the buffers that come back into tokens."""
@@ -142,15 +145,20 @@ class StaticDispatcher(Dispatcher):
 
         return buffers, finish
 
-    def _start(self, buffers: Any) -> Callable[[], Any]:
+    def _start(self, buffers: Any, *, back: bool = False) -> Callable[[], Any]:
         """Begin to send buffers ``[E, C, ...]``; the function returned waits for ``[W * E_local, C, ...]``."""
         size = self.group.size
         if size == 1:
             return lambda: buffers
         leaves, spec = _pytree.tree_flatten(buffers)
         shapes = [leaf.shape for leaf in leaves]
-        splits = [self.num_expert * shapes[0][1]] * size
-        exchanges = [Exchange(leaf.flatten(0, 1), splits, splits, self.group) for leaf in leaves]
+        block = self.num_expert * shapes[0][1]
+        num_middle = 0 if self.hierarchy is None else self.hierarchy.num_middle
+        splits = Splits([block] * size, [block] * size, [block] * num_middle, equal=True)
+        exchanges = [
+            start_exchange(leaf.flatten(0, 1), splits, self.group, self.hierarchy, back=back)
+            for leaf in leaves
+        ]
 
         def finish() -> Any:
             received = [

@@ -12,6 +12,7 @@ from torch.utils import _pytree
 
 from moeops.distributed.dispatcher import build_dispatcher
 from moeops.distributed.groups import agreement, expert_group, slice_group_of
+from moeops.distributed.hierarchical import Hierarchy
 from moeops.distributed.slicing import join_tokens, slice_tokens
 from moeops.gates.naive import NaiveGate
 from moeops.layers import _layer_checks
@@ -83,6 +84,8 @@ class FMoE(nn.Module):
         capacity: for "static": rows per expert and sending rank; or, as a float, a factor on ``T * K / E``.
         n_chunks: parts of the work: all are sent before the first expert runs, and each goes back while the next is
             computed.
+        hierarchy: how the ranks of ``moe_group`` are arranged as nodes, from ``moeops.distributed.build_hierarchy``;
+            ``None`` for the flat exchange.
         dtype: type of the parameters built here, torch's default if ``None``. Ready modules stay as they are.
         device: device of the parameters built here, torch's default if ``None``.
 
@@ -126,6 +129,7 @@ class FMoE(nn.Module):
         dispatch: str = "exact",
         capacity: int | float | None = None,
         n_chunks: int = 1,
+        hierarchy: Hierarchy | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -146,6 +150,7 @@ class FMoE(nn.Module):
                 self.moe_group,
                 capacity=capacity,
                 n_chunks=n_chunks,
+                hierarchy=hierarchy,
             )
             _layer_checks.check_mask(op, mask, None)
             self.mask_dict = _layer_checks.check_mask_dict(op, mask_dict)
@@ -157,6 +162,7 @@ class FMoE(nn.Module):
                 dispatch=dispatch,
                 capacity=capacity,
                 n_chunks=n_chunks,
+                hierarchy=None if hierarchy is None else (hierarchy.node_size, hierarchy.form),
                 dtype=str(dtype),
                 slices=1 if self.slice_group is None else self.slice_group.size,
             )

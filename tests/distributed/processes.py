@@ -53,10 +53,12 @@ def _run(rank: int, module: str, world_size: int, backend: str, folder: str, tim
     report = Path(folder) / f"rank{rank}.txt"
     name = "start"
     try:
-        checks = vars(importlib.import_module(module))
+        checks = [
+            item for part in module.split() for item in vars(importlib.import_module(part)).items()
+        ]
         ranks = start_rank(rank, world_size, backend, folder, timeout)
         ran = 0
-        for name, check in list(checks.items()):
+        for name, check in checks:
             if name.startswith("check_"):
                 torch.manual_seed(0)
                 check(ranks)
@@ -93,7 +95,10 @@ def launch(worker, args: tuple, world_size: int, seconds: float) -> list[int]:
 def run_checks(
     module: str, world_size: int, backend: str, folder: Path, seconds: float = 240
 ) -> None:
-    """Run every ``check_*`` function of a module on ``world_size`` ranks; fail with the first error of each rank."""
+    """Run every ``check_*`` function of a module on ``world_size`` ranks; fail with the first error of each rank.
+
+    ``module`` may name several modules, with spaces between.
+    """
     if backend == "nccl" and torch.cuda.device_count() < world_size:
         pytest.skip(f"{world_size} CUDA devices are needed, {torch.cuda.device_count()} are there")
     codes = launch(

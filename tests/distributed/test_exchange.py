@@ -1,4 +1,4 @@
-"""Rows and counts between 2 and 4 processes; the checks themselves are in exchange_checks.py."""
+"""Rows and counts between 2 and 4 processes; the checks are in exchange_checks.py and hierarchy_checks.py."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ pytestmark = pytest.mark.distributed
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_gloo(world_size, tmp_path):
-    run_checks("exchange_checks", world_size, "gloo", tmp_path)
+    run_checks("exchange_checks hierarchy_checks", world_size, "gloo", tmp_path)
 
 
 @pytest.mark.cuda
 def test_nccl(tmp_path, cuda_device):
-    run_checks("exchange_checks", 2, "nccl", tmp_path)
+    run_checks("exchange_checks hierarchy_checks", 2, "nccl", tmp_path)

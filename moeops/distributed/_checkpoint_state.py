@@ -1,0 +1,313 @@
+"""What a checkpoint calls a model's tensors, and which part of each this rank holds. E experts, W ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+_FUSED_NAMES = ("w_up", "w_down", "b_up", "b_down")
+_WRAPPERS = (
+    "_orig_mod.",
+    "_checkpoint_wrapped_module.",
+)  # of torch.compile and of checkpoint_wrapper
+
+
+class Piece(NamedTuple):
+    """This rank's part of a tensor that may be spread over ranks.
+
+    Attributes:
+        local: the part, a plain tensor.
+        offset: where it starts in the whole, per dimension.
+        shape: of the whole.
+    """
+
+    local: Tensor
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def dtype(self) -> str:
+        """Type of the elements, as a checkpoint spells it."""
+        return str(self.local.dtype).removeprefix("torch.")
+
+
+class ExpertLayer(NamedTuple):
+    """A layer's experts: their prefix among the names, and which of all experts are here.
+
+    Attributes:
+        prefix: such as ``"blocks.0.experts."``.
+        num_local: experts of this rank.
+        rank: this rank's place among the layer's ranks.
+        size: ``W``.
+        names: tensors with the experts in dimension 0; ``None`` where every expert is a module.
+    """
+
+    prefix: str
+    num_local: int
+    rank: int
+    size: int
+    names: tuple[str, ...] | None
+
+    @property
+    def num_experts(self) -> int:
+        """``E``."""
+        return self.num_local * self.size
+
+    def record(self) -> dict[str, Any]:
+        """What a checkpoint says of the layer, the same on every rank."""
+        names = None if self.names is None else list(self.names)
+        return {"prefix": self.prefix, "num_experts": self.num_experts, "names": names}
+
+
+class LocalState(NamedTuple):
+    """What one rank saves, or wants.
+
+    Attributes:
+        pieces: tensors by key, ``model/NAME`` or ``optimizer/NAME/STATE``.
+        objects: plain Python values by key.
+        groups: the optimizer's parameter groups, ``params`` being names; ``None`` without an optimizer.
+        equal: numbers by key that must not differ between ranks.
+    """
+
+    pieces: dict[str, Piece]
+    objects: dict[str, Any]
+    groups: list[dict[str, Any]] | None
+    equal: dict[str, float]
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Take data-parallel wrappers and torch.compile's off."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    from moeops.distributed.grad_sync import DistributedGroupedDataParallel
+
+    while True:
+        if isinstance(model, (DistributedDataParallel, DistributedGroupedDataParallel)):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+class ModelState:
+    """A model's tensors under names that do not depend on the number of ranks.
+
+    Expert ``i`` of a rank's ``nn.ModuleList`` gets its number among all experts; a fused tensor keeps its name and
+    becomes a part of the whole ``[E, ...]``. What FSDP2 has sharded is a part as well, of the rank's own experts.
+    """
+
+    def __init__(self, op: str, model: nn.Module) -> None:
+        self.op = op
+        self.model = unwrap(model)
+        self.layers = list(_expert_layers(self.model))
+        nested = [
+            (a.prefix, b.prefix)
+            for a in self.layers
+            for b in self.layers
+            if a is not b and a.size * b.size > 1 and a.prefix.startswith(b.prefix)
+        ]
+        if nested:
+            raise NotImplementedError(
+                f"{op}: experts that are spread over ranks must not hold layers of experts, got {nested[0][0]!r} in "
+                f"{nested[0][1]!r}. Give both layers world_size=1."
+            )
+        self.tensors: dict[str, Tensor] = {}  # as state_dict() names them
+        self.extra_states: dict[str, Any] = {}
+        for raw, value in self.model.state_dict().items():
+            if isinstance(value, Tensor):
+                self.tensors[raw] = value
+            else:
+                layer = self.layer_of(_clean(raw))
+                if layer is not None and layer.size > 1:
+                    raise NotImplementedError(
+                        f"{op}: experts that are spread over ranks must hold tensors only, got extra state {raw!r}. "
+                        "Register a buffer instead."
+                    )
+                self.extra_states[raw] = value
+
+    def layer_of(self, name: str) -> ExpertLayer | None:
+        """The layer whose experts hold a tensor."""
+        for layer in self.layers:
+            if name.startswith(layer.prefix):
+                return layer
+        return None
+
+    def name(self, raw: str) -> str:
+        """What a checkpoint calls a tensor."""
+        name = _clean(raw)
+        layer = self.layer_of(name)
+        if layer is None or layer.names is not None:
+            return name
+        index, _, rest = name[len(layer.prefix) :].partition(".")
+        return f"{layer.prefix}{int(index) + layer.rank * layer.num_local}.{rest}"
+
+    def expert_dim(self, raw: str) -> ExpertLayer | None:
+        """The layer of a tensor that has the experts in dimension 0."""
+        name = _clean(raw)
+        layer = self.layer_of(name)
+        if layer is None or layer.names is None:
+            return None
+        if name[len(layer.prefix) :] in layer.names:
+            return layer
+        if layer.size > 1:
+            raise NotImplementedError(
+                f"{self.op}: tensors of experts that are spread over {layer.size} ranks must have the rank's "
+                f"{layer.num_local} experts in dimension 0, got {name}. Each rank has one of its own, which belongs to "
+                "no expert: make it a constant, or one row per expert."
+            )
+        return None
+
+    def piece(self, raw: str, tensor: Tensor) -> Piece:
+        """This rank's part of a tensor of the model, or of one alike."""
+        return part_of(tensor, self.expert_dim(raw))
+
+    def model_pieces(self) -> dict[str, Piece]:
+        """Every tensor of the model, by key."""
+        return {f"model/{self.name(raw)}": self.piece(raw, t) for raw, t in self.tensors.items()}
+
+    def parameter_names(self, optimizer: torch.optim.Optimizer) -> list[tuple[str, nn.Parameter]]:
+        """The optimizer's parameters in its own order, with their names in the model."""
+        names = {parameter: raw for raw, parameter in self.model.named_parameters()}
+        found = []
+        for number, group in enumerate(optimizer.param_groups):
+            for parameter in group["params"]:
+                if parameter not in names:
+                    raise ValueError(
+                        f"{self.op}: optimizer must train parameters of the model only, got another one, "
+                        f"{list(parameter.shape)}, in group {number}. Pass the model that it trains."
+                    )
+                found.append((names[parameter], parameter))
+        return found
+
+    def save(self, optimizer: torch.optim.Optimizer | None) -> LocalState:
+        """All that is to be saved."""
+        objects = {f"model/{_clean(raw)}": value for raw, value in self.extra_states.items()}
+        state = LocalState(
+            self.model_pieces(), objects, None if optimizer is None else [], equal={}
+        )
+        if optimizer is None:
+            return state
+        packed = optimizer.state_dict()
+        parameters = iter(self.parameter_names(optimizer))
+        for group in packed["param_groups"]:
+            members = []
+            for index in group["params"]:
+                raw, parameter = next(parameters)
+                members.append(self.name(raw))
+                for key, value in packed["state"].get(index, {}).items():
+                    self._save_value(state, raw, parameter, key, value)
+            options = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+            assert state.groups is not None
+            state.groups.append({**options, "params": members})
+        return state
+
+    def _save_value(
+        self, state: LocalState, raw: str, parameter: Tensor, key: str, value: Any
+    ) -> None:
+        """Add one value of a parameter's optimizer state."""
+        name = f"optimizer/{self.name(raw)}/{key}"
+        if not isinstance(value, Tensor):
+            state.objects[name] = value
+            return
+        layer = self.expert_dim(raw)
+        if value.dim() == 0 or (value.numel() == 1 and value.dim() != parameter.dim()):
+            state.pieces[name] = part_of(value, None)
+            if layer is not None and layer.size > 1:
+                state.equal[name] = float(value)
+            return
+        if layer is not None and layer.size > 1 and value.shape[0] != layer.num_local:
+            raise NotImplementedError(
+                f"{self.op}: optimizer state of experts that are spread over ranks must be a number or have the "
+                f"rank's {layer.num_local} experts in dimension 0, got {key} {list(value.shape)} of {raw}. Use an "
+                "optimizer that treats every row alike."
+            )
+        whole = layer is not None and value.shape[0] == layer.num_local
+        state.pieces[name] = part_of(value, layer if whole else None)
+
+    def wanted_state(
+        self, optimizer: torch.optim.Optimizer, known: dict[str, tuple[tuple[int, ...], str]]
+    ) -> dict[str, tuple[Piece, Tensor]]:
+        """Room for what a checkpoint knows of this rank's optimizer state: the part, and the tensor that it is in."""
+        keys: dict[str, list[str]] = {}
+        for key in known:
+            if key.startswith("optimizer/"):
+                keys.setdefault(key[len("optimizer/") :].rpartition("/")[0], []).append(key)
+        room = {}
+        for raw, parameter in self.parameter_names(optimizer):
+            layer = self.expert_dim(raw)
+            for key in keys.get(self.name(raw), ()):
+                shape, dtype_name = known[key]
+                dtype = getattr(torch, dtype_name)
+                by_expert = layer is not None and bool(shape) and shape[0] == layer.num_experts
+                target = layer if by_expert else None
+                if hasattr(parameter, "device_mesh") and len(shape) > 0:
+                    if part_of(parameter, layer).shape != shape:
+                        raise NotImplementedError(
+                            f"{self.op}: optimizer state of sharded parameters must have their shape, got {key} "
+                            f"{list(shape)}. Load it without fully_shard."
+                        )
+                    tensor = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+                else:
+                    local = (layer.num_local, *shape[1:]) if layer and by_expert else shape
+                    # Step counts stay on the host, unless the optimizer moves them.
+                    device = parameter.device if shape else "cpu"
+                    tensor = torch.empty(local, dtype=dtype, device=device)
+                room[key] = (part_of(tensor, target), tensor)
+        return room
+
+
+def part_of(tensor: Tensor, layer: ExpertLayer | None) -> Piece:
+    """A tensor as a part of the whole; ``layer`` if dimension 0 counts its experts."""
+    local, shape = tensor.detach(), list(tensor.shape)
+    offset = [0] * tensor.dim()
+    if hasattr(tensor, "device_mesh"):
+        chunk = tensor.__create_chunk_list__()[0]  # type: ignore[attr-defined]
+        local = tensor.to_local().detach()  # type: ignore[attr-defined]
+        offset = list(chunk.offsets)
+    if layer is not None:
+        offset[0] += layer.rank * layer.num_local
+        shape[0] *= layer.size
+    return Piece(local, tuple(offset), tuple(shape))
+
+
+def _clean(raw: str) -> str:
+    """A name without what wrappers put into it."""
+    for wrapper in _WRAPPERS:
+        raw = raw.replace(wrapper, "")
+    return raw
+
+
+def _expert_layers(model: nn.Module) -> Iterator[ExpertLayer]:
+    """The model's layers of experts, the outer ones first."""
+    from moeops.layers.experts import FusedExperts
+    from moeops.layers.moe import FMoE
+
+    for raw, module in model.named_modules():
+        if not isinstance(module, FMoE) or not hasattr(module, "experts"):
+            continue
+        prefix = _clean(f"{raw}.experts." if raw else "experts.")
+        group, names = module.moe_group, None
+        if module.experts_fused:
+            experts = module.experts
+            experts = getattr(experts, "_orig_mod", experts)
+            tensors = {_clean(name): tensor for name, tensor in experts.state_dict().items()}
+            # Others of FusedExperts belong to its activation, even if their size happens to be that number.
+            names = tuple(
+                name
+                for name, tensor in tensors.items()
+                if (name in _FUSED_NAMES or not isinstance(experts, FusedExperts))
+                and isinstance(tensor, Tensor)
+                and tensor.dim() > 0
+                and tensor.shape[0] == module.num_expert
+            )
+        yield ExpertLayer(
+            prefix,
+            module.num_expert,
+            0 if group is None else group.rank,
+            1 if group is None else group.size,
+            names,
+        )

@@ -1,0 +1,459 @@
+"""Checkpoints of models with experts on many ranks, for any number of ranks. E experts, W ranks.
+
+Tensors are written and read by torch.distributed.checkpoint, every rank its own; which experts are on which rank is
+not part of a checkpoint. The index is JSON, with sizes and SHA-256 digests of all files, and replacing it is the last
+and indivisible step of saving.
+
+What is trusted: nothing that a file says is run. torch's own ``.metadata`` is a pickle and is not read; tensors, the
+optimizer's options and ``extra`` are read with ``weights_only=True``, and only from files that the index lists. The
+digests find damage, not forgery: whoever can write the folder can write an index that fits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moeops.distributed import _checkpoint_files as files
+from moeops.distributed import _checkpoint_layouts as layouts
+from moeops.distributed._checkpoint_ranks import (
+    check_fit,
+    check_plain,
+    everywhere,
+    is_distributed,
+    join_groups,
+    must_agree,
+    place,
+)
+from moeops.distributed._checkpoint_state import LocalState, ModelState, Piece
+
+__all__ = ["load_checkpoint", "merge_checkpoint", "save_checkpoint"]
+
+_VALUES = "values"  # the key of all that is no tensor
+LAYOUTS = ("fused", "per_expert")
+
+
+def save_checkpoint(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    extra: Any = None,
+) -> None:
+    """Save a model and its optimizer, from all ranks of the job into one folder.
+
+    Every rank calls it. Experts of ``moeops.FMoE`` layers get the numbers that they have among all experts; what ranks
+    have copies of is written once. A checkpoint that is in the folder is replaced in one step, when the new one is
+    complete and on the disk; until then it is the one that loads, whatever happens to the job.
+
+    Args:
+        path: a folder that all ranks share, made if it is not there. One job at a time saves there.
+        model: on many ranks, as it is trained: with DDP, FSDP2, ``DistributedGroupedDataParallel`` or torch.compile
+            around it or not.
+        optimizer: trains parameters of the model; any that works by ``state_dict``.
+        extra: anything of plain Python (numbers, text, lists, dicts) and tensors. Rank 0's is saved.
+
+    Raises:
+        ValueError: ranks disagree on a shape or an option.  TypeError: ``extra`` is more than plain Python.
+        NotImplementedError: a tensor of an expert module has not the experts in dimension 0.
+        RuntimeError: saving failed on another rank, or in torch.distributed.checkpoint.
+    Host sync: copies everything to the host. Memory: no copy on the device.
+    """
+    op = "save_checkpoint"
+    folder = Path(path)
+
+    def describe() -> tuple[Any, ...]:
+        found = ModelState(op, model)
+        mine = found.save(optimizer)
+        states.append(mine)
+        records = [layer.record() for layer in found.layers]
+        shapes = {key: (piece.shape, piece.dtype) for key, piece in mine.pieces.items()}
+        return shapes, mine.objects, mine.groups, mine.equal, records
+
+    states: list[LocalState] = []
+    answers = everywhere(op, describe)
+    shapes: dict[str, Any] = {}
+    equal: dict[str, Any] = {}
+    objects: dict[str, Any] = {}
+    for rank, (their_shapes, their_objects, _, their_numbers, their_layers) in enumerate(answers):
+        must_agree(op, rank, shapes, their_shapes)
+        must_agree(op, rank, equal, their_numbers)
+        must_agree(
+            op, rank, {"layers of experts": answers[0][4]}, {"layers of experts": their_layers}
+        )
+        objects = {**their_objects, **objects}
+    groups = join_groups(op, [answer[2] for answer in answers])
+    rank, size = place()
+    state: dict[str, Any] = dict(states[0].pieces)
+
+    def begin() -> str | None:
+        if rank != 0:
+            return None
+        state[_VALUES] = {"objects": objects, "groups": groups, "extra": extra}
+        check_plain(op, state[_VALUES])
+        return files.new_data_folder(op, folder)
+
+    try:
+        name = everywhere(op, begin)[0]
+        assert name is not None
+        data = folder / name
+        entries = _write(op, data, state)
+
+        def digests_here() -> dict[str, Any]:
+            mine = [*data.glob(f"__{rank}_*"), *([data / ".metadata"] if rank == 0 else [])]
+            return {file.name: files.digest_of(file) for file in mine}
+
+        digests = everywhere(op, digests_here)
+
+        def commit() -> None:
+            if rank != 0:
+                return
+            contents = {
+                "format": files.FORMAT,
+                "version": files.VERSION,
+                "torch": str(torch.__version__),
+                "ranks": size,
+                "folder": name,
+                "files": {k: v for theirs in digests for k, v in theirs.items()},
+                "layers": answers[0][4],
+                "groups": None if groups is None else [group["params"] for group in groups],
+                **entries,
+            }
+            files.write_index(folder, contents)
+
+        everywhere(op, commit)
+    finally:
+        if rank == 0:
+            files.remove_other_data(folder)
+
+
+def load_checkpoint(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> Any:
+    """Load what ``save_checkpoint`` or ``merge_checkpoint`` wrote, on any number of ranks.
+
+    Every rank calls it, with a model that has the same experts in total as the one that was saved; each reads its own.
+    Every file's size and digest is checked before anything is changed. Names, shapes and types must be those of the
+    checkpoint. An optimizer's state and options are replaced; it may be new. A merged file may have the experts
+    in another layout than the model.
+
+    Args:
+        path: the folder, or a merged file; all ranks read it.
+        model: takes the values.
+        optimizer: takes its state, in the same parameter groups; ``None`` to leave that in the checkpoint.
+
+    Returns:
+        ``extra`` as it was saved, its tensors on the CPU.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.  ValueError: a file is damaged, and is named; or the checkpoint
+        does not fit the model.  RuntimeError: loading failed on another rank.
+    """
+    op = "load_checkpoint"
+    source = everywhere(op, lambda: _open(op, Path(path)))[0]
+    assert source is not None
+    rank, size = place()
+    everywhere(op, lambda: source.check(op, rank, size))
+    numbers: list[int | None] = []  # of the checkpoint's groups, for each of the optimizer's
+    found: list[tuple[ModelState, dict[str, Piece], dict[str, Tensor]]] = []
+
+    def describe() -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        state = ModelState(op, model)
+        source.fit(op, state)
+        wanted, room = state.model_pieces(), {}
+        if optimizer is not None:
+            if source.groups is None:
+                raise ValueError(
+                    f"{op}: optimizer must be None for a checkpoint without one, got {type(optimizer).__name__}. "
+                    f"Start with a new optimizer, {path} has no state."
+                )
+            numbers.extend(_match_groups(op, state, optimizer, source.groups))
+            for key, (piece, tensor) in state.wanted_state(optimizer, source.tensors).items():
+                wanted[key] = piece
+                room[key] = tensor
+        found.append((state, wanted, room))
+        shapes = {key: (piece.shape, piece.dtype) for key, piece in wanted.items()}
+        return shapes, [layer.record() for layer in state.layers]
+
+    answers = everywhere(op, describe)
+    check_fit(op, str(path), source.tensors, source.layers, answers, optimizer is not None)
+    state, wanted, room = found[0]
+    values = source.read(op, wanted)
+
+    def finish() -> None:
+        objects = values["objects"]
+        # The tensors are filled already; this runs the modules' own hooks, and sets their extra states.
+        loaded: dict[str, Any] = dict(state.tensors)
+        for raw in state.extra_states:
+            loaded[raw] = objects[f"model/{state.name(raw)}"]
+        state.model.load_state_dict(loaded)
+        if optimizer is not None:
+            _load_optimizer(
+                state,
+                optimizer,
+                room,
+                objects,
+                [values["groups"][n] if n is not None else {} for n in numbers],
+            )
+
+    everywhere(op, finish)
+    return values["extra"]
+
+
+def merge_checkpoint(
+    path: str | os.PathLike[str], out_file: str | os.PathLike[str], layout: str = "fused"
+) -> None:
+    """Write a checkpoint of many ranks to one file, which ``torch.load`` reads with ``weights_only=True``.
+
+    The file holds a dict: ``model`` is a state dict for a model on one rank, ``optimizer`` is ``None`` or a dict of
+    ``state`` by parameter name and ``param_groups``, ``extra`` is what was saved. Call it in one process; everything
+    is in host memory at once.
+
+    Args:
+        path: a folder that ``save_checkpoint`` wrote.
+        out_file: the file, replaced in one step if it is there.
+        layout: "fused" has one tensor for all experts, ``experts.w_up [E, ...]``; "per_expert" has one for each, by
+            FastMoE's names: ``experts.{i}.htoh4.weight [1, H, D]``, ``htoh4.bias``, ``h4toh.weight``,
+            ``h4toh.bias``. Other fused tensors keep their name behind the number; experts that are modules of other
+            names stay as they are.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.  ValueError: a file is damaged, and is named; or no such layout.
+    """
+    op = "merge_checkpoint"
+    if layout not in LAYOUTS:
+        raise ValueError(f"{op}: layout must be one of {LAYOUTS}, got {layout!r}. Pick one.")
+    source = _Folder(op, Path(path))
+    source.check(op, 0, 1)
+    wanted = {}
+    for key, (shape, dtype) in source.tensors.items():
+        wanted[key] = Piece(
+            torch.empty(shape, dtype=getattr(torch, dtype)), (0,) * len(shape), shape
+        )
+    values = source.read(op, wanted, alone=True)
+    parts: layouts.Parts = {key: [piece.local] for key, piece in wanted.items()}
+    layers = []
+    for layer in source.layers:
+        if layout == "per_expert" and layer["names"] is not None:
+            layer = layouts.to_experts(op, parts, values["groups"], layer)
+        elif layout == "fused" and layer["names"] is None and layouts.can_fuse(parts, layer):
+            layer = layouts.to_fused(op, parts, values["groups"], layer)
+        layers.append(layer)
+    merged: dict[str, Any] = {
+        "format": files.FORMAT,
+        "version": files.VERSION,
+        "layout": layout,
+        "layers": layers,
+        "model": {},
+        "optimizer": None,
+        "objects": values["objects"],
+        "extra": values["extra"],
+    }
+    if values["groups"] is not None:
+        merged["optimizer"] = {"state": {}, "param_groups": values["groups"]}
+    for key in sorted(parts):
+        head, name, tail = layouts.split_name(key)
+        # Parts that are views are copied: a view would take its whole base into the file.
+        tensor = torch.cat(parts[key]) if len(parts[key]) > 1 else parts[key][0].clone()
+        if head == "model/":
+            merged["model"][name] = tensor
+        else:
+            merged["optimizer"]["state"].setdefault(name, {})[tail[1:]] = tensor
+    out = Path(out_file)
+    part = out.with_name(f"{out.name}.part")
+    torch.save(merged, part)
+    files.replace_file(part, out)
+
+
+class _Folder:
+    """A checkpoint of many files."""
+
+    def __init__(self, op: str, path: Path) -> None:
+        self.path = path
+        self.index = files.read_index(op, path)
+        self.layers: list[dict[str, Any]] = self.index["layers"]
+        self.groups: list[list[str]] | None = self.index["groups"]
+        self.tensors: dict[str, tuple[tuple[int, ...], str]] = {
+            key: (tuple(entry["shape"]), entry["dtype"])
+            for key, entry in self.index["tensors"].items()
+        }
+
+    def check(self, op: str, rank: int, size: int) -> None:
+        """Compare this rank's share of the files with the index."""
+        files.check_files(op, self.path, self.index, rank, size)
+
+    def fit(self, op: str, state: ModelState) -> None:
+        """A folder has one layout."""
+
+    def read(self, op: str, wanted: dict[str, Piece], alone: bool = False) -> dict[str, Any]:
+        """Fill tensors; return the values that are none."""
+        import torch.distributed.checkpoint as dcp
+
+        from moeops.distributed._checkpoint_plans import LoadPieces, Reader
+
+        state: dict[str, Any] = {**wanted, _VALUES: None}
+        with _explained(op, self.path):
+            dcp.load(
+                state,
+                storage_reader=Reader(str(self.path / self.index["folder"]), self.index),
+                planner=LoadPieces(),
+                no_dist=alone or not is_distributed(),
+            )
+        return state[_VALUES]
+
+
+class _File:
+    """A merged checkpoint."""
+
+    def __init__(self, op: str, path: Path) -> None:
+        self.path = path
+        self.groups: list[list[str]] | None = None
+        self.tensors: dict[str, tuple[tuple[int, ...], str]] = {}
+        self.layers: list[dict[str, Any]] = []
+
+    def check(self, op: str, rank: int, size: int) -> None:
+        """Compare the file with the checksums that torch.save put into it; on one rank, since there is one file."""
+        if rank != 0:
+            return
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                bad = archive.testzip()
+        except (zipfile.BadZipFile, OSError, EOFError) as err:
+            raise ValueError(
+                f"{op}: {self.path} is damaged or no checkpoint: {err}. Load another one."
+            ) from err
+        if bad is not None:
+            raise ValueError(
+                f"{op}: {self.path} is damaged: {bad} does not fit its checksum. Load another checkpoint."
+            )
+
+    def fit(self, op: str, state: ModelState) -> None:
+        """Open the file and name its tensors as the model does."""
+        merged = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
+        if not isinstance(merged, dict) or (merged.get("format"), merged.get("version")) != (
+            files.FORMAT,
+            files.VERSION,
+        ):
+            raise ValueError(
+                f"{op}: path must be a file of merge_checkpoint, version {files.VERSION}, got {self.path}. Load other "
+                "files with torch.load."
+            )
+        self.parts: layouts.Parts = {f"model/{name}": [t] for name, t in merged["model"].items()}
+        groups, optimizer = None, merged["optimizer"]
+        if optimizer is not None:
+            groups = optimizer["param_groups"]
+            for name, entries in optimizer["state"].items():
+                for key, tensor in entries.items():
+                    self.parts[f"optimizer/{name}/{key}"] = [tensor]
+        fused = {layer.prefix: layer.names is not None for layer in state.layers}
+        for layer in merged["layers"]:
+            is_fused = layer["names"] is not None
+            if fused.get(layer["prefix"], is_fused) != is_fused:
+                change = layouts.to_experts if is_fused else layouts.to_fused
+                layer = change(op, self.parts, groups, layer)
+            self.layers.append(layer)
+        for key, parts in self.parts.items():
+            dtype = str(parts[0].dtype).removeprefix("torch.")
+            self.tensors[key] = (layouts.shape_of(parts), dtype)
+        self.groups = None if groups is None else [group["params"] for group in groups]
+        self.values = {"objects": merged["objects"], "groups": groups, "extra": merged["extra"]}
+
+    def read(self, op: str, wanted: dict[str, Piece]) -> dict[str, Any]:
+        """Fill tensors; return the values that are none."""
+
+        def copy() -> None:
+            for key, piece in wanted.items():
+                layouts.copy_rows(self.parts[key], piece)
+
+        everywhere(op, copy)
+        return self.values
+
+
+def _open(op: str, path: Path) -> _Folder | _File | None:
+    """Rank 0 looks what there is, and the others read no index of another save."""
+    if place()[0] != 0:
+        return None
+    return _File(op, path) if path.is_file() else _Folder(op, path)
+
+
+def _write(op: str, data: Path, state: dict[str, Any]) -> dict[str, Any]:
+    """Write the data of all ranks; return where everything went, on rank 0."""
+    import torch.distributed.checkpoint as dcp
+
+    from moeops.distributed._checkpoint_plans import SavePieces, Writer
+
+    writer = Writer(str(data))
+    with _explained(op, data):
+        dcp.save(state, storage_writer=writer, planner=SavePieces(), no_dist=not is_distributed())
+    return getattr(writer, "entries", {})
+
+
+@contextlib.contextmanager
+def _explained(op: str, path: Path) -> Iterator[None]:
+    """Turn the errors of torch.distributed.checkpoint, which every rank gets, into ours."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            yield
+    except CheckpointException as err:
+        rank, (cause, _) = min(err.failures.items())
+        if not isinstance(cause, Exception):
+            raise cause from err  # an interrupt
+        raise RuntimeError(
+            f"{op}: torch.distributed.checkpoint failed in {path} on rank {rank} of {place()[1]}: "
+            f"{type(cause).__name__}: {cause}"
+        ) from err
+
+
+def _match_groups(
+    op: str, state: ModelState, optimizer: torch.optim.Optimizer, groups: list[list[str]]
+) -> list[int | None]:
+    """Say which of a checkpoint's parameter groups each of the optimizer's is; ``None`` for one without parameters."""
+    group_of = {name: number for number, group in enumerate(groups) for name in group}
+    parameters = iter(state.parameter_names(optimizer))
+    matched: list[int | None] = []
+    for number, group in enumerate(optimizer.param_groups):
+        found = sorted({group_of.get(state.name(next(parameters)[0]), -1) for _ in group["params"]})
+        if len(found) > 1 or -1 in found:
+            raise ValueError(
+                f"{op}: parameter group {number} must be one of the checkpoint's, got parameters of {found} (-1: not "
+                "trained there). Build the optimizer with the same groups."
+            )
+        matched.append(found[0] if found else None)
+    return matched
+
+
+def _load_optimizer(
+    state: ModelState,
+    optimizer: torch.optim.Optimizer,
+    room: dict[str, Tensor],
+    objects: dict[str, Any],
+    options: list[dict[str, Any]],
+) -> None:
+    """Hand the loaded state to the optimizer, under its own numbers."""
+    by_name: dict[str, dict[str, Any]] = {}
+    for key, value in (*objects.items(), *room.items()):
+        head, name, tail = layouts.split_name(key)
+        if head == "optimizer/":
+            by_name.setdefault(name, {})[tail[1:]] = value
+    packed = optimizer.state_dict()
+    parameters = iter(state.parameter_names(optimizer))
+    new_state, new_groups = {}, []
+    for group, new in zip(packed["param_groups"], options, strict=True):
+        new_groups.append({**group, **new, "params": group["params"]})
+        for index in group["params"]:
+            name = state.name(next(parameters)[0])
+            if name in by_name:
+                new_state[index] = by_name[name]
+    optimizer.load_state_dict({"state": new_state, "param_groups": new_groups})
