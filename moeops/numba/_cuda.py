@@ -7,12 +7,14 @@ from it once, and a call packs the arguments into one prepared buffer and hands 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import re
 import struct
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -89,14 +91,28 @@ class Kernel:
             self._dispatchers[debug] = self.build(cuda, debug)
         return self._dispatchers[debug]
 
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Errors of compiling name the rule, or the packages that do not fit each other."""
+        try:
+            yield
+        except _numba_errors() as err:
+            raise self.failed("CUDA", err) from err
+        except AttributeError as err:
+            if getattr(err.obj, "__name__", None) != "numpy":
+                raise
+            raise RuntimeError(
+                f"{self.op}: numba-cuda must find the NumPy it was made for, got numba-cuda {version('numba-cuda')} "
+                f"and numpy {version('numpy')}: {err}. Install the versions that fit with pip install "
+                "'moeops[numba-cuda]'."
+            ) from err
+
     def ptx(self, types: tuple[Any, ...], cc: tuple[int, int]) -> str:
         """PTX for a compute capability; needs libNVVM and NVRTC, no device."""
         cuda = import_cuda()
         function = self.dispatcher(cuda).py_func
-        try:
+        with self._explained():
             text, _ = cuda.compile_ptx(function, types, cc=cc)
-        except _numba_errors() as err:
-            raise self.failed("CUDA", err) from err
         check_parameters(self.op, text, [getattr(kind, "ndim", None) for kind in types])
         return text
 
@@ -142,10 +158,8 @@ class Kernel:
             )
         cuda = import_cuda()
         bind_context(index)
-        try:
+        with self._explained():
             compiled = self.dispatcher(cuda).compile(types)
-        except _numba_errors() as err:
-            raise self.failed("CUDA", err) from err
         check_parameters(
             self.op, compiled.inspect_asm(None), [getattr(kind, "ndim", None) for kind in types]
         )
@@ -166,10 +180,8 @@ class Kernel:
             bind_context(index)
         stream = cuda.external_stream(torch.cuda.current_stream(index).cuda_stream)
         arrays = [_as_device_array(cuda, value) for value in args]
-        try:
+        with self._explained():
             self.dispatcher(cuda, debug)[grid, block, stream, shared](*arrays)
-        except _numba_errors() as err:
-            raise self.failed("CUDA", err) from err
 
     def simulate(
         self,

@@ -5,12 +5,14 @@ from __future__ import annotations
 import ctypes
 import struct
 
+import numpy as np
 import pytest
 import torch
 from numba_prototypes import missing_compiler, require_numba
 
 require_numba()
 
+import numba.cuda  # noqa: E402  (skipped without numba)
 from gallery_samples import CASES  # noqa: E402
 
 import moeops.numba as prototype  # noqa: E402  (skipped without numba)
@@ -45,6 +47,29 @@ def test_ptx_names_the_rule_that_does_not_compile():
         prototype.RuleError, match=r"rule .*bad \(.*test_ptx.py:\d+\) must compile .* for CUDA"
     ):
         prototype.inspect(bad, "ptx", torch.ones(2, 3))
+
+
+def test_numpy_that_does_not_fit_is_named(monkeypatch):
+    if reason := missing_compiler():
+        pytest.skip(reason)
+
+    @prototype.row_kernel("test_ptx::double", "x[T, D] -> y[T, D]: x")
+    def double(x, y):
+        y[0] = x[0] + x[0]
+
+    class Broken:
+        def compile_ptx(self, *args, **kwargs):
+            return np.name_of_another_numpy
+
+        def __getattr__(self, name):
+            return getattr(numba.cuda, name)
+
+    monkeypatch.setattr(_cuda, "import_cuda", Broken)
+    with pytest.raises(
+        RuntimeError,
+        match=r"test_ptx::double: numba-cuda must .* got numba-cuda .* and numpy .*name_of_another.*pip install",
+    ):
+        prototype.inspect(double, "ptx", torch.ones(2, 3))
 
 
 def test_parameters_that_do_not_fit_are_refused():
