@@ -9,6 +9,7 @@ from moeops.distributed.checkpoint import (
     save_checkpoint,
 )
 from moeops.distributed.collectives import all_gather_counts, all_reduce_sum
+from moeops.distributed.failures import explain_failures
 from moeops.distributed.grad_sync import (
     DistributedGroupedDataParallel,
     clip_grad_norm_,
@@ -31,6 +32,7 @@ __all__ = [
     "build_hierarchy",
     "clip_grad_norm_",
     "expert_range",
+    "explain_failures",
     "hierarchical_all_to_all",
     "hierarchical_counts",
     "load_checkpoint",

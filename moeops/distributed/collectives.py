@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from moeops.ops._groups import RankGroup, rank_group
+from moeops.ops.exchange import guarded, without_autograd
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -33,9 +34,9 @@ def all_gather_counts(x: Tensor, group: ProcessGroup | RankGroup | None) -> Tens
     x = x.detach().unsqueeze(0)
     if group is None or group.size == 1:
         return x.clone()
-    ops = torch.ops._c10d_functional
-    gathered = ops.all_gather_into_tensor(x.contiguous(), group.size, group.name)
-    return ops.wait_tensor(gathered)
+    return _collective(
+        "all_gather_counts", group, "all_gather_into_tensor", x.contiguous(), group.size
+    )
 
 
 def all_reduce_sum(x: Tensor, group: ProcessGroup | RankGroup | None) -> Tensor:
@@ -58,5 +59,17 @@ def all_reduce_sum(x: Tensor, group: ProcessGroup | RankGroup | None) -> Tensor:
     x = x.detach()
     if group is None or group.size == 1:
         return x.clone()
+    return _collective("all_reduce_sum", group, "all_reduce", x.contiguous(), "sum")
+
+
+def _collective(op: str, group: RankGroup, name: str, *args: Any) -> Tensor:
+    """Run a functional collective; outside of compiled code an error names ``op``."""
     ops = torch.ops._c10d_functional
-    return ops.wait_tensor(ops.all_reduce(x.contiguous(), "sum", group.name))
+
+    def run() -> Tensor:
+        return ops.wait_tensor(getattr(ops, name)(*args, group.name))
+
+    if torch.compiler.is_compiling():
+        return run()
+    with without_autograd():
+        return guarded(op, group, run)

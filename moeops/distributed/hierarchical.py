@@ -22,7 +22,7 @@ from moeops.ops.exchange import (
     _unpack,
     all_to_all_rows,
     exchange_counts,
-    guarded,
+    exchange_detached,
 )
 
 if TYPE_CHECKING:
@@ -228,10 +228,9 @@ def hierarchical_counts(counts: Tensor, hierarchy: Hierarchy) -> tuple[Tensor, T
         if isinstance(step, _Swap):
             counts = step.apply(counts)
         else:
-            args = (counts, list(step.input_splits), list(step.output_splits), step.group.name)
-            send = torch.ops.moeops.all_to_all_rows
-            compiling = torch.compiler.is_compiling()
-            counts = send(*args) if compiling else guarded(op, step.group, send, *args)
+            counts = exchange_detached(
+                op, counts, step.input_splits, step.output_splits, step.group
+            )
             middles.append(counts)
     return counts, torch.cat(middles[:-1])
 

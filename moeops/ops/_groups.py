@@ -67,13 +67,16 @@ def describe_group(group: RankGroup) -> str:
     return f"group {group.name!r} (rank {group.rank} of {group.size})"
 
 
+def process_group(name: str) -> ProcessGroup:
+    """Return the process group of this name."""
+    return torch.distributed.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
+
+
 def timeout_of(group: RankGroup) -> str:
     """Seconds after which the group gives a collective up, as text for error messages."""
-    from torch.distributed import distributed_c10d
-
-    process_group = distributed_c10d._resolve_process_group(group.name)  # type: ignore[arg-type]
+    resolved = process_group(group.name)
     try:
-        backend = process_group._get_backend(process_group._device_types[0])
+        backend = resolved._get_backend(resolved._device_types[0])
         return f"{backend.options._timeout.total_seconds():g} s"
     except (AttributeError, IndexError, RuntimeError):  # a backend without such options
         return "an unknown time"

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from moeops.ops import _checks
-from moeops.ops._groups import RankGroup, describe_group, rank_group, timeout_of
+from moeops.ops._groups import RankGroup, describe_group, process_group, rank_group, timeout_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -34,6 +36,14 @@ _library.define(
 def _all_to_all_rows(rows, input_splits, output_splits, group_name):
     if len(input_splits) == 1:
         return rows.clone(memory_format=torch.contiguous_format)
+    if _unobserved(rows):
+        group = rank_group(process_group(group_name))
+        assert group is not None
+        return _exchange_rows(rows, _Trip(input_splits, output_splits, group))
+    return _functional(rows, input_splits, output_splits, group_name)
+
+
+def _functional(rows, input_splits, output_splits, group_name):
     sent = _send(_pack(rows), input_splits, output_splits, group_name)
     return _unpack(torch.ops._c10d_functional.wait_tensor(sent), rows.dtype)
 
@@ -95,15 +105,7 @@ class _Start(torch.autograd.Function):
     @staticmethod
     def forward(ctx, packed, trip):
         ctx.trip = trip
-        return guarded(
-            "all_to_all_rows",
-            trip.group,
-            _send,
-            packed,
-            trip.input_splits,
-            trip.output_splits,
-            trip.group.name,
-        )
+        return _begin(packed, trip)
 
     @staticmethod
     def backward(ctx, _grad):
@@ -118,7 +120,7 @@ class _Finish(torch.autograd.Function):
     @staticmethod
     def forward(ctx, sent, trip):
         ctx.trip = trip
-        return guarded("all_to_all_rows", trip.group, torch.ops._c10d_functional.wait_tensor, sent)
+        return _end(sent, trip)
 
     @staticmethod
     def backward(ctx, grad):
@@ -126,16 +128,104 @@ class _Finish(torch.autograd.Function):
         return grad, None
 
 
+class _AtOnce(torch.autograd.Function):
+    """Exchange rows and wait for them; in the backward, their gradients."""
+
+    @staticmethod
+    def forward(ctx, packed, trip):
+        ctx.trip = trip
+        return _exchange_at_once("all_to_all_rows", packed, trip)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _exchange_rows(grad, ctx.trip.back()), None
+
+
+def _exchange_rows(rows: Tensor, trip: _Trip) -> Tensor:
+    """Exchange rows in eager mode."""
+    packed = _pack(rows)
+    if not _unobserved(packed):
+        received = _Finish.apply(_Start.apply(packed, trip), trip)
+    elif _differentiated(packed):
+        received = _AtOnce.apply(packed, trip)
+    else:
+        received = _exchange_at_once("all_to_all_rows", packed, trip)
+    return _unpack(received, rows.dtype)
+
+
+def _unobserved(rows: Tensor) -> bool:
+    """No tracer, no mode and no subclass looks at the collectives of these rows.
+
+    Nobody then needs functional ones: torch's blocking all-to-all costs the host half as much, and with NCCL it runs on
+    the current stream, instead of on another one that must wait for it and be waited for.
+    """
+    return (
+        type(rows) in (Tensor, torch.nn.Parameter)
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not (rows.is_cuda and _nccl_waits_on_host())
+    )
+
+
+@functools.cache
+def _nccl_waits_on_host() -> bool:
+    """Whether NCCL has no watchdog: torch then sees a missing rank where the host waits, and no blocking call does."""
+    return os.environ.get("TORCH_NCCL_BLOCKING_WAIT", "0").lower() in ("1", "y", "yes", "true", "t")
+
+
+def _differentiated(rows: Tensor) -> bool:
+    """Autograd or torch.func takes part, if only to say that it cannot."""
+    return (
+        (rows.requires_grad and torch.is_grad_enabled())
+        or forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
+# The functional collectives enter autograd in Python, which costs more than what they do. Here there is no gradient.
+without_autograd = torch._C._AutoDispatchBelowAutograd
+
+
+def _exchange_at_once(op: str, packed: Tensor, trip: _Trip) -> Tensor:
+    received = packed.new_empty((sum(trip.output_splits), *packed.shape[1:]))
+    guarded(
+        op,
+        trip.group,
+        torch.distributed.all_to_all_single,
+        *(received, packed.contiguous(), trip.output_splits, trip.input_splits),
+        process_group(trip.group.name),
+    )
+    return received
+
+
+def _begin(packed: Tensor, trip: _Trip) -> Tensor:
+    args = (packed, trip.input_splits, trip.output_splits, trip.group.name)
+    with without_autograd():
+        return guarded("all_to_all_rows", trip.group, _send, *args)
+
+
+def _end(sent: Tensor, trip: _Trip) -> Tensor:
+    wait = torch.ops._c10d_functional.wait_tensor
+    with without_autograd():
+        return guarded("all_to_all_rows", trip.group, wait, sent)
+
+
 def guarded(op: str, group: RankGroup, function: Callable[..., Any], *args: Any) -> Any:
     """Call a collective; if it fails, say which op, in which group, after which time-out."""
     try:
         return function(*args)
     except RuntimeError as err:
-        raise RuntimeError(
-            f"{op}: every rank of {describe_group(group)} must take part within the time-out of "
-            f"{timeout_of(group)}, got: {err}. A rank has ended, hangs or runs another program: read the first error "
-            "of every rank."
-        ) from err
+        raise explained(op, group.name, err) from err
+
+
+def explained(op: str, group_name: str, err: RuntimeError) -> RuntimeError:
+    """Build the error that says what a failed collective was, and what to look at."""
+    group = rank_group(process_group(group_name))
+    assert group is not None
+    return RuntimeError(
+        f"{op}: every rank of {describe_group(group)} must take part within the time-out of "
+        f"{timeout_of(group)}, got: {err}. A rank has ended, hangs or runs another program: read the first error of "
+        "every rank."
+    )
 
 
 class Exchange:
@@ -165,13 +255,16 @@ class Exchange:
         self._trip = _Trip(list(input_splits), list(output_splits), group)
         if debug_checks():
             _check_agreement(rows, self._trip)
-        self._sent = _Start.apply(_pack(rows), self._trip)
+        packed = _pack(rows)
+        self._differentiated = _differentiated(packed)
+        self._sent = (_Start.apply if self._differentiated else _begin)(packed, self._trip)
 
     def finish(self) -> Tensor:
         """Return the rows that the other ranks sent, ``[sum(output_splits), ...]``."""
         if self._traced:
             return _unpack(torch.ops._c10d_functional.wait_tensor(self._sent), self._dtype)
-        return _unpack(_Finish.apply(self._sent, self._trip), self._dtype)
+        end = _Finish.apply if self._differentiated else _end
+        return _unpack(end(self._sent, self._trip), self._dtype)
 
 
 def all_to_all_rows(
@@ -209,7 +302,10 @@ def all_to_all_rows(
     if not torch.compiler.is_compiling():
         _check_splits("all_to_all_rows", rows, input_splits, output_splits, group)
         if group.size > 1:
-            return Exchange(rows, input_splits, output_splits, group).finish()
+            trip = _Trip(list(input_splits), list(output_splits), group)
+            if debug_checks():
+                _check_agreement(rows, trip)
+            return _exchange_rows(rows, trip)
     return torch.ops.moeops.all_to_all_rows(
         rows, list(input_splits), list(output_splits), group.name
     )
@@ -237,11 +333,28 @@ def exchange_counts(counts: Tensor, group: ProcessGroup | RankGroup | None) -> T
     group = rank_group(group) or RankGroup("", 1, 0)
     op = "exchange_counts"
     ones = [1] * group.size
-    counts = counts.detach()
+    if not torch.compiler.is_compiling():
+        _check_splits(op, counts, ones, ones, group)
+    return exchange_detached(op, counts, ones, ones, group)
+
+
+def exchange_detached(
+    op: str,
+    rows: Tensor,
+    input_splits: Sequence[int],
+    output_splits: Sequence[int],
+    group: RankGroup,
+) -> Tensor:
+    """Do what ``all_to_all_rows`` does without gradients and checks; errors name ``op``."""
+    rows, sends, receives = rows.detach(), list(input_splits), list(output_splits)
     if torch.compiler.is_compiling():
-        return torch.ops.moeops.all_to_all_rows(counts, ones, ones, group.name)
-    _check_splits(op, counts, ones, ones, group)
-    return guarded(op, group, torch.ops.moeops.all_to_all_rows, counts, ones, ones, group.name)
+        return torch.ops.moeops.all_to_all_rows(rows, sends, receives, group.name)
+    if group.size == 1:
+        return rows.clone(memory_format=torch.contiguous_format)
+    if _unobserved(rows) and not _differentiated(rows):
+        trip = _Trip(sends, receives, group)
+        return _unpack(_exchange_at_once(op, _pack(rows), trip), rows.dtype)
+    return guarded(op, group, _functional, rows, sends, receives, group.name)
 
 
 def debug_checks() -> bool:
@@ -263,7 +376,8 @@ def _check_splits(op, rows, input_splits, output_splits, group):
                 f"{len(splits)}. Pass rows per rank."
             )
         for count in splits:
-            _checks.check_int(op, name, count, 0, "Pass rows per rank.")
+            if type(count) is not int or count < 0:  # quick for what is right
+                _checks.check_int(op, name, count, 0, "Pass rows per rank.")
     if sum(input_splits) != rows.shape[0]:
         raise ValueError(
             f"{op}: input_splits must add up to the {rows.shape[0]} rows, got {sum(input_splits)} on rank "

@@ -9,7 +9,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import Ranks
+from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moeops.distributed import all_gather_counts, all_reduce_sum, rank_group
 from moeops.ops.exchange import Exchange, all_to_all_rows, exchange_counts
@@ -149,15 +152,28 @@ def check_anomaly_mode(ranks: Ranks) -> None:
 
 
 def check_opcheck(ranks: Ranks) -> None:
+    """All of it with one rank; with more, what torch's wait_tensor below this op lets pass, and the fake's result."""
+    op = torch.ops.moeops.all_to_all_rows.default
     rows, sends, receives, _ = problem(ranks, tables(ranks.size)["uneven"], 2)
-    args = (rows.requires_grad_(), sends, receives, rank_group(dist.group.WORLD).name)
-    # The other two compare aliases, and torch's own wait_tensor below this op returns its argument, which its fake
-    # does not. With one rank, where there is no wait_tensor, the op passes them all: see test_every_op.py.
+    name = rank_group(dist.group.WORLD).name
+    # The other two tests compare aliases: wait_tensor returns its argument, and its fake a new tensor.
     tests = ("test_autograd_registration", "test_aot_dispatch_dynamic")
-    results = torch.library.opcheck(
-        torch.ops.moeops.all_to_all_rows.default, args, test_utils=tests
-    )
-    assert set(results.values()) == {"SUCCESS"}
+    strided = rows.t().contiguous().t()
+    cases = (rows, strided, rows.to(torch.complex64), rows.to(torch.int16))
+    for case in (
+        cases if ranks.size == 2 else cases[:1]
+    ):  # nothing here depends on the number of ranks
+        case.requires_grad_(case.dtype != torch.int16)
+        alone = torch.library.opcheck(op, (case, [len(case)], [len(case)], ""))
+        assert len(alone) >= 4
+        together = torch.library.opcheck(op, (case, sends, receives, name), test_utils=tests)
+        assert set(alone.values()) == set(together.values()) == {"SUCCESS"}
+        received = op(case, sends, receives, name)
+        with FakeTensorMode() as mode:
+            fake = op(mode.from_tensor(case), sends, receives, name)
+        assert (fake.shape, fake.dtype) == (received.shape, received.dtype)
+        assert fake.stride() == received.stride()
+        assert fake.requires_grad == received.requires_grad
 
 
 def check_graph_shows_functional_collectives(ranks: Ranks) -> None:
@@ -178,6 +194,60 @@ def check_graph_shows_functional_collectives(ranks: Ranks) -> None:
     assert below.count("_c10d_functional.all_to_all_single.default") == 1
     assert below.count("_c10d_functional.wait_tensor.default") == 1
     assert not any("moeops" in target for target in below)
+
+
+def check_torch_blocks_where_nobody_looks(ranks: Ranks) -> None:
+    """Eager exchanges are torch's own, forward and backward; a mode, and what the compiler sees, are functional."""
+    rows, sends, receives, expected = problem(ranks, tables(ranks.size)["uneven"], 2)
+    rows.requires_grad_()
+    group, blocking = rank_group(dist.group.WORLD), []
+    right = dist.all_to_all_single
+
+    def spy(*args, **kwargs):
+        blocking.append(args)
+        return right(*args, **kwargs)
+
+    def run():
+        exchange_counts(torch.ones(ranks.size, device=ranks.device), group)
+        received = all_to_all_rows(rows, sends, receives, group)
+        torch.testing.assert_close(received, expected)
+        (grad,) = torch.autograd.grad(received, rows, expected)
+        torch.testing.assert_close(grad, rows)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_to_all_single", spy)
+        run()
+        assert len(blocking) == 3
+        with Functional() as seen:
+            run()
+        assert (len(blocking), seen.count) == (3, 3)
+        Exchange(rows, sends, receives, group).finish()  # may overlap with other work
+        assert len(blocking) == 3
+
+
+class Functional(TorchDispatchMode):
+    """Counts functional exchanges."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops._c10d_functional.all_to_all_single.default
+        return func(*args, **(kwargs or {}))
+
+
+def check_transforms_are_refused(ranks: Ranks) -> None:
+    """Derivatives that this op does not have are errors, and not zero."""
+    rows, sends, receives, _ = problem(ranks, tables(ranks.size)["even"], 2)
+
+    def run(rows):
+        return all_to_all_rows(rows, sends, receives, dist.group.WORLD)
+
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.grad(lambda rows: run(rows).sum())(rows)
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.vmap(run)(rows.unsqueeze(0))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward mode AD"):
+        run(forward_ad.make_dual(rows, rows))
 
 
 def check_several_in_flight(ranks: Ranks) -> None:

@@ -7,47 +7,75 @@ import signal
 import time
 import traceback
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+import torch
 from parallel_cases import batch, make
 from processes import launch, start_rank
 
+from moeops.distributed import explain_failures
 from moeops.ops import exchange
 
 pytestmark = pytest.mark.distributed
 
 TIMEOUT = 6  # seconds
-RANKS = 3
+COMPILED_TIMEOUT = 60  # seconds; ranks compile before they meet, and not all at the same speed
+DISPATCH = {"counts": {"dispatch": "exact"}, "backward": {"dispatch": "static", "capacity": 4}}
 
 
-def vanish(how: str, folder: str) -> None:
+class Case(NamedTuple):
+    """How the last rank goes, where, and what the others do there."""
+
+    how: str  # "killed" or "hangs"
+    where: str  # "counts", "rows" or "backward"
+    backend: str | None = None  # of torch.compile, None for eager mode
+
+    @property
+    def ranks(self) -> int:
+        return 2 if self.backend else 3
+
+    @property
+    def timeout(self) -> int:
+        return COMPILED_TIMEOUT if self.backend else TIMEOUT
+
+
+def vanish(case: Case, folder: str) -> None:
     """The last rank kills itself, or does nothing for longer than the others wait."""
-    if how == "killed":
+    if case.how == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     deadline = time.monotonic() + 10 * TIMEOUT
-    while time.monotonic() < deadline and len(list(Path(folder).glob("*.txt"))) < RANKS - 1:
+    while time.monotonic() < deadline and len(list(Path(folder).glob("*.txt"))) < case.ranks - 1:
         time.sleep(0.1)
     os._exit(0)
 
 
-def worker(rank: int, how: str, where: str, folder: str) -> None:
+def worker(rank: int, case: Case, folder: str) -> None:
     report = Path(folder) / f"rank{rank}.txt"
+    last = rank == case.ranks - 1
     try:
-        start_rank(rank, RANKS, "gloo", folder, TIMEOUT)
-        layer = make("mlp", 2, "cpu", world_size=RANKS)
+        start_rank(rank, case.ranks, "gloo", folder, case.timeout)
+        options = DISPATCH[case.where] if case.backend else {}
+        run = make("mlp", 2, "cpu", world_size=case.ranks, **options)
+        if case.backend:
+            run = torch.compile(run, fullgraph=True, backend=case.backend)
+        # A graph without a backward where none is needed: compiling it takes seconds.
+        torch.set_grad_enabled(not case.backend or case.where == "backward")
         x = batch(4, "cpu").requires_grad_()
-        layer(x).sum().backward()
-        if rank == RANKS - 1:
-            if where == "counts":
-                vanish(how, folder)
-            elif where == "rows":  # after the counts are exchanged, before the rows are
-                exchange.Exchange.__init__ = lambda *args: vanish(how, folder)
+        y = run(x)
+        if torch.is_grad_enabled():
+            y.sum().backward()
+        if last and case.where == "counts":
+            vanish(case, folder)
+        if last and case.where == "rows":  # after the counts are exchanged, before the rows are
+            exchange.Exchange.__init__ = lambda *args: vanish(case, folder)
         start = time.monotonic()
-        y = layer(x)
-        if where == "backward" and rank == RANKS - 1:
-            vanish(how, folder)
-        start = time.monotonic()
-        y.sum().backward()
+        with explain_failures():
+            y = run(x)
+            if last and case.where == "backward":
+                vanish(case, folder)
+            start = time.monotonic()
+            y.sum().backward()
     except RuntimeError as error:
         seconds = time.monotonic() - start
         report.write_text(f"{seconds} {error}")
@@ -59,17 +87,87 @@ def worker(rank: int, how: str, where: str, folder: str) -> None:
     os._exit(1)
 
 
+def assert_all_others_fail(op: str, case: Case, folder: Path) -> None:
+    codes = launch(worker, (case, str(folder)), case.ranks, 240)
+    assert codes[-1] == (-signal.SIGKILL if case.how == "killed" else 0)
+    for rank in range(case.ranks - 1):
+        assert codes[rank] == 0, (folder / f"rank{rank}.txt").read_text()
+        seconds, message = (folder / f"rank{rank}.txt").read_text().split(" ", 1)
+        assert float(seconds) < TIMEOUT + 4
+        place = f"every rank of group '0' (rank {rank} of {case.ranks}) must take part within"
+        # And then the backend's own words, not explained twice.
+        start = f"{op}: {place} the time-out of {case.timeout} s, got: ["
+        assert message.startswith(start), message
+
+
 @pytest.mark.parametrize(
     ("how", "where"),
     [("killed", "counts"), ("killed", "rows"), ("killed", "backward"), ("hangs", "rows")],
 )
 def test_every_other_rank_ends_with_an_error(how, where, tmp_path):
-    codes = launch(worker, (how, where, str(tmp_path)), RANKS, 60)
-    assert codes[-1] == (-signal.SIGKILL if how == "killed" else 0)
     op = "exchange_counts" if where == "counts" else "all_to_all_rows"
-    for rank in range(RANKS - 1):
-        assert codes[rank] == 0, (tmp_path / f"rank{rank}.txt").read_text()
-        seconds, message = (tmp_path / f"rank{rank}.txt").read_text().split(" ", 1)
-        assert float(seconds) < TIMEOUT + 4
-        assert message.startswith(f"{op}: every rank of group '0' (rank {rank} of {RANKS}) must")
+    assert_all_others_fail(op, Case(how, where), tmp_path)
+
+
+@pytest.mark.parametrize(("where", "backend"), [("counts", "inductor"), ("backward", "aot_eager")])
+def test_compiled_code_ends_with_an_error(where, backend, tmp_path):
+    op = "all_to_all_single in compiled code"
+    assert_all_others_fail(op, Case("killed", where, backend), tmp_path)
+
+
+def test_other_errors_stay_as_they_are():
+    @explain_failures()
+    def fail():
+        raise RuntimeError("buf1 = torch.ops._c10d_functional.wait_tensor.default(buf0)")
+
+    with pytest.raises(RuntimeError, match=r"^buf1 = ") as caught:
+        fail()
+    assert caught.value.__cause__ is None
+
+
+def nccl_worker(rank: int, blocking: bool, folder: str) -> None:
+    """Rank 1 kills itself before an exchange; what rank 0 raises goes to a file, what torch logs to another."""
+    log = os.open(f"{folder}/stderr{rank}.txt", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 2)
+    os.environ["TORCH_NCCL_BLOCKING_WAIT"] = str(int(blocking))
+    os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] = "0"  # torch's flight recorder takes its time
+    report = Path(folder) / f"rank{rank}.txt"
+    try:
+        ranks = start_rank(rank, 2, "nccl", folder, TIMEOUT)
+        layer = make("mlp", 2, ranks.device, world_size=2)
+        x = batch(4, ranks.device).requires_grad_()
+        layer(x).sum().backward()
+        torch.cuda.synchronize()
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        layer(x)
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        report.write_text(str(error))
+        os._exit(0)
+    except BaseException:
+        report.write_text(traceback.format_exc())
+        os._exit(1)
+    report.write_text("no error")
+    os._exit(1)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("blocking", [False, True], ids=["watchdog", "blocking_wait"])
+def test_nccl(blocking, tmp_path, cuda_device):
+    if torch.cuda.device_count() < 2:
+        pytest.skip(f"2 CUDA devices are needed, {torch.cuda.device_count()} are there")
+    # The start of CUDA, the time-out, and what torch takes to end a process.
+    codes = launch(nccl_worker, (blocking, str(tmp_path)), 2, 60)
+    texts = {path.name: path.read_text(errors="replace") for path in tmp_path.glob("*.txt")}
+    assert codes[1] == -signal.SIGKILL, texts
+    if blocking:  # the host waits, and this package names the op
+        assert codes[0] == 0, texts
+        message = texts["rank0.txt"]
+        assert message.startswith("exchange_counts: every rank of group '0' (rank 0 of 2) must")
         assert f"time-out of {TIMEOUT} s" in message
+    else:  # torch's watchdog ends the process, and names the collective
+        assert codes[0] == -signal.SIGABRT, texts
+        assert "Watchdog caught collective operation timeout" in texts["stderr0.txt"]
+        assert f"Timeout(ms)={TIMEOUT * 1000}" in texts["stderr0.txt"]
+        assert "OpType=ALLTOALL" in texts["stderr0.txt"]
