@@ -12,37 +12,47 @@ from moeops.gates.base import auxiliary_loss  # noqa: E402
 from moeops.layers import FMoE, FMoELinear, FMoETransformerMLP  # noqa: E402
 from moeops.monitor import LayerLoad, LoadMonitor  # noqa: E402
 from moeops.ops import (  # noqa: E402
+    alignment_sum,
     all_to_all_rows,
+    chosen_weights,
     count_tokens,
     exchange_counts,
     grouped_linear,
     limit_capacity,
     moe_mlp,
+    noisy_topk_route,
     pad_rows,
     permute_tokens,
+    prototype_route,
+    relu_route,
     score_sums,
     sort_tokens,
     topk_route,
+    topk_route_balance,
     unpad_rows,
     unpermute_tokens,
 )
 from moeops.replay import RoutingReplay  # noqa: E402
-from moeops.types import Routing, SlotRouting, TokenPlan  # noqa: E402
+from moeops.types import BalancedRoute, NoisyRoute, Routing, SlotRouting, TokenPlan  # noqa: E402
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BalancedRoute",
     "FMoE",
     "FMoELinear",
     "FMoETransformerMLP",
     "LayerLoad",
     "LoadMonitor",
+    "NoisyRoute",
     "Routing",
     "RoutingReplay",
     "SlotRouting",
     "TokenPlan",
+    "alignment_sum",
     "all_to_all_rows",
     "auxiliary_loss",
+    "chosen_weights",
     "count_tokens",
     "exchange_counts",
     "gates",
@@ -50,11 +60,15 @@ __all__ = [
     "limit_capacity",
     "losses",
     "moe_mlp",
+    "noisy_topk_route",
     "pad_rows",
     "permute_tokens",
+    "prototype_route",
+    "relu_route",
     "score_sums",
     "sort_tokens",
     "topk_route",
+    "topk_route_balance",
     "unpad_rows",
     "unpermute_tokens",
 ]

@@ -17,6 +17,7 @@ from moeops.ops import _checks
 from moeops.ops.routing import topk_route
 from moeops.ops.scores import score_sums
 from moeops.ops.sorting import count_tokens
+from moeops.types import BalancedRoute
 
 # Makes 0 / 0 tokens 0 and changes no other quotient. A maximum would do the same in eager mode, but a compiler that
 # takes a symbolic token count to be at least 2 simplifies it away, and then meets 0.
@@ -74,6 +75,18 @@ def balance_of_sums(prob_sums: Tensor, topk_ids: Tensor, *, group: Any = None) -
     counts, all_pairs = _sum_counts(counts, topk_ids, group)
     means = (counts * prob_sums).sum() / (num_tokens * (1 / num_experts) + TINY)
     return means / (all_pairs.to(means.dtype) + TINY)
+
+
+def balance_of_route(route: BalancedRoute, *, group: Any = None) -> Tensor:
+    """``balance_loss`` of what ``topk_route_balance`` counted; with ``group`` over its ranks."""
+    if group is None:
+        return route.balance_loss
+    from moeops.distributed import all_reduce_sum
+
+    counts = all_reduce_sum(route.tokens_per_expert.to(torch.int64), group)  # [E]
+    num_tokens, num_experts = route.topk_ids.shape[0], counts.shape[0]
+    means = (counts * route.score_sums).sum() / (num_tokens * (1 / num_experts) + TINY)
+    return means / (counts.sum().to(torch.float64).to(means.dtype) + TINY)
 
 
 def _sum_counts(counts: Tensor, topk_ids: Tensor, group: Any) -> tuple[Tensor, Tensor]:

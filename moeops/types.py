@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Routing", "SlotRouting", "TokenPlan"]
+__all__ = ["BalancedRoute", "NoisyRoute", "Routing", "SlotRouting", "TokenPlan"]
 
 
 class TokenPlan(NamedTuple):
@@ -25,6 +25,42 @@ class TokenPlan(NamedTuple):
     row_to_pair: Tensor
     pair_to_row: Tensor
     expert_offsets: Tensor
+
+
+class BalancedRoute(NamedTuple):
+    """What ``topk_route_balance`` returns.
+
+    Attributes:
+        topk_weights: ``[T, K]`` float, 0 where the slot holds nothing.
+        score_sums: ``[E]`` float, as ``moeops.score_sums``.
+        balance_loss: ``[]`` float, 1 at perfect balance.
+        topk_ids: ``[T, K]`` int64, -1 for a slot that holds nothing.
+        tokens_per_expert: ``[E]`` int32, the counted pairs.
+    """
+
+    topk_weights: Tensor
+    score_sums: Tensor
+    balance_loss: Tensor
+    topk_ids: Tensor
+    tokens_per_expert: Tensor
+
+
+class NoisyRoute(NamedTuple):
+    """What ``noisy_topk_route`` returns.
+
+    Attributes:
+        topk_weights: ``[T, K]`` float.
+        importance: ``[E]`` float, the sum of the weights of each expert.
+        load: ``[E]`` float, a smooth estimate of the tokens of each expert.
+        loss: ``[]`` float, the squared coefficients of variation of both, added.
+        topk_ids: ``[T, K]`` int64.
+    """
+
+    topk_weights: Tensor
+    importance: Tensor
+    load: Tensor
+    loss: Tensor
+    topk_ids: Tensor
 
 
 class Routing(NamedTuple):

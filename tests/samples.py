@@ -223,6 +223,108 @@ def _topk_route_backward(p, dtype, device):
     return OpCase("topk_route_backward", args, {0: 0, 1: 0, 2: 0})
 
 
+def _chosen_weights(p, dtype, device):
+    args = (p.tensor(p.T, p.E, dtype=dtype, device=device), p.ids(device), "softmax", True, 1.5)
+    return OpCase("chosen_weights", args, {0: 0, 1: 0}, (0,))
+
+
+def _topk_route_balance(p, dtype, device, kind):
+    logits = p.tensor(p.T, p.E, dtype=dtype, device=device)
+    plain = {"num_groups": 1, "top_groups": 1, "by_sum": False, "top_p": 1.0, "counted": p.K}
+    bias, uniform, score = None, None, "softmax"
+    if kind == "sampled":
+        uniform = torch.rand(p.T).to(device, accumulate_dtype(dtype))
+        plain |= {"top_p": 0.6, "counted": 1}
+    if kind == "groups":
+        by_halves = p.E % 2 == 0 and p.K <= p.E // 2
+        bias, score = torch.randn(p.E).to(device), "sigmoid"
+        plain |= {"num_groups": 2 if by_halves else p.E, "top_groups": 1 if by_halves else p.K}
+        plain |= {"by_sum": by_halves}
+    num_groups, top_groups, by_sum, top_p, counted = plain.values()
+    temperature = torch.tensor(0.7, device=device) if kind == "sampled" else None
+    args = (logits, bias, uniform, temperature, p.K, score, kind != "sampled", 1.5)
+    args += (num_groups, top_groups, by_sum, top_p, 0.01, counted)
+    token_dims = {0: 0, 2: 0} if kind == "sampled" else {0: 0}
+    return OpCase("topk_route_balance", args, token_dims, (0,))
+
+
+def _topk_route_balance_backward(p, dtype, device, all_grads):
+    acc = accumulate_dtype(dtype)
+    logits = p.tensor(p.T, p.E, dtype=dtype, device=device)
+    ids = torch.rand(p.T, p.E).argsort(-1)[:, : p.K].to(device)
+    counts = reference.count_tokens(ids, p.E)
+    grads = (None, None, torch.randn((), dtype=acc, device=device))
+    if all_grads:
+        grads = (p.weights(dtype, device), torch.randn(p.E).to(device, acc), grads[2])
+    score = "softmax" if all_grads else "sigmoid"
+    temperature = None if all_grads else torch.tensor(0.7, device=device)
+    args = (*grads, logits, temperature, ids, counts, score, True, 1.5)
+    token_dims = {0: 0, 3: 0, 5: 0} if all_grads else {3: 0, 5: 0}
+    return OpCase("topk_route_balance_backward", args, token_dims)
+
+
+def _prototypes(p):
+    return p.K if p.E % p.K == 0 else p.E
+
+
+def _prototype_route(p, dtype, device):
+    logits = p.tensor(p.T, p.E, dtype=dtype, device=device)
+    return OpCase("prototype_route", (logits, _prototypes(p)), {0: 0}, (0,))
+
+
+def _prototype_route_backward(p, dtype, device):
+    acc, K = accumulate_dtype(dtype), _prototypes(p)
+    logits = p.tensor(p.T, p.E, dtype=dtype, device=device)
+    ids = torch.randint(p.E // K, (p.T, K)) + torch.arange(K) * (p.E // K)
+    counts = reference.count_tokens(ids, p.E).to(device)
+    grads = (torch.randn(p.T, K).to(device, acc), None, torch.randn((), dtype=acc, device=device))
+    args = (*grads, logits, ids.to(device), counts)
+    return OpCase("prototype_route_backward", args, {0: 0, 3: 0, 4: 0})
+
+
+def _relu_route(p, dtype, device):
+    logits = p.tensor(p.T, p.E, dtype=dtype, device=device)
+    return OpCase("relu_route", (logits,), {0: 0}, (0,))
+
+
+def _relu_route_backward(p, dtype, device):
+    acc = accumulate_dtype(dtype)
+    logits = p.tensor(p.T, p.E, dtype=dtype, device=device)
+    grads = (p.tensor(p.T, p.E, dtype=acc, device=device), torch.randn(p.E).to(device, acc), None)
+    args = (*grads, logits, (logits > 0).sum(0, dtype=torch.int32))
+    return OpCase("relu_route_backward", args, {0: 0, 3: 0})
+
+
+def _noisy_topk_route(p, dtype, device):
+    args = tuple(p.tensor(p.T, p.E, dtype=dtype, device=device) for _ in range(3))
+    return OpCase("noisy_topk_route", (*args, p.K, 0.01), {0: 0, 1: 0, 2: 0}, (0, 1))
+
+
+def _noisy_topk_route_backward(p, dtype, device, all_grads):
+    acc = accumulate_dtype(dtype)
+    tensors = [p.tensor(p.T, p.E, dtype=dtype, device=device) for _ in range(3)]
+    order = torch.rand(p.T, p.E).argsort(-1)
+    runner_up = order[:, p.K] if p.K < p.E else torch.full((p.T,), -1)
+    sums = [(torch.rand(p.E) + 0.5).to(device, acc) for _ in range(2)]
+    grads = (None, None, None, torch.randn((), dtype=acc, device=device))
+    if all_grads:
+        vectors = [torch.randn(p.E).to(device, acc) for _ in range(2)]
+        grads = (p.weights(dtype, device), *vectors, grads[3])
+    ids = order[:, : p.K].to(device)
+    args = (*grads, *tensors, ids, runner_up.to(device), *sums, 0.01)
+    token_dims = {4: 0, 5: 0, 6: 0, 7: 0, 8: 0} | ({0: 0} if all_grads else {})
+    return OpCase("noisy_topk_route_backward", args, token_dims)
+
+
+def _alignment(p, dtype, device, backward):
+    logits = p.tensor(p.T, p.E, dtype=dtype, device=device)
+    args = (logits, p.ids(device), max(1, p.E // 2))
+    if not backward:
+        return OpCase("alignment_sum", args, {0: 0, 1: 0}, (0,))
+    grad = torch.randn((), dtype=accumulate_dtype(dtype), device=device)
+    return OpCase("alignment_sum_backward", (grad, *args), {1: 0, 2: 0})
+
+
 def _score_sums(p, dtype, device, score):
     logits = p.tensor(p.T, p.E, dtype=dtype, device=device)
     return OpCase("score_sums", (logits, score), {0: 0}, (0,))
@@ -341,6 +443,27 @@ OP_CASES: dict[str, list[Callable[[Sample, torch.dtype, str], OpCase]]] = {
         lambda *a: _topk_route(*a, groups=True),
     ],
     "topk_route_backward": [_topk_route_backward],
+    "topk_route_balance": [
+        lambda *a: _topk_route_balance(*a, kind="plain"),
+        lambda *a: _topk_route_balance(*a, kind="sampled"),
+        lambda *a: _topk_route_balance(*a, kind="groups"),
+    ],
+    "topk_route_balance_backward": [
+        lambda *a: _topk_route_balance_backward(*a, all_grads=True),
+        lambda *a: _topk_route_balance_backward(*a, all_grads=False),
+    ],
+    "prototype_route": [_prototype_route],
+    "prototype_route_backward": [_prototype_route_backward],
+    "relu_route": [_relu_route],
+    "relu_route_backward": [_relu_route_backward],
+    "noisy_topk_route": [_noisy_topk_route],
+    "noisy_topk_route_backward": [
+        lambda *a: _noisy_topk_route_backward(*a, all_grads=True),
+        lambda *a: _noisy_topk_route_backward(*a, all_grads=False),
+    ],
+    "chosen_weights": [_chosen_weights],
+    "alignment_sum": [lambda *a: _alignment(*a, backward=False)],
+    "alignment_sum_backward": [lambda *a: _alignment(*a, backward=True)],
     "score_sums": [
         lambda *a: _score_sums(*a, score="softmax"),
         lambda *a: _score_sums(*a, score="sigmoid"),

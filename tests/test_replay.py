@@ -28,7 +28,7 @@ from moeops.gates import (
     SwitchGate,
     TopKGate,
 )
-from moeops.gates.functional import chosen_weights
+from moeops.ops import chosen_weights
 from tolerances import assert_close
 
 D, E = 8, 4

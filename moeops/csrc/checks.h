@@ -137,6 +137,157 @@ inline void check_route_options(const char* op, int64_t num_experts, int64_t top
                   " experts a token can reach, got ", top_k, ". Change it.");
 }
 
+// A float vector of `size` values beside the logits, if there is one.
+inline void check_optional_vector(const char* op, const char* name, const std::optional<Tensor>& t,
+                                  int64_t size, const Tensor& logits) {
+  if (!t) return;
+  check_dim(op, name, *t, 1);
+  check_float(op, name, *t);
+  check_size(op, name, *t, 0, size);
+  check_same_device(op, name, *t, logits);
+}
+
+// ids [T, K] int64 of the tokens of logits [T, E].
+inline void check_ids_of_logits(const char* op, const Tensor& logits, const Tensor& topk_ids) {
+  check_dim(op, "logits", logits, 2);
+  check_float(op, "logits", logits);
+  check_ids(op, topk_ids);
+  check_type(op, "topk_ids", topk_ids, ScalarType::Long, "int64");
+  check_size(op, "topk_ids", topk_ids, 0, logits.size(0));
+  check_same_device(op, "topk_ids", topk_ids, logits);
+}
+
+inline void check_alignment(const char* op, const Tensor& logits, const Tensor& topk_ids,
+                            int64_t group_size) {
+  check_ids_of_logits(op, logits, topk_ids);
+  STD_TORCH_CHECK(topk_ids.size(1) >= 1, op, ": topk_ids must have at least 1 column, got shape ",
+                  shape_string(topk_ids), ". Pass the choices.");
+  STD_TORCH_CHECK(group_size >= 1 && group_size <= std::numeric_limits<int32_t>::max(), op,
+                  ": group_size must be from 1 to 2^31 - 1, got ", group_size,
+                  ". Pass the experts per group.");
+}
+
+// The gradient of a scalar that was computed from the logits.
+inline void check_scalar_grad(const char* op, const char* name, const Tensor& grad,
+                              const Tensor& logits) {
+  check_dim(op, name, grad, 0);
+  check_type(op, name, grad, accumulate_type(logits.scalar_type()),
+             "float32 (float64 for float64 logits)");
+  check_same_device(op, name, grad, logits);
+}
+
+inline void check_temperature(const char* op, const std::optional<Tensor>& temperature,
+                              const Tensor& logits) {
+  if (!temperature) return;
+  check_dim(op, "temperature", *temperature, 0);
+  check_float(op, "temperature", *temperature);
+  check_same_device(op, "temperature", *temperature, logits);
+}
+
+// Experts in equal groups, of each of which a token chooses one.
+inline void check_prototypes(const char* op, const Tensor& logits, int64_t num_prototypes) {
+  check_dim(op, "logits", logits, 2);
+  check_float(op, "logits", logits);
+  const int64_t num_experts = logits.size(1);
+  STD_TORCH_CHECK(
+      num_prototypes >= 1 && num_experts >= num_prototypes && num_experts % num_prototypes == 0, op,
+      ": num_prototypes must divide the ", num_experts, " experts, got ", num_prototypes,
+      ". Choose a divisor.");
+}
+
+// The arguments of topk_route_balance.
+inline void check_balance_arguments(const char* op, const Tensor& logits,
+                                    const std::optional<Tensor>& bias,
+                                    const std::optional<Tensor>& uniform,
+                                    const std::optional<Tensor>& temperature, int64_t top_k,
+                                    const std::string& score, int64_t num_groups,
+                                    int64_t top_groups, int64_t num_counted) {
+  check_dim(op, "logits", logits, 2);
+  check_float(op, "logits", logits);
+  check_route_options(op, logits.size(1), top_k, score, num_groups, top_groups);
+  check_optional_vector(op, "bias", bias, logits.size(1), logits);
+  check_optional_vector(op, "uniform", uniform, logits.size(0), logits);
+  check_temperature(op, temperature, logits);
+  STD_TORCH_CHECK(!uniform || (score == "softmax" && !bias && num_groups == 1), op,
+                  ": uniform must be None unless the score is a softmax without bias and groups, "
+                  "got a tensor. Drop one of them.");
+  STD_TORCH_CHECK(num_counted >= 0 && num_counted <= top_k, op,
+                  ": num_counted must be from 0 to top_k = ", top_k, ", got ", num_counted,
+                  ". Change it.");
+}
+
+// Gradients of weights [T, K], sums [E] and loss, each of which may be missing, and counts [E].
+inline void check_balance_grads(const char* op, const std::optional<Tensor>& grad_topk_weights,
+                                const std::optional<Tensor>& grad_sums,
+                                const std::optional<Tensor>& grad_loss, const Tensor& logits,
+                                int64_t top_k, const Tensor& tokens_per_expert) {
+  constexpr auto kTypeName = "float32 (float64 for float64 logits)";
+  check_dim(op, "tokens_per_expert", tokens_per_expert, 1);
+  check_type(op, "tokens_per_expert", tokens_per_expert, ScalarType::Int, "int32");
+  check_size(op, "tokens_per_expert", tokens_per_expert, 0, logits.size(1));
+  check_same_device(op, "tokens_per_expert", tokens_per_expert, logits);
+  const ScalarType acc = accumulate_type(logits.scalar_type());
+  if (grad_topk_weights) {
+    check_dim(op, "grad_topk_weights", *grad_topk_weights, 2);
+    check_size(op, "grad_topk_weights", *grad_topk_weights, 0, logits.size(0));
+    check_size(op, "grad_topk_weights", *grad_topk_weights, 1, top_k);
+    check_type(op, "grad_topk_weights", *grad_topk_weights, acc, kTypeName);
+    check_same_device(op, "grad_topk_weights", *grad_topk_weights, logits);
+  }
+  check_optional_vector(op, "grad_sums", grad_sums, logits.size(1), logits);
+  if (grad_sums) check_type(op, "grad_sums", *grad_sums, acc, kTypeName);
+  if (grad_loss) check_scalar_grad(op, "grad_loss", *grad_loss, logits);
+}
+
+// The tensors that noisy logits are made of: [T, E], all alike.
+inline void check_noisy(const char* op, const Tensor& clean, const Tensor& spread,
+                        const Tensor& noise, double min_noise) {
+  check_dim(op, "clean", clean, 2);
+  check_float(op, "clean", clean);
+  const auto check_like = [&](const char* name, const Tensor& t) {
+    check_dim(op, name, t, 2);
+    check_same_type(op, name, t, "clean", clean);
+    check_size(op, name, t, 0, clean.size(0));
+    check_size(op, name, t, 1, clean.size(1));
+    check_same_device(op, name, t, clean);
+  };
+  check_like("spread", spread);
+  check_like("noise", noise);
+  STD_TORCH_CHECK(min_noise > 0, op, ": min_noise must be above 0, got ", min_noise,
+                  ". The load divides by the noise: use 0.01.");
+}
+
+inline void check_noisy_grads(const char* op, const std::optional<Tensor>& grad_topk_weights,
+                              const std::optional<Tensor>& grad_importance,
+                              const std::optional<Tensor>& grad_load,
+                              const std::optional<Tensor>& grad_loss, const Tensor& clean,
+                              const Tensor& topk_ids, const Tensor& runner_up,
+                              const Tensor& importance, const Tensor& load) {
+  constexpr auto kTypeName = "float32 (float64 for float64 logits)";
+  const ScalarType acc = accumulate_type(clean.scalar_type());
+  check_ids_of_logits(op, clean, topk_ids);
+  check_dim(op, "runner_up", runner_up, 1);
+  check_type(op, "runner_up", runner_up, ScalarType::Long, "int64");
+  check_size(op, "runner_up", runner_up, 0, clean.size(0));
+  check_same_device(op, "runner_up", runner_up, clean);
+  if (grad_topk_weights) {
+    check_dim(op, "grad_topk_weights", *grad_topk_weights, 2);
+    check_size(op, "grad_topk_weights", *grad_topk_weights, 0, topk_ids.size(0));
+    check_size(op, "grad_topk_weights", *grad_topk_weights, 1, topk_ids.size(1));
+    check_type(op, "grad_topk_weights", *grad_topk_weights, acc, kTypeName);
+    check_same_device(op, "grad_topk_weights", *grad_topk_weights, clean);
+  }
+  const auto check_sums = [&](const char* name, const std::optional<Tensor>& t) {
+    check_optional_vector(op, name, t, clean.size(1), clean);
+    if (t) check_type(op, name, *t, acc, kTypeName);
+  };
+  check_sums("grad_importance", grad_importance);
+  check_sums("grad_load", grad_load);
+  check_sums("importance", importance);
+  check_sums("load", load);
+  if (grad_loss) check_scalar_grad(op, "grad_loss", *grad_loss, clean);
+}
+
 // expert_offsets [E + 1] int32, contiguous, on the device of `like`.
 inline void check_offsets(const char* op, const Tensor& offsets, const Tensor& like) {
   check_dim(op, "expert_offsets", offsets, 1);

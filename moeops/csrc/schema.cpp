@@ -12,10 +12,52 @@ STABLE_TORCH_LIBRARY(moeops, m) {
   m.def(
       "topk_route_backward(Tensor grad_topk_weights, Tensor logits, Tensor topk_ids, str score, "
       "bool renormalize, float scale) -> Tensor");
+  m.def(
+      "chosen_weights(Tensor logits, Tensor topk_ids, str score, bool renormalize, float scale) "
+      "-> Tensor");
 
   // scores: logits [T, E] -> sums over the tokens of score / sum of the token's scores, [E]
   m.def("score_sums(Tensor logits, str score) -> Tensor");
   m.def("score_sums_backward(Tensor grad_sums, Tensor logits, str score) -> Tensor");
+  m.def("alignment_sum(Tensor logits, Tensor topk_ids, SymInt group_size) -> Tensor");
+  m.def(
+      "alignment_sum_backward(Tensor grad_sum, Tensor logits, Tensor topk_ids, SymInt group_size) "
+      "-> Tensor");
+
+  // balance: topk_route, and what losses read of it: score_sums [E], balance_loss [], counts [E]
+  m.def(
+      "topk_route_balance(Tensor logits, Tensor? bias, Tensor? uniform, Tensor? temperature, "
+      "SymInt top_k, str score, bool renormalize, float scale, SymInt num_groups, SymInt "
+      "top_groups, bool groups_by_sum, float top_p, float min_score, SymInt num_counted) -> "
+      "(Tensor topk_weights, Tensor score_sums, Tensor balance_loss, Tensor topk_ids, Tensor "
+      "tokens_per_expert)");
+  m.def(
+      "topk_route_balance_backward(Tensor? grad_topk_weights, Tensor? grad_sums, Tensor? "
+      "grad_loss, Tensor logits, Tensor? temperature, Tensor topk_ids, Tensor tokens_per_expert, "
+      "str score, bool renormalize, float scale) -> Tensor");
+  m.def(
+      "prototype_route(Tensor logits, SymInt num_prototypes) -> (Tensor topk_weights, Tensor "
+      "score_sums, Tensor balance_loss, Tensor topk_ids, Tensor tokens_per_expert)");
+  m.def(
+      "prototype_route_backward(Tensor? grad_topk_weights, Tensor? grad_sums, Tensor? grad_loss, "
+      "Tensor logits, Tensor topk_ids, Tensor tokens_per_expert) -> Tensor");
+  m.def(
+      "relu_route(Tensor logits) -> (Tensor topk_weights, Tensor score_sums, Tensor balance_loss, "
+      "Tensor topk_ids, Tensor tokens_per_expert)");
+  m.def(
+      "relu_route_backward(Tensor? grad_topk_weights, Tensor? grad_sums, Tensor? grad_loss, "
+      "Tensor logits, Tensor tokens_per_expert) -> Tensor");
+
+  // noisy: clean logits, spread and noise [T, E] -> importance and load [E], their loss []
+  m.def(
+      "noisy_topk_route(Tensor clean, Tensor spread, Tensor noise, SymInt top_k, float min_noise) "
+      "-> (Tensor topk_weights, Tensor importance, Tensor load, Tensor loss, Tensor topk_ids, "
+      "Tensor runner_up)");
+  m.def(
+      "noisy_topk_route_backward(Tensor? grad_topk_weights, Tensor? grad_importance, Tensor? "
+      "grad_load, Tensor? grad_loss, Tensor clean, Tensor spread, Tensor noise, Tensor topk_ids, "
+      "Tensor runner_up, Tensor importance, Tensor load, float min_noise) "
+      "-> (Tensor grad_clean, Tensor grad_spread)");
 
   // sorting: ids [T, K] -> row_to_pair [R], pair_to_row [T, K], expert_offsets [E + 1], all int32
   m.def(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -71,11 +72,11 @@ class VariableGate(NaiveGate):
         self.register_buffer("dropped", torch.zeros((), dtype=torch.int64), persistent=False)
 
     def _fit(
-        self, topk_ids: Tensor, topk_weights: Tensor, priority: Tensor, *, masked: bool = False
+        self, topk_ids: Tensor, topk_weights: Tensor, priority: Callable[[], Tensor]
     ) -> Routing:
-        """Drop what the row budget has no room for: the slots with the lowest ``priority [T, K]``.
+        """Drop what the row budget has no room for: the slots with the lowest ``priority() [T, K]``.
 
-        ``masked``: the weights of the empty slots are 0 already.
+        The weights of the empty slots are 0.
         """
         num_tokens, num_slots = topk_ids.shape
         num_rows = None
@@ -84,12 +85,10 @@ class VariableGate(NaiveGate):
             filled = topk_ids >= 0
             # One queue for all slots that hold something, whatever the expert.
             queue = torch.where(filled, 0, -1)
-            queue = limit_capacity(queue, 1, num_rows, priority=priority.detach())
+            queue = limit_capacity(queue, 1, num_rows, priority=priority().detach())
             if records():
                 self.dropped.add_(filled.sum() - (queue >= 0).sum())
             topk_ids = torch.where(queue < 0, -1, topk_ids)
-            masked = False
-        if not masked:
             topk_weights = topk_weights.masked_fill(topk_ids < 0, 0)
         return Routing(topk_ids, topk_weights, num_rows)
 

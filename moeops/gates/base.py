@@ -83,6 +83,8 @@ class BaseGate(nn.Module):
     extra_losses: tuple[tuple[GateLoss, float], ...] = ()
     # False in gates that hand no logits to set_loss: losses of logits are refused there.
     has_logits = True
+    # Ranks that hold one expert together, each a shard of it; set by the layer. The ranks are world_size times as many.
+    expert_shards = 1
     _group: RankGroup | None = None
 
     def __init__(self, num_expert: int, world_size: int = 1) -> None:
@@ -117,17 +119,18 @@ class BaseGate(nn.Module):
 
     def _expert_group(self, why: str) -> RankGroup | None:
         """The ranks that hold the other experts; ``None`` if all experts are here."""
-        if self.world_size == 1:
+        ranks = self.world_size * self.expert_shards
+        if ranks == 1:
             return None
         group = self._group
         if group is None:
             raise ValueError(
-                f"{type(self).__name__}: group must be set for {why} with world_size = {self.world_size}, got None. "
+                f"{type(self).__name__}: group must be set for {why} with world_size = {ranks}, got None. "
                 "Pass group=, the ranks that hold the experts, or set gate.group."
             )
-        if group.size != self.world_size:
+        if group.size != ranks:
             raise ValueError(
-                f"{type(self).__name__}: group must have world_size = {self.world_size} ranks for {why}, got "
+                f"{type(self).__name__}: group must have world_size = {ranks} ranks for {why}, got "
                 f"{group.size}. Pass the ranks that hold the experts."
             )
         return group

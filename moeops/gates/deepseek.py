@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from moeops.gates.base import exporting
-from moeops.gates.functional import check_scale, chosen_weights, router_logits
+from moeops.gates.functional import check_scale, router_logits
 from moeops.gates.naive import NaiveGate
 from moeops.gates.topk import expert_probs
 from moeops.losses import sequence_loss
 from moeops.ops import _checks
-from moeops.ops.routing import topk_route
+from moeops.ops.routing import chosen_weights, topk_route
 from moeops.ops.sorting import count_tokens
 
 

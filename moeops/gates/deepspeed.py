@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from moeops.gates.dense_to_sparse import gumbel_like
 from moeops.gates.functional import (
     apply_capacity,
-    chosen_weights,
     expert_capacity,
     router_logits,
     uniform_like,
@@ -18,7 +14,8 @@ from moeops.gates.functional import (
 from moeops.gates.naive import NaiveGate
 from moeops.losses import score_balance_loss
 from moeops.ops import _checks
-from moeops.ops.routing import topk_route
+from moeops.ops.balance import topk_route_balance
+from moeops.ops.routing import chosen_weights
 
 NOISE_POLICIES = (None, "Jitter", "RSample")
 DROP_POLICIES = ("probs", "position")
@@ -161,32 +158,25 @@ class DeepSpeedGate(NaiveGate):
             x = inp.to(_checks.accumulate_dtype(inp.dtype))
             inp = x * uniform_like(x, 1 - _JITTER, 1 + _JITTER)
         logits = router_logits(inp, self.gate)  # [T, E]
-        probs, chosen = self._choose(logits, draws)
-        topk_ids = chosen
+        samples = self.noisy_gate_policy == "RSample" and self.training
+        samples = samples or (self.top_k == 2 and draws and self.top2_2nd_expert_sampling)
+        num_counted = self.top_k if self.top_k > 2 else 1
+        probs, _, loss, topk_ids, _ = topk_route_balance(
+            logits,
+            self.top_k,
+            renormalize=False,
+            uniform=torch.rand_like(logits[:, 0]) if samples else None,
+            num_counted=num_counted,
+        )
         if used_token is not None:
             topk_ids = torch.where(used_token[:, None] == 0, -1, topk_ids)
-        counted = topk_ids if self.top_k > 2 else topk_ids[:, :1]
-        self.set_loss(score_balance_loss(logits, counted), logits, topk_ids)
+            loss = score_balance_loss(logits, topk_ids[:, :num_counted])
+        self.set_loss(loss, logits, topk_ids)
         if self.drop_tokens:
             topk_ids = self._limit(topk_ids, probs, draws)
         if self.top_k == 1:
             return topk_ids, probs
-        return topk_ids, _softmax_over(logits.gather(1, chosen), topk_ids >= 0)
-
-    def _choose(self, logits: Tensor, draws: bool) -> tuple[Tensor, Tensor]:
-        """Probabilities and ids of the chosen experts, ``[T, K]``; of a sampled second one its place only."""
-        fixed = logits.detach()
-        if self.noisy_gate_policy == "RSample" and self.training:
-            ids = topk_route(fixed + gumbel_like(fixed), 1)[1]
-            return chosen_weights(logits, ids, renormalize=False), ids
-        if self.top_k != 2 or not (draws and self.top2_2nd_expert_sampling):
-            return topk_route(logits, self.top_k, renormalize=False)
-        probs, first = topk_route(fixed, 1)
-        noisy = (fixed + gumbel_like(fixed)).scatter_(1, first, -math.inf)
-        ids = torch.cat((first, noisy.argmax(-1, keepdim=True)), dim=1)
-        return probs.expand(
-            ids.shape
-        ), ids  # not read: first choices come first, then the position decides
+        return topk_ids, chosen_weights(logits, topk_ids)
 
     def _limit(self, topk_ids: Tensor, probs: Tensor, draws: bool) -> Tensor:
         """Drop what is over the capacity."""
@@ -212,10 +202,3 @@ class DeepSpeedGate(NaiveGate):
             f"top2_2nd_expert_sampling={self.top2_2nd_expert_sampling}, drop_policy={self.drop_policy!r}, "
             f"compat={self.compat}"
         )
-
-
-def _softmax_over(logits: Tensor, kept: Tensor) -> Tensor:
-    """Softmax over the entries of each row that were kept, 0 elsewhere; a row without any is 0."""
-    # The lowest number instead of minus infinity, of which a whole row would be NaN.
-    z = torch.where(kept, logits, torch.finfo(logits.dtype).min)  # [T, K]
-    return torch.where(kept, torch.softmax(z, dim=-1), 0)

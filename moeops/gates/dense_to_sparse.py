@@ -12,25 +12,26 @@ from moeops.gates.functional import router_logits
 from moeops.gates.naive import NaiveGate
 from moeops.losses import TINY
 from moeops.ops import _checks
-from moeops.ops.routing import topk_route
+from moeops.ops.balance import topk_route_balance
 
 
 class DenseToSparseGate(NaiveGate):
     """Start with many experts per token and end with few, as the temperature of a Gumbel-softmax falls.
 
     ``p = softmax((W x + g) / temperature)`` over all experts with Gumbel noise ``g`` in training, without noise in
-    evaluation. A token uses the experts with ``p > threshold``, at least one and at most ``top_k``, the best first;
+    evaluation. A token uses the experts with ``p >= threshold``, at least one and at most ``top_k``, the best first;
     the weights are ``p`` itself, not renormalised. A high temperature makes ``p`` flat and every expert is used, a low
     one leaves a single expert: a dense model turns sparse while it trains, and every weight has a gradient to every
-    logit all along. The slots of a token that hold no expert have id -1, so the number of experts varies per token.
+    logit all along. The slots of a token that hold no expert have id -1 and weight 0, so the number of experts varies
+    per token.
 
     **The temperature** is a 0-dimensional float32 buffer, saved in ``state_dict`` and kept in float32 when the module
     is cast. ``set_temperature`` writes into it and ``anneal`` follows a schedule: neither recompiles a compiled model.
 
     Departures from EvoMoE's code:
 
-    - The best expert is used even where its ``p`` is not above the threshold, which happens with many experts
-      (``E >= 1 / threshold``); EvoMoE's token would get nothing.
+    - The best expert is used even where its ``p`` is below the threshold, which happens with many experts
+      (``E > 1 / threshold``); EvoMoE's token would get nothing.
     - Evaluation has the threshold and the temperature of training without the noise. EvoMoE evaluates the best expert
       alone: build the gate with ``eval_top_k=1`` for that.
 
@@ -41,7 +42,7 @@ class DenseToSparseGate(NaiveGate):
         top_k: ``K``, the most experts per token, ``E`` to start fully dense.
         temperature: where it starts, above 0.
         final_temperature: where ``anneal`` ends, above 0.
-        threshold: smallest weight that counts, in ``[0, 1)``. No token can have ``1 / threshold`` experts or more, so
+        threshold: smallest weight that counts, in ``[0, 1)``. No token can have more than ``1 / threshold`` experts:
             fewer than ``top_k`` slots are made where that is less.
         eval_top_k: ``K`` in evaluation; ``None`` for ``top_k``.
         balance: set the loss ``E * sum_e P_e ** 2`` with ``P_e`` the mean of ``p_e`` over the tokens, 1 at perfect
@@ -105,22 +106,22 @@ class DenseToSparseGate(NaiveGate):
     ) -> tuple[Tensor, Tensor]:
         """Choose experts: ``inp [T, D]`` to topk_ids and topk_weights, ``[T, K']`` with ``K' <= K`` slots each."""
         logits = router_logits(inp, self.gate)  # [T, E]
-        noisy = logits + gumbel_like(logits) if self.training else logits
-        scaled = noisy / self.temperature.to(noisy.dtype)
-        _, topk_ids = topk_route(scaled.detach(), self._num_slots())
-        probs = torch.softmax(scaled, dim=-1)  # [T, E]
-        topk_weights = probs.gather(1, topk_ids)
+        topk_weights, prob_sums, _, topk_ids, _ = topk_route_balance(
+            add_gumbel(logits) if self.training else logits,
+            self._num_slots(),
+            renormalize=False,
+            min_score=self.threshold,
+            temperature=self.temperature,
+        )
+        loss = None
         if self.balance:
-            means = probs.sum(0) / (inp.shape[0] + TINY)  # [E]
-            self.set_loss(self.tot_expert * means.square().sum(), logits, topk_ids)
-        else:
-            self.set_loss(None, logits, topk_ids)
-        slots = torch.arange(topk_ids.shape[1], device=topk_ids.device)
-        used = (topk_weights.detach() > self.threshold) | (slots == 0)
-        return torch.where(used, topk_ids, -1), topk_weights
+            means = prob_sums / (inp.shape[0] + TINY)  # [E]
+            loss = self.tot_expert * means.square().sum()
+        self.set_loss(loss, logits, topk_ids)
+        return topk_ids, topk_weights
 
     def _num_slots(self) -> int:
-        """The most experts that can be above the threshold, ``K`` at most."""
+        """The most experts that can reach the threshold, ``K`` at most."""
         top_k = self.top_k
         if not self.training and self.eval_top_k is not None:
             top_k = self.eval_top_k
@@ -177,11 +178,13 @@ class DenseToSparseGate(NaiveGate):
         )
 
 
-def gumbel_like(logits: Tensor) -> Tensor:
-    """Draw standard Gumbel noise: ``argmax(logits + noise)`` is a sample of ``softmax(logits)``."""
-    # rand can be 0, whose noise is minus infinity; half of its float32 step is as far out as it can be drawn.
-    uniform = torch.rand_like(logits).clamp_min(2.0**-25)
-    return uniform.log_().neg_().log_().neg_()
+def add_gumbel(logits: Tensor) -> Tensor:
+    """Add standard Gumbel noise: the ``argmax`` of the result is a sample of ``softmax(logits)``."""
+    draws = torch.empty_like(logits).exponential_()
+    if torch.compiler.is_compiling():
+        # Eager mode never draws 0 or infinity, Inductor's version of it may.
+        draws = draws.clamp(2.0**-25, 64)
+    return logits - draws.log_()
 
 
 def _check_temperature(op: str, name: str, value: object) -> None:

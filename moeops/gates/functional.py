@@ -10,7 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moeops.gates.base import exporting
+from moeops.losses import balance_of_route
 from moeops.ops import _checks
+from moeops.ops.balance import topk_route_balance
+from moeops.ops.routing import topk_route
 from moeops.ops.sorting import count_tokens, limit_capacity, sort_tokens
 
 _MILLION = 1_000_000
@@ -110,46 +114,40 @@ def expert_loads(topk_ids: Tensor, num_experts: int) -> Tensor:
     return count_tokens(topk_ids, num_experts).to(torch.int64)
 
 
-def chosen_weights(
+def balanced_route(
     logits: Tensor,
-    topk_ids: Tensor,
+    top_k: int,
     *,
-    score: str = "softmax",
-    renormalize: bool = True,
-    scale: float = 1.0,
-) -> Tensor:
-    """Weigh experts that were chosen elsewhere as ``topk_route`` weighs those that it chooses.
+    balance: bool = True,
+    num_counted: int | None = None,
+    group: Any = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Route and compute the balance loss, in one pass over the logits.
 
     Args:
-        logits: ``[T, E]`` float32 or float64.
-        topk_ids: ``[T, K]`` integers in ``[-1, E)``; a dropped slot gets 0, and the others are renormalised alone.
-        score: ``"softmax"`` or ``"sigmoid"``.
-        renormalize: divide the chosen scores by their sum.
-        scale: factor on the weights.
+        logits: ``[T, E]`` float.
+        top_k: ``K``.
+        balance: False for ``topk_route`` alone.
+        num_counted: choices that the loss counts, from the first one on; ``None`` for all.
+        group: the ranks whose choices count together, see ``moeops.losses.balance_loss``.
+        **options: of ``topk_route``.
 
     Returns:
-        ``[T, K]``, dtype of ``logits``.
+        topk_weights ``[T, K]``, topk_ids ``[T, K]`` and the loss ``E * sum_e f_e * P_e``; ``None`` instead of it
+        without ``balance`` and in an exported program, which has no losses.
 
-    Gradients: ``logits``.  Host sync: none.  Deterministic: yes.
+    Gradients: ``logits`` through weights and loss.  Host sync: none.  Deterministic: yes.
 
     Example:
-        >>> chosen_weights(torch.zeros(1, 4), torch.tensor([[3, 1]])).tolist()
-        [[0.5, 0.5]]
+        >>> weights, ids, loss = balanced_route(torch.eye(4), 1)
+        >>> ids.view(-1).tolist(), float(loss)
+        ([0, 1, 2, 3], 1.0)
     """
-    live = topk_ids >= 0
-    ids = topk_ids.clamp_min(0).to(torch.int64)
-    if score == "softmax" and not renormalize:
-        logits = torch.log_softmax(logits, dim=-1)
-    log_scores = logits.gather(1, ids)
-    if score == "sigmoid":
-        log_scores = -torch.logaddexp(-log_scores, log_scores.new_zeros(()))
-    log_scores = log_scores.masked_fill(~live, -math.inf)
-    if not renormalize:
-        return scale * log_scores.exp()
-    largest = log_scores.detach().amax(-1, keepdim=True)  # [T, 1]
-    scores = (log_scores - largest.masked_fill(largest == -math.inf, 0)).exp()
-    # A row holds 1 for its best expert, unless it holds nothing.
-    return scale * scores / (scores.sum(-1, keepdim=True) + 1e-30)
+    if not balance or exporting():
+        return *topk_route(logits, top_k, **options), None
+    route = topk_route_balance(logits, top_k, num_counted=num_counted, **options)
+    return route.topk_weights, route.topk_ids, balance_of_route(route, group=group)
 
 
 def apply_capacity(
@@ -232,6 +230,9 @@ def apply_capacity(
 
 def uniform_like(like: Tensor, low: float, high: float) -> Tensor:
     """Noise from ``U(low, high)`` in the shape and type of ``like``, drawn in one kernel."""
+    if torch.compiler.is_compiling():
+        # What a compiler fuses with what reads the noise; the method below it can only call, and copy around.
+        return low + (high - low) * torch.rand_like(like)
     return torch.empty_like(like).uniform_(low, high)
 
 

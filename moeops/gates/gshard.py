@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from moeops.gates.functional import (
     Count,
     apply_capacity,
+    balanced_route,
     check_capacity,
     check_capacity_options,
     expert_capacity,
@@ -17,8 +17,6 @@ from moeops.gates.functional import (
     uniform_like,
 )
 from moeops.gates.naive import NaiveGate
-from moeops.losses import gshard_loss
-from moeops.ops.routing import topk_route
 
 
 class GShardGate(NaiveGate):
@@ -109,10 +107,11 @@ class GShardGate(NaiveGate):
     ) -> tuple[Tensor, Tensor]:
         """Choose two experts per token: ``inp [T, D]`` to topk_ids ``[T, 2]`` and topk_weights ``[T, 2]``."""
         logits = router_logits(inp, self.gate)  # [T, E]
-        topk_weights, topk_ids = topk_route(logits, 2)
         group = self._balance_group() if self.global_balance else None
-        loss = gshard_loss(logits, topk_ids, group=group)
-        self.set_loss(loss / self.world_size**2 if self.compat else loss, logits, topk_ids)
+        topk_weights, topk_ids, loss = balanced_route(logits, 2, num_counted=1, group=group)
+        if loss is not None and self.compat:
+            loss = loss / self.world_size**2
+        self.set_loss(loss, logits, topk_ids)
         if self.compat:
             topk_ids = self._route_at_random(self._limit(topk_ids, topk_weights), topk_weights)
         else:
@@ -126,7 +125,7 @@ class GShardGate(NaiveGate):
             return topk_ids
         # First choices stay: their weights are at least 1 / 2.
         weights = topk_weights.detach()
-        return torch.where(weights < uniform_like(weights[:, :1], 0.0, 0.5), -1, topk_ids)
+        return topk_ids.masked_fill(weights < uniform_like(weights[:, :1], 0.0, 0.5), -1)
 
     def _limit(self, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """Drop what does not fit."""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from moeops.gates._variable import check_finite
 from moeops.gates.functional import (
     apply_capacity,
     check_capacity,
@@ -13,7 +11,7 @@ from moeops.gates.functional import (
     router_logits,
 )
 from moeops.gates.naive import NaiveGate
-from moeops.losses import balance_of_sums
+from moeops.ops.balance import prototype_route
 
 
 class KTop1Gate(NaiveGate):
@@ -73,22 +71,12 @@ class KTop1Gate(NaiveGate):
         self, inp: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Choose one expert per prototype: ``inp [T, D]`` to topk_ids ``[T, K]`` and topk_weights ``[T, K]``."""
-        num_tokens, prototypes = inp.shape[0], self.top_k
-        size = self.tot_expert // prototypes
         logits = router_logits(inp, self.gate)  # [T, E]
-        check_finite(type(self).__name__, logits)
-        # Not rows of prototypes: Inductor 2.13 computes a wrong gradient for a softmax between two views of symbolic
-        # size, and topk_route would take a warp for each.
-        grouped = logits.view(num_tokens, prototypes, size)
-        ids = grouped.detach().argmax(-1)  # [T, K], ties to the lower id
-        probs = torch.softmax(grouped, dim=-1)
-        topk_weights = probs.gather(2, ids[:, :, None])[:, :, 0]
-        topk_ids = ids + torch.arange(0, self.tot_expert, size, device=ids.device)
-        loss = balance_of_sums(probs.sum(0).view(self.tot_expert), topk_ids)
+        topk_weights, _, loss, topk_ids, _ = prototype_route(logits, self.top_k)
         self.set_loss(loss, logits, topk_ids)
         if self.capacity is not None:
             factor = self.capacity[0 if self.training else 1]
-            capacity = expert_capacity(factor, num_tokens, prototypes, self.tot_expert)
+            capacity = expert_capacity(factor, inp.shape[0], self.top_k, self.tot_expert)
             topk_ids = apply_capacity(topk_ids, topk_weights, self.tot_expert, capacity)
         return topk_ids, topk_weights
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from moeops.gates.functional import router_logits
+from moeops.gates.functional import balanced_route, router_logits
 from moeops.gates.naive import NaiveGate
-from moeops.losses import score_balance_loss
-from moeops.ops.routing import topk_route
 from moeops.types import Routing
 
 
@@ -58,8 +56,9 @@ class Llama4Gate(NaiveGate):
     ) -> Routing:
         """Choose experts: ``inp [T, D]`` to a Routing of ``[T, K]`` ids and input weights."""
         logits = router_logits(inp, self.gate)  # [T, E]
-        topk_weights, topk_ids = topk_route(logits, self.top_k, score="sigmoid", renormalize=False)
-        loss = score_balance_loss(logits, topk_ids, "sigmoid") if self.balance else None
+        topk_weights, topk_ids, loss = balanced_route(
+            logits, self.top_k, balance=self.balance, score="sigmoid", renormalize=False
+        )
         self.set_loss(loss, logits, topk_ids)
         return Routing(topk_ids, topk_weights, scale_inputs=True)
 

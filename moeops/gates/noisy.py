@@ -10,13 +10,15 @@ from torch import Tensor, nn
 
 from moeops.gates.functional import (
     apply_capacity,
+    balanced_route,
     check_capacity,
     expert_capacity,
     expert_loads,
     router_logits,
 )
 from moeops.gates.naive import NaiveGate
-from moeops.losses import cv_squared, gshard_loss, importance, noisy_load
+from moeops.losses import cv_squared, importance
+from moeops.ops.noisy import noisy_topk_route
 from moeops.ops.routing import topk_route
 
 BALANCES = ("load", "gshard", None)
@@ -110,16 +112,24 @@ class NoisyGate(NaiveGate):
     ) -> tuple[Tensor, Tensor]:
         """Choose experts: ``inp [T, D]`` to topk_ids ``[T, K]`` and topk_weights ``[T, K]``."""
         clean = router_logits(inp, self.gate)  # [T, E]
-        logits, sigma = clean, None
         if self.training:
-            sigma = F.softplus(router_logits(inp, self.noise)) + self.min_noise  # [T, E]
-            logits = clean + torch.randn_like(clean) * sigma
-        topk_weights, topk_ids = topk_route(logits, self.top_k)
-        loss = None
-        if self.balance == "gshard":
-            loss = gshard_loss(logits, topk_ids)
-        elif self.balance == "load":
-            loss = self._load_loss(clean, logits, sigma, topk_weights, topk_ids)
+            spread, noise = router_logits(inp, self.noise), torch.randn_like(clean)  # [T, E] each
+        if self.training and self.balance == "load":
+            # One op that keeps the noisy logits to itself: they are computed again for whom they are needed.
+            topk_weights, sums, load, loss, topk_ids = noisy_topk_route(
+                clean, spread, noise, self.top_k, self.min_noise
+            )
+            loss = self._fastmoe_loss(sums, load) if self.compat else loss
+            logits = self._noisy(clean, spread, noise) if self.extra_losses else None
+        else:
+            logits = self._noisy(clean, spread, noise) if self.training else clean
+            loss = None
+            if self.balance == "gshard":
+                topk_weights, topk_ids, loss = balanced_route(logits, self.top_k, num_counted=1)
+            else:
+                topk_weights, topk_ids = topk_route(logits, self.top_k)
+            if self.balance == "load":
+                loss = self._loss_without_noise(topk_weights, topk_ids)
         self.set_loss(loss, logits, topk_ids)
         if self.capacity is not None:
             factor = self.capacity[0 if self.training else 1]
@@ -129,25 +139,23 @@ class NoisyGate(NaiveGate):
             )
         return topk_ids, topk_weights
 
-    def _load_loss(
-        self,
-        clean: Tensor,
-        logits: Tensor,
-        sigma: Tensor | None,
-        topk_weights: Tensor,
-        topk_ids: Tensor,
-    ) -> Tensor:
-        """``CV2(importance) + CV2(load)``."""
-        if sigma is None:
-            load = expert_loads(topk_ids, self.tot_expert).to(logits.dtype)  # [E]
-        else:
-            load = noisy_load(clean, logits, sigma, topk_ids)
-        weight_sums = importance(topk_weights, topk_ids, self.tot_expert)  # [E]
-        if not self.compat:
-            return cv_squared(weight_sums) + cv_squared(load)
+    def _noisy(self, clean: Tensor, spread: Tensor, noise: Tensor) -> Tensor:
+        """``h``."""
+        return clean + noise * (F.softplus(spread) + self.min_noise)
+
+    def _loss_without_noise(self, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+        """``CV2(importance) + CV2(load)``, the load being the number of tokens."""
+        sums = importance(topk_weights, topk_ids, self.tot_expert)  # [E]
+        load = expert_loads(topk_ids, self.tot_expert).to(sums.dtype)  # [E]
+        if self.compat:
+            return self._fastmoe_loss(sums, load)
+        return cv_squared(sums) + cv_squared(load)
+
+    def _fastmoe_loss(self, sums: Tensor, load: Tensor) -> Tensor:
+        """``CV2(importance) + CV2(load)`` with FastMoE's variance."""
         if self.tot_expert == 1:
-            return weight_sums.sum() * 0
-        first, second = (v.var() / (v.mean().square() + 1e-10) for v in (weight_sums, load))
+            return sums.sum() * 0
+        first, second = (v.var() / (v.mean().square() + 1e-10) for v in (sums, load))
         return first + second
 
     def extra_repr(self) -> str:

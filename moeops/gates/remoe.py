@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moeops.gates._variable import VariableGate, check_finite
+from moeops.gates._variable import VariableGate
 from moeops.gates.base import exporting
 from moeops.gates.functional import router_logits
 from moeops.losses import TINY
 from moeops.ops import _checks
+from moeops.ops.balance import relu_route
 from moeops.types import Routing
 
 # No sparsity that can be reached needs a coefficient outside; 0 and infinity would be final.
@@ -39,11 +39,9 @@ class ReMoEGate(VariableGate):
     **Several layers.** The paper has one coefficient for all of them, so that each finds its own sparsity and only
     the average is ``K``: ``update_coefficients(model)`` instead of ``gate.update_coefficient()`` for each.
 
-    **Several ranks** with replicas of this gate: sum the counts over them first, as for ``DeepSeekV3Gate``::
-
-        for counts in (gate.active, gate.tokens):
-            torch.distributed.all_reduce(counts)
-        gate.update_coefficient()
+    **Several ranks** with replicas of this gate must agree on the coefficient, as those of ``DeepSeekV3Gate`` on the
+    bias: ``gate.update_coefficient(group=group)`` with the ranks that hold this gate sums their counts first. DDP
+    does not sum buffers, but overwrites them with rank 0's: pass ``broadcast_buffers=False``.
 
     Ids and weights are ``[T, max_k]``. With ``max_k = E`` (the default) nothing is cut off and the slots are the
     experts; below that a token's ``max_k`` largest weights count, best first. Rows for ``E`` experts per token are
@@ -123,44 +121,54 @@ class ReMoEGate(VariableGate):
     ) -> Routing:
         """Weigh experts: ``inp [T, D]`` to a Routing of ``[T, max_k]`` ids and weights."""
         logits = router_logits(inp, self.gate)  # [T, E]
-        check_finite(type(self).__name__, logits)
-        weights = torch.relu(logits)  # [T, E]
-        positive = weights > 0
-        counts = positive.sum(0)  # [E]
+        weights, norms, balance, topk_ids, counts = relu_route(logits)  # [T, E], [E], [], ...
+        active = counts.sum()
         if self.training and self._records():
-            self.active.add_(counts.sum())
-            self.tokens.add_(torch.ones_like(positive[:, 0], dtype=torch.int64).sum())
-        topk_ids = torch.where(positive, torch.arange(self.tot_expert, device=weights.device), -1)
+            self.active.add_(active)
+            self.tokens.add_(torch.ones_like(topk_ids[:, 0]).sum())
         if not exporting():
-            self.set_loss(self._loss(weights, counts), logits, topk_ids)
+            loss = self._loss(norms, balance, active, inp.shape[0])
+            self.set_loss(loss, logits, topk_ids)
         if self.max_k < self.tot_expert:
             best = torch.sort(weights.detach(), dim=-1, descending=True, stable=True)
             topk_ids = best.indices[:, : self.max_k]
             weights = weights.gather(1, topk_ids)
             topk_ids = torch.where(weights > 0, topk_ids, -1)
-        return self._fit(topk_ids, weights, weights, masked=True)
+        return self._fit(topk_ids, weights, lambda: weights)
 
-    def _loss(self, weights: Tensor, counts: Tensor) -> Tensor:
-        num_tokens = weights.shape[0] + TINY
-        norms = weights.sum(0) / num_tokens  # [E]
+    def _loss(self, norms: Tensor, balance: Tensor, active: Tensor, num_tokens: int) -> Tensor:
         if self.balance:
-            norms = norms * counts * (self.tot_expert / self.top_k) / num_tokens
+            # Its shares are of the active pairs; those of the paper are of K * T.
+            norm = balance * active / (self.top_k * num_tokens + TINY)
+        else:
+            norm = norms.sum() / (num_tokens + TINY)
         # A copy: update_coefficient may come between forward and backward, which reads it.
-        return self.coefficient.to(weights.dtype, copy=True) * norms.sum()
+        return self.coefficient.to(norm.dtype, copy=True) * norm
 
-    def update_coefficient(self, rate: float = 1.2) -> None:
+    def update_coefficient(self, rate: float = 1.2, group: Any = None) -> None:
         """Multiply the coefficient by ``rate`` if tokens got more than ``K`` experts, divide if fewer; clear counts.
 
-        In place, without a host copy, one graph under ``torch.compile``. Without counts nothing moves. With several
-        ranks sum ``active`` and ``tokens`` over them first.
+        In place, without a host copy, one graph under ``torch.compile``. Without counts nothing moves.
 
         Args:
             rate: at least 1; the paper's is 1.2.
+            group: sum the counts over these ranks first, a process group or ``moeops.distributed.RankGroup``; all of
+                them must call this. ``None`` for the gate's own ``group``, and without one for this rank alone.
 
         Raises:
-            ValueError: ``rate`` is below 1 or not finite.
+            ValueError: ``rate`` is below 1 or not finite, or no group is known with ``world_size > 1``.
         """
-        _update([self], rate)
+        _update([self], rate, group)
+
+    def _update_group(self, group: Any) -> Any:
+        """The ranks whose counts are summed."""
+        group = self.group if group is None else group
+        if group is None and self.world_size > 1:
+            raise ValueError(
+                f"{type(self).__name__}.update_coefficient: group must be set with world_size = {self.world_size}, "
+                "got None. Pass the ranks that hold this gate."
+            )
+        return group
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         before = self.coefficient
@@ -177,7 +185,7 @@ class ReMoEGate(VariableGate):
         return f"{super().extra_repr()}, balance={self.balance}, max_k={self.max_k}"
 
 
-def update_coefficients(model: nn.Module, rate: float = 1.2) -> None:
+def update_coefficients(model: nn.Module, rate: float = 1.2, group: Any = None) -> None:
     """Update the coefficients of all ReMoE gates of a model alike, by the sparsity of all of them, as the paper does.
 
     As ``ReMoEGate.update_coefficient`` with the counts of all gates added up; coefficients that start equal stay so.
@@ -185,9 +193,11 @@ def update_coefficients(model: nn.Module, rate: float = 1.2) -> None:
     Args:
         model: any module; every ``ReMoEGate`` in ``model.modules()`` takes part.
         rate: at least 1; the paper's is 1.2.
+        group: as in ``ReMoEGate.update_coefficient``; ``None`` for the own groups of the gates.
 
     Raises:
-        ValueError: ``rate`` is below 1 or not finite, or the model has no such gate.
+        ValueError: ``rate`` is below 1 or not finite, the model has no such gate, or no group is known with
+        ``world_size > 1``.
 
     Example:
         >>> model = nn.ModuleList(ReMoEGate(8, 4, top_k=4) for _ in range(2))
@@ -202,23 +212,36 @@ def update_coefficients(model: nn.Module, rate: float = 1.2) -> None:
             f"update_coefficients: model must hold a ReMoEGate, got {type(model).__name__} without one. "
             "Pass the model that was built with ReMoE gates."
         )
-    _update(gates, rate)
+    _update(gates, rate, group)
 
 
 @torch.no_grad()
-def _update(gates: Iterable[ReMoEGate], rate: float) -> None:
+def _update(gates: list[ReMoEGate], rate: float, group: Any) -> None:
     if not torch.compiler.is_compiling() and not 1 <= rate < math.inf:
         raise ValueError(
             f"ReMoEGate.update_coefficient: rate must be at least 1 and finite, got {rate}. Use 1.2."
         )
-    gates = list(gates)
     device = gates[0].active.device
+    groups = [gate._update_group(group) for gate in gates]
+    together = all(other == groups[0] for other in groups)
     # In integers, so that an average equal to K is seen as such.
     above = torch.zeros((), dtype=torch.int64, device=device)
-    for gate in gates:
-        above = above + (gate.active - gate.top_k * gate.tokens).to(device)
+    for gate, own in zip(gates, groups, strict=True):
+        more = gate.active - gate.top_k * gate.tokens
+        above = above + (more if together else _sum_over(more, own)).to(device)
+    if together:
+        above = _sum_over(above, groups[0])
     step = math.log(rate) * torch.sign(above).to(torch.float32)
     for gate in gates:
         gate.coefficient.mul_(step.to(gate.coefficient.device).exp()).clamp_(*_RANGE)
         gate.active.zero_()
         gate.tokens.zero_()
+
+
+def _sum_over(counts: Tensor, group: Any) -> Tensor:
+    """Sum counts over the ranks of a group, if there is one."""
+    if group is None:
+        return counts
+    from moeops.distributed import all_reduce_sum
+
+    return all_reduce_sum(counts, group)

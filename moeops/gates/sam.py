@@ -12,9 +12,11 @@ from moeops.gates.functional import (
     router_logits,
 )
 from moeops.gates.naive import NaiveGate
-from moeops.losses import alignment_loss, score_balance_loss
+from moeops.losses import TINY, score_balance_loss
 from moeops.ops import _checks
-from moeops.ops.routing import topk_route
+from moeops.ops.balance import topk_route_balance
+from moeops.ops.routing import chosen_weights, topk_route
+from moeops.ops.scores import alignment_sum
 
 
 class SAMGate(NaiveGate):
@@ -107,29 +109,44 @@ class SAMGate(NaiveGate):
         self, inp: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Choose experts of one group: ``inp [T, D]`` to topk_ids ``[T, K]`` and topk_weights ``[T, K]``."""
-        num_tokens, num_experts, width = inp.shape[0], self.tot_expert, self._width
-        # One bad logit makes its whole row of log_probs bad, whichever group topk_route gets to see and to refuse.
+        num_tokens, num_experts = inp.shape[0], self.tot_expert
         logits = router_logits(inp, self.gate)  # [T, E]
-        log_probs = torch.log_softmax(logits, dim=-1)
-        probs = log_probs.exp()
-        sums = probs.detach().view(num_tokens, self.num_groups, num_experts // self.num_groups)
-        first = sums.sum(-1).argmax(-1, keepdim=True) * width  # [T, 1]
-        members = first + torch.arange(width, device=first.device)  # [T, width]
-        _, local_ids = topk_route(log_probs.detach().gather(1, members), self.top_k)
-        topk_ids = first + local_ids
-        topk_weights = probs.gather(1, topk_ids)
+        if self.compat:
+            topk_ids = self._choose_as_hetumoe(logits)
+            topk_weights = chosen_weights(logits, topk_ids, renormalize=False)
+            balance = score_balance_loss(logits, topk_ids)
+        else:
+            topk_weights, _, balance, topk_ids, _ = topk_route_balance(
+                logits,
+                self.top_k,
+                renormalize=False,
+                num_groups=self.num_groups,
+                top_groups=1,
+                group_score="sum",
+            )
         # Its f_e is divided by T, not by T * K.
-        loss = self.top_k * score_balance_loss(logits, topk_ids)
+        loss = self.top_k * balance
         if self.alignment > 0:
-            aligned = alignment_loss(probs, topk_ids, width)
-            scale = num_tokens if self.compat else 1
-            loss = loss + self.alignment * scale * aligned
+            aligned = alignment_sum(logits, topk_ids, self._width)
+            tokens = 1 if self.compat else num_tokens + TINY
+            loss = loss + aligned * self.alignment / tokens
         self.set_loss(loss, logits, topk_ids)
         if self.capacity is not None:
             factor = self.capacity[0 if self.training else 1]
             rows = expert_capacity(factor, num_tokens, self.top_k, num_experts)
             topk_ids = apply_capacity(topk_ids, topk_weights, num_experts, rows, policy="choice")
         return topk_ids, topk_weights
+
+    def _choose_as_hetumoe(self, logits: Tensor) -> Tensor:
+        """Group ``g`` with the largest sum of ``E / G`` probabilities; the best of ``G`` experts from ``g * G`` on."""
+        # One bad logit makes its whole row of log_probs bad, whichever group topk_route gets to see and to refuse.
+        log_probs = torch.log_softmax(logits.detach(), dim=-1)
+        groups = log_probs.exp().view(
+            logits.shape[0], self.num_groups, self.tot_expert // self.num_groups
+        )
+        first = groups.sum(-1).argmax(-1, keepdim=True) * self._width  # [T, 1]
+        members = first + torch.arange(self._width, device=first.device)  # [T, width]
+        return first + topk_route(log_probs.gather(1, members), self.top_k)[1]
 
     def extra_repr(self) -> str:
         """Sizes and options of the gate."""

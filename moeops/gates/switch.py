@@ -9,16 +9,16 @@ from torch import Tensor
 
 from moeops.gates.functional import (
     apply_capacity,
+    balanced_route,
     check_capacity,
     check_capacity_options,
-    chosen_weights,
     expert_capacity,
     router_logits,
     uniform_like,
 )
 from moeops.gates.naive import NaiveGate
-from moeops.losses import TINY, switch_loss
-from moeops.ops.routing import topk_route
+from moeops.losses import TINY
+from moeops.ops.routing import chosen_weights
 from moeops.ops.scores import score_sums
 from moeops.ops.sorting import count_tokens
 
@@ -135,13 +135,11 @@ class SwitchGate(NaiveGate):
         logits = router_logits(inp, self.gate)  # [T, E]
         if noisy and self.jitter == "logits":
             logits = logits + self._noise(logits)
-        topk_weights, topk_ids = topk_route(logits, 1, renormalize=False)
+        group = self._balance_group() if self.global_balance else None
+        topk_weights, topk_ids, loss = balanced_route(logits, 1, renormalize=False, group=group)
         kept_ids = self._limit(topk_ids, topk_weights)
         if self.compat:
             loss = _kept_loss(logits, kept_ids)
-        else:
-            group = self._balance_group() if self.global_balance else None
-            loss = switch_loss(logits, topk_ids, group=group)
         self.set_loss(loss, logits, topk_ids)
         return kept_ids, topk_weights
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moeops.gates._variable import VariableGate
 from moeops.gates.functional import router_logits
-from moeops.losses import TINY, chosen_experts, router_entropy
-from moeops.ops.routing import topk_route
+from moeops.losses import router_entropy
+from moeops.ops.balance import topk_route_balance
+from moeops.ops.routing import chosen_weights
 from moeops.types import Routing
 
 
@@ -96,31 +96,24 @@ class ThresholdGate(VariableGate):
     ) -> Routing:
         """Choose experts: ``inp [T, D]`` to a Routing of ``[T, K]`` ids and weights, best first."""
         logits = router_logits(inp, self.gate)  # [T, E]
-        probs, topk_ids = topk_route(logits, self.top_k, renormalize=False)  # [T, K] each
-        choice = torch.arange(self.top_k, device=probs.device)
-        fixed = probs.detach()
-        # An expert is needed if the better ones do not reach the mass.
-        needed = (mass_before(fixed) < self.top_p) & (fixed >= self.min_prob)
-        needed = needed | (choice == 0)
-        topk_ids = torch.where(needed, topk_ids, -1)
-        self.set_loss(self._loss(logits, topk_ids), logits, topk_ids)
-        weights = probs.masked_fill(~needed, 0)
-        if self.renormalize:
-            weights = weights / weights.sum(-1, keepdim=True)
-        # Probabilities are at most 1: a later choice never comes before an earlier one.
-        return self._fit(topk_ids, weights, fixed - 2 * choice)
-
-    def _loss(self, logits: Tensor, topk_ids: Tensor) -> Tensor | None:
-        loss = None
-        if self.balance:
-            counts = chosen_experts(topk_ids, self.tot_expert).to(logits.dtype).sum(0)  # [E]
-            shares = counts / (counts.sum() + TINY)
-            probs = torch.softmax(logits, -1).sum(0) / (logits.shape[0] + TINY)  # [E]
-            loss = self.tot_expert * (shares * probs).sum()
+        weights, _, balance, topk_ids, _ = topk_route_balance(
+            logits,
+            self.top_k,
+            renormalize=self.renormalize,
+            top_p=self.top_p,
+            min_score=self.min_prob,
+        )
+        loss = balance if self.balance else None
         if self.dynamic > 0:
             entropy = self.dynamic * router_entropy(logits)
             loss = entropy if loss is None else loss + entropy
-        return loss
+        self.set_loss(loss, logits, topk_ids)
+        return self._fit(topk_ids, weights, lambda: self._priority(logits.detach(), topk_ids))
+
+    def _priority(self, logits: Tensor, topk_ids: Tensor) -> Tensor:
+        """Earlier choices first, then larger probabilities, which are at most 1."""
+        probs = chosen_weights(logits, topk_ids, renormalize=False)  # [T, K]
+        return probs - 2 * torch.arange(self.top_k, device=probs.device)
 
     def extra_repr(self) -> str:
         """Sizes and options of the gate."""
@@ -128,13 +121,3 @@ class ThresholdGate(VariableGate):
             f"{super().extra_repr()}, top_p={self.top_p}, min_prob={self.min_prob}, "
             f"renormalize={self.renormalize}, balance={self.balance}, dynamic={self.dynamic}"
         )
-
-
-def mass_before(probs: Tensor) -> Tensor:
-    """Sum what stands left of each entry, ``[T, K]``. In doubling steps: CUDA's cumsum is not deterministic."""
-    mass = F.pad(probs[:, :-1], (1, 0))
-    step = 1
-    while step < probs.shape[1]:
-        mass = mass + F.pad(mass[:, :-step], (step, 0))
-        step *= 2
-    return mass

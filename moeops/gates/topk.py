@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moeops.gates.functional import check_balance, check_scale, chosen_weights, router_logits
+from moeops.gates.functional import balanced_route, check_balance, check_scale, router_logits
 from moeops.gates.naive import NaiveGate
-from moeops.losses import score_balance_loss
-from moeops.ops.routing import SCORES, topk_route
+from moeops.ops.routing import SCORES, chosen_weights
 
 
 class TopKGate(NaiveGate):
@@ -92,13 +91,16 @@ class TopKGate(NaiveGate):
             logits ``[T, E]``.
         """
         logits = router_logits(inp, self.gate)  # [T, E]
-        topk_weights, topk_ids = topk_route(
-            logits, self.top_k, score=self.score, renormalize=self.renormalize, scale=self.scale
+        group = self._balance_group() if self.balance == "global" else None
+        topk_weights, topk_ids, loss = balanced_route(
+            logits,
+            self.top_k,
+            balance=bool(self.balance),
+            group=group,
+            score=self.score,
+            renormalize=self.renormalize,
+            scale=self.scale,
         )
-        loss = None
-        if self.balance:
-            group = self._balance_group() if self.balance == "global" else None
-            loss = score_balance_loss(logits, topk_ids, self.score, group=group)
         self.set_loss(loss, logits, topk_ids)
         if return_all_scores:
             return topk_ids, topk_weights, logits

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from moeops.gates.base import check_top_k
-from moeops.gates.functional import apply_capacity, router_logits
+from moeops.gates.functional import apply_capacity, balanced_route, router_logits
 from moeops.gates.naive import NaiveGate
-from moeops.losses import cv_squared, gshard_loss
+from moeops.losses import cv_squared
 from moeops.ops import _checks
 from moeops.ops.routing import topk_route
 from moeops.ops.scores import score_sums
@@ -140,10 +140,12 @@ class TutelGate(NaiveGate):
         if self.training and self.gate_noise > 0:
             logits = clean + torch.randn_like(clean) * (self.gate_noise / self.tot_expert)
         normalize = top_k > 1 and self.normalize_gate
-        topk_weights, topk_ids = topk_route(logits, top_k, renormalize=normalize)
         if self.is_gshard_loss:
-            loss = gshard_loss(logits, topk_ids)
+            topk_weights, topk_ids, loss = balanced_route(
+                logits, top_k, renormalize=normalize, num_counted=1
+            )
         else:
+            topk_weights, topk_ids = topk_route(logits, top_k, renormalize=normalize)
             loss = self._load_importance_loss(clean, logits.gather(1, topk_ids[:, -1:]))
         self.set_loss(loss, logits, topk_ids)
         if factor != 0:

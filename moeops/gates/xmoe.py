@@ -9,10 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moeops.gates.base import BaseGate, check_top_k
-from moeops.gates.functional import check_balance, exact_linear, router_logits
-from moeops.losses import score_balance_loss
+from moeops.gates.functional import balanced_route, check_balance, exact_linear, router_logits
 from moeops.ops import _checks
-from moeops.ops.routing import SCORES, topk_route
+from moeops.ops.routing import SCORES
 
 _MAX_SCALE = 100.0
 
@@ -122,13 +121,15 @@ class XMoEGate(BaseGate):
         cosines = exact_linear(F.normalize(projected, dim=1), vectors)  # [T, E]
         scale = self.log_scale.to(projected.dtype).clamp(max=math.log(_MAX_SCALE)).exp()
         logits = cosines * scale
-        topk_weights, topk_ids = topk_route(
-            logits, self.top_k, score=self.score, renormalize=self.renormalize
+        group = self._balance_group() if self.balance == "global" else None
+        topk_weights, topk_ids, loss = balanced_route(
+            logits,
+            self.top_k,
+            balance=bool(self.balance),
+            group=group,
+            score=self.score,
+            renormalize=self.renormalize,
         )
-        loss = None
-        if self.balance:
-            group = self._balance_group() if self.balance == "global" else None
-            loss = score_balance_loss(logits, topk_ids, self.score, group=group)
         self.set_loss(loss, logits, topk_ids)
         if return_all_scores:
             return topk_ids, topk_weights, logits

@@ -93,15 +93,24 @@ def topk_route(
         [[1, 2]]
     """
     if not torch.compiler.is_compiling():
-        _check_topk_route(logits, top_k, score, bias, num_groups, top_groups)
+        check_route("topk_route", logits, top_k, score, bias, num_groups, top_groups)
     return torch.ops.moeops.topk_route(
         logits, bias, top_k, score, renormalize, scale, num_groups, top_groups
     )
 
 
-def _check_topk_route(logits, top_k, score, bias, num_groups, top_groups):
-    op = "topk_route"
+def check_route(
+    op: str,
+    logits: object,
+    top_k: int,
+    score: str,
+    bias: object,
+    num_groups: int,
+    top_groups: int,
+) -> None:
+    """Check the arguments that routing ops have in common."""
     _checks.check_tensor(op, "logits", logits, 2)
+    assert isinstance(logits, Tensor)
     _checks.check_float(op, "logits", logits)
     num_experts = logits.shape[1]
     _checks.check_int(op, "top_k", top_k, 1, "Choose 1 <= top_k <= num_experts.")
@@ -124,6 +133,81 @@ def _check_topk_route(logits, top_k, score, bias, num_groups, top_groups):
         )
     if bias is not None:
         _checks.check_tensor(op, "bias", bias, 1)
+        assert isinstance(bias, Tensor)
         _checks.check_float(op, "bias", bias)
         _checks.check_size(op, "bias", bias, 0, num_experts, "one entry per expert")
         _checks.check_device(op, "bias", bias, "logits", logits)
+
+
+@torch.library.register_fake("moeops::chosen_weights")
+def _chosen_weights_fake(logits, topk_ids, score, renormalize, scale):
+    fake_check(
+        logits.shape[0] == topk_ids.shape[0],
+        "chosen_weights: topk_ids must have one row per token. Pass those of the logits.",
+    )
+    return logits.new_empty(topk_ids.shape, dtype=_checks.accumulate_dtype(logits.dtype))
+
+
+def _chosen_weights_setup(ctx, inputs, output):
+    logits, topk_ids, *ctx.options = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(logits, topk_ids)
+
+
+def _chosen_weights_grad(ctx, grad_weights):
+    if grad_weights is None:
+        return (None,) * 5
+    grad_logits = torch.ops.moeops.topk_route_backward(
+        grad_weights, *ctx.saved_tensors, *ctx.options
+    )
+    return grad_logits, None, None, None, None
+
+
+torch.library.register_autograd(
+    "moeops::chosen_weights", _chosen_weights_grad, setup_context=_chosen_weights_setup
+)
+
+
+def chosen_weights(
+    logits: Tensor,
+    topk_ids: Tensor,
+    *,
+    score: str = "softmax",
+    renormalize: bool = True,
+    scale: float = 1.0,
+) -> Tensor:
+    """Weigh experts that were chosen elsewhere as ``topk_route`` weighs those that it chooses.
+
+    Args:
+        logits: router logits, ``[T, E]``, any float type; computed in float32 (float64 for float64).
+        topk_ids: ``[T, K]`` int32 or int64 in ``[-1, E)``, no expert twice in a row; a dropped slot gets 0, and the
+            others are renormalised alone.
+        score: ``"softmax"`` or ``"sigmoid"``.
+        renormalize: divide the chosen scores by their sum.
+        scale: factor on the weights.
+
+    Returns:
+        ``[T, K]`` float32 (float64 for float64 logits).
+
+    Raises:
+        ValueError: a shape or ``score`` does not fit.  TypeError: a dtype is wrong.  RuntimeError: an id is out of
+        range (checked on CPU; on CUDA such a pair is dropped).
+    Gradients: ``logits``.  Host sync: none.  Deterministic: yes.
+
+    Example:
+        >>> chosen_weights(torch.zeros(1, 4), torch.tensor([[3, 1]])).tolist()
+        [[0.5, 0.5]]
+    """
+    if not torch.compiler.is_compiling():
+        op = "chosen_weights"
+        _checks.check_tensor(op, "logits", logits, 2)
+        _checks.check_float(op, "logits", logits)
+        _checks.check_ids(op, "topk_ids", topk_ids)
+        _checks.check_size(op, "topk_ids", topk_ids, 0, logits.shape[0], "one row per token")
+        if score not in SCORES:
+            raise ValueError(
+                f"{op}: score must be one of {SCORES}, got {score!r}. Pick one of them."
+            )
+    return torch.ops.moeops.chosen_weights(
+        logits, topk_ids.to(torch.int64), score, renormalize, scale
+    )

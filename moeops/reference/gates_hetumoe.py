@@ -109,9 +109,9 @@ def dense_to_sparse_gate(
         means = means + p / num_tokens
         chosen = _best(p, top_k)
         for k, e in enumerate(chosen):
-            if k == 0 or p[e] > threshold:
+            if k == 0 or p[e] >= threshold:
                 ids[t, k] = e
-        weights.append(torch.stack([p[e] for e in chosen]))
+        weights.append(torch.stack([p[e] * (ids[t, k] >= 0) for k, e in enumerate(chosen)]))
     return ids, torch.stack(weights), num_experts * (means**2).sum()
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moeops.types import TokenPlan
+from moeops.types import BalancedRoute, NoisyRoute, TokenPlan
 
 
 def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -30,6 +30,7 @@ def topk_route(
     bias: Tensor | None = None,
     num_groups: int = 1,
     top_groups: int = 1,
+    group_score: str = "top2",
 ) -> tuple[Tensor, Tensor]:
     """Scores, biased choice of the best groups and experts, unbiased weights of the chosen."""
     T, E = logits.shape
@@ -42,15 +43,164 @@ def topk_route(
         choice = z.detach()  # monotone in the scores, without the ties that rounding makes
     if num_groups > 1:
         grouped = choice.view(T, num_groups, E // num_groups)
-        group_score = grouped.topk(min(2, E // num_groups), dim=-1).values.sum(-1)  # [T, G]
-        best = torch.sort(group_score, dim=-1, descending=True, stable=True).indices[:, :top_groups]
-        keep = torch.zeros_like(group_score, dtype=torch.bool).scatter(1, best, True)
+        best_members = (
+            grouped if group_score == "sum" else grouped.topk(min(2, E // num_groups)).values
+        )
+        worth = best_members.sum(-1)  # [T, G]
+        best = torch.sort(worth, dim=-1, descending=True, stable=True).indices[:, :top_groups]
+        keep = torch.zeros_like(worth, dtype=torch.bool).scatter(1, best, True)
         choice = grouped.masked_fill(~keep[:, :, None], float("-inf")).view(T, E)
     ids = torch.sort(choice, dim=-1, descending=True, stable=True).indices[:, :top_k]
     weights = scores.gather(1, ids)
     if renormalize:
         weights = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
     return weights * scale, ids
+
+
+def chosen_weights(
+    logits: Tensor,
+    topk_ids: Tensor,
+    *,
+    score: str = "softmax",
+    renormalize: bool = True,
+    scale: float = 1.0,
+) -> Tensor:
+    """Scores of the chosen experts, 0 for dropped pairs."""
+    z = logits.to(_accumulate_dtype(logits.dtype))
+    scores = torch.softmax(z, dim=-1) if score == "softmax" else torch.sigmoid(z)  # [T, E]
+    weights = scores.gather(1, topk_ids.to(torch.int64).clamp_min(0))
+    weights = weights.masked_fill(topk_ids < 0, 0)
+    if renormalize:
+        weights = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+    return weights * scale
+
+
+def topk_route_balance(
+    logits: Tensor,
+    top_k: int,
+    *,
+    score: str = "softmax",
+    renormalize: bool = True,
+    scale: float = 1.0,
+    bias: Tensor | None = None,
+    num_groups: int = 1,
+    top_groups: int = 1,
+    group_score: str = "top2",
+    top_p: float = 1.0,
+    min_score: float = 0.0,
+    uniform: Tensor | None = None,
+    temperature: Tensor | None = None,
+    num_counted: int | None = None,
+) -> BalancedRoute:
+    """The choice first, then what it is worth, then the sums: each by the op that does nothing else."""
+    T, E = logits.shape
+    if temperature is not None:
+        logits = logits.to(_accumulate_dtype(logits.dtype)) / temperature
+    scores, ids = topk_route(
+        logits,
+        top_k,
+        score=score,
+        renormalize=False,
+        bias=bias,
+        num_groups=num_groups,
+        top_groups=top_groups,
+        group_score=group_score,
+    )
+    if uniform is not None:
+        probs = torch.softmax(logits.detach().to(torch.float64), dim=-1)
+        for t in range(T):
+            left = probs[t].clone()
+            left[ids[t, : top_k - 1]] = 0
+            mass = left.cumsum(0)
+            above = (mass > float(uniform[t]) * mass[-1]).nonzero()
+            ids[t, top_k - 1] = above[0, 0] if len(above) else left.nonzero()[-1, 0]
+        scores = chosen_weights(logits, ids, score=score, renormalize=False)
+    for t in range(T):
+        reached = 0.0
+        for k in range(top_k):
+            own = float(scores[t, k].detach())
+            if k > 0 and ((top_p < 1 and reached >= top_p) or own < min_score):
+                ids[t, k:] = -1
+                break
+            reached += own
+    counted = ids[:, : top_k if num_counted is None else num_counted]
+    counts = count_tokens(counted, E)
+    sums = score_sums(logits, score)
+    loss = _balance(sums, counts, T)
+    weights = chosen_weights(logits, ids, score=score, renormalize=renormalize, scale=scale)
+    return BalancedRoute(weights, sums, loss, ids, counts)
+
+
+def _balance(sums: Tensor, counts: Tensor, num_tokens: int) -> Tensor:
+    return counts.numel() * (counts * sums).sum() / max(1, num_tokens * int(counts.sum()))
+
+
+def prototype_route(logits: Tensor, num_prototypes: int) -> BalancedRoute:
+    """Each group is a router of its own."""
+    T, E = logits.shape
+    size = E // num_prototypes
+    groups = [
+        topk_route(logits[:, first : first + size], 1, renormalize=False)
+        for first in range(0, E, size)
+    ]
+    weights = torch.cat([group[0] for group in groups], 1)
+    ids = torch.cat([group[1] + k * size for k, group in enumerate(groups)], 1)
+    sums = torch.cat([score_sums(logits[:, first : first + size]) for first in range(0, E, size)])
+    counts = count_tokens(ids, E)
+    return BalancedRoute(weights, sums, _balance(sums, counts, T), ids, counts)
+
+
+def relu_route(logits: Tensor) -> BalancedRoute:
+    """Slot e is expert e where its logit is positive."""
+    T, E = logits.shape
+    weights = torch.relu(logits.to(_accumulate_dtype(logits.dtype)))
+    ids = torch.where(weights > 0, torch.arange(E, device=logits.device), -1)
+    sums, counts = weights.sum(0), count_tokens(ids, E)
+    return BalancedRoute(weights, sums, _balance(sums, counts, T), ids, counts)
+
+
+def noisy_topk_route(
+    clean: Tensor, spread: Tensor, noise: Tensor, top_k: int, min_noise: float = 0.01
+) -> NoisyRoute:
+    """The paper's equations, token by token and expert by expert."""
+    T, E = clean.shape
+    acc = _accumulate_dtype(clean.dtype)
+    clean, spread, noise = clean.to(acc), spread.to(acc), noise.to(acc)
+    sigma = torch.log1p(torch.exp(spread)) + min_noise
+    noisy = clean + noise * sigma
+    ids = torch.sort(noisy.detach(), dim=-1, descending=True, stable=True).indices[:, :top_k]
+    weights = torch.softmax(noisy.gather(1, ids), dim=-1)
+    importance = torch.zeros(T, E, dtype=acc, device=clean.device).scatter(1, ids, weights).sum(0)
+    load = list((noisy.sum(0) * 0).split(1))
+    for t in range(T):
+        for e in range(E):
+            stays = torch.ones((), dtype=acc, device=clean.device)
+            if top_k < E:
+                others = torch.cat((noisy[t, :e], noisy[t, e + 1 :]))
+                mark = torch.sort(others, descending=True).values[top_k - 1]
+                distance = (clean[t, e] - mark) / sigma[t, e]
+                stays = 0.5 * torch.erfc(-distance / 2**0.5)
+            load[e] = load[e] + stays
+    loads = torch.cat(load)
+
+    def variation(values: Tensor) -> Tensor:
+        mean = values.mean()
+        return (values - mean).square().mean() / (mean.square() + 1e-30)
+
+    return NoisyRoute(weights, importance, loads, variation(importance) + variation(loads), ids)
+
+
+def alignment_sum(logits: Tensor, topk_ids: Tensor, group_size: int) -> Tensor:
+    """Token by token: what probabilities outside the group exceed the last choice's by."""
+    probs = torch.softmax(logits.to(_accumulate_dtype(logits.dtype)), dim=-1)
+    total = probs.sum() * 0
+    for p, ids in zip(probs, topk_ids.tolist(), strict=True):
+        if ids[0] < 0 or ids[-1] < 0:
+            continue
+        for e, own in enumerate(p):
+            if e // group_size != ids[0] // group_size:
+                total = total + torch.relu(own - p[ids[-1]])
+    return total
 
 
 def score_sums(logits: Tensor, score: str = "softmax") -> Tensor:

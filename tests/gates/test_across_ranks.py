@@ -23,11 +23,13 @@ from moeops.gates import (
     DCGate,
     DeepSeekV3Gate,
     GShardGate,
+    ReMoEGate,
     SwipeGate,
     SwitchGate,
     TopKGate,
     apply_capacity,
     balance_loss,
+    update_coefficients,
 )
 from moeops.reference import gates_fastmoe as fast
 
@@ -242,6 +244,37 @@ def check_deepseek(ranks):
         gate.update_bias(0.25)
 
 
+def check_remoe(ranks):
+    """The same coefficient on every rank, that of one rank with all tokens; eager, compiled and over a model."""
+    torch.manual_seed(7)
+    gate = ReMoEGate(D, E_LOCAL, ranks.size, 2, coefficient=0.5).double().to(ranks.device)
+    one, compiled, model = (copy.deepcopy(gate) for _ in range(3))
+    one.world_size = 1
+    model = torch.nn.ModuleList((model, copy.deepcopy(model)))
+    compiled.group = model[0].group = model[1].group = ranks.group
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def update():
+        compiled.update_coefficient(1.5)
+
+    for number, split in enumerate(ranks.splits()):
+        tokens = [t - number for t in ranks.tokens(split, number)]  # ever fewer are positive
+        one(torch.cat(tokens))
+        one.update_coefficient(1.5)
+        for other in (gate, compiled, *model):
+            other(tokens[ranks.rank])
+        gate.update_coefficient(1.5, ranks.group)
+        update()
+        update_coefficients(model, 1.5)
+        for other in (gate, compiled, *model):
+            assert_all([other.coefficient], [one.coefficient])
+            assert not other.active.any()
+            assert not other.tokens.any()
+    assert float(one.coefficient) != 0.5
+    with pytest.raises(ValueError, match=r"update_coefficient: group must be set with world_size"):
+        gate.update_coefficient()
+
+
 def check_errors_and_copies(ranks):
     x = ranks.tokens([4] * ranks.size)[ranks.rank]
     torch.manual_seed(7)
@@ -268,6 +301,7 @@ CHECKS = (
     check_swipe,
     check_mean_of_losses_is_the_loss_of_all_tokens,
     check_deepseek,
+    check_remoe,
     check_errors_and_copies,
 )
 

@@ -38,6 +38,12 @@ OPTIONS = [
 ]
 
 
+def sample(probs, uniform):
+    """The first expert at which the cumulated probability exceeds the share that was drawn, ``[T, 1]``."""
+    mass = probs.cumsum(-1)
+    return (mass <= uniform[:, None] * mass[:, -1:]).sum(-1, keepdim=True)
+
+
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
 def test_values_and_gradients(options, training, dtype, device):
@@ -65,13 +71,11 @@ def test_values_and_gradients(options, training, dtype, device):
     logits = jittered @ params["gate.weight"].t()
     chosen = None
     if gate.noisy_gate_policy == "RSample" and training:
-        gumbel = -torch.log(-torch.log(uniform(T, E)))
-        chosen = (logits.detach() + gumbel).argmax(-1, keepdim=True)
+        chosen = sample(torch.softmax(logits.detach(), -1), uniform(T))
     if k == 2 and gate.top2_2nd_expert_sampling and draws:
         first = logits.detach().argmax(-1, keepdim=True)
-        noisy = logits.detach() - torch.log(-torch.log(uniform(T, E)))
-        second = noisy.scatter(1, first, -torch.inf).argmax(-1, keepdim=True)
-        chosen = torch.cat((first, second), dim=1)
+        others = torch.softmax(logits.detach(), -1).scatter(1, first, 0)
+        chosen = torch.cat((first, sample(others, uniform(T))), dim=1)
     order = uniform(T) if k == 1 and gate.use_rts and draws and gate.drop_tokens else None
     factor = gate.capacity_factor if training else gate.eval_capacity_factor
     capacity = deepspeed_capacity(T, E, k, factor, gate.min_capacity)
@@ -274,5 +278,5 @@ def test_bad_arguments(options, match):
 def test_bad_input():
     with pytest.raises(ValueError, match=r"DeepSpeedGate: used_token must have size 3"):
         DeepSpeedGate(D, 4)(torch.randn(3, D), torch.ones(4))
-    with pytest.raises(RuntimeError, match=r"topk_route: logits must be finite"):
+    with pytest.raises(RuntimeError, match=r"topk_route_balance: logits must be finite"):
         DeepSpeedGate(D, 4)(torch.full((3, D), torch.nan))

@@ -106,5 +106,5 @@ def test_bad_arguments(build, match):
 def test_nan_is_refused():
     x = torch.randn(3, D)
     x[1, 0] = torch.nan
-    with pytest.raises(RuntimeError, match=r"KTop1Gate: logits must be finite"):
+    with pytest.raises(RuntimeError, match=r"prototype_route: logits must be finite"):
         KTop1Gate(D, E)(x)

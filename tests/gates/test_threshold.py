@@ -10,7 +10,6 @@ from choice_checks import check_values, refuses_nan
 from gate_checks import D, E, check_checkpoint, check_compile, check_export, gradcheck, layer_with
 
 from moeops.gates import ThresholdGate
-from moeops.gates.threshold import mass_before
 from moeops.reference import gates_variable as reference
 from tolerances import assert_close
 
@@ -64,13 +63,6 @@ def test_harder_tokens_get_more_experts(device):
     # The first of two halves falls just short of 0.5.
     assert ids.tolist() == [[0, -1, -1, -1], [0, 1, -1, -1], [0, 1, -1, -1]]
     assert_close(weights[2], torch.tensor([0.25, 0.25, 0, 0]), torch.float32)
-
-
-@pytest.mark.parametrize("K", [1, 2, 3, 8, 13])
-def test_mass_before(K):
-    probs = torch.rand(4, K, dtype=torch.float64)
-    want = torch.stack([probs[:, :k].sum(1) for k in range(K)], 1)
-    assert_close(mass_before(probs), want, torch.float64)
 
 
 def test_budget_of_one_leaves_every_token_its_best_expert(device):

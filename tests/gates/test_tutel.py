@@ -252,7 +252,7 @@ def test_checkpoint():
         (
             lambda: TutelGate(D, 4)(torch.full((3, D), torch.nan)),
             RuntimeError,
-            r"topk_route: logits must be finite",
+            r"topk_route_balance: logits must be finite",
         ),
     ],
 )

@@ -143,7 +143,8 @@ def test_make_fx(kind, gate, device):
             torch.testing.assert_close(graph(params, x), expected)
         names = {str(node.target) for node in graph.graph.nodes}
         wanted = "moeops.moe_mlp.default" if kind == "mlp" else "moeops.unpermute_tokens.default"
-        assert {"moeops.topk_route.default", "moeops.sort_tokens.default", wanted} <= names
+        route = "moeops.topk_route" + ("" if gate == "naive" else "_balance") + ".default"
+        assert {route, "moeops.sort_tokens.default", wanted} <= names
 
 
 def export(layer, x, strict):

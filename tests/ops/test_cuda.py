@@ -15,6 +15,12 @@ CAPTURED = [
     (op, i)
     for op, cases in (
         ("topk_route", 2),
+        ("topk_route_balance", 3),
+        ("prototype_route", 1),
+        ("relu_route", 1),
+        ("noisy_topk_route", 1),
+        ("chosen_weights", 1),
+        ("alignment_sum", 1),
         ("score_sums", 2),
         ("sort_tokens", 2),
         ("count_tokens", 1),

@@ -217,5 +217,5 @@ def test_bare_ops_refuse_bad_arguments():
     backward = torch.ops.moeops.topk_route_backward
     ids = torch.zeros(5, 2, dtype=torch.int64)
     ids[3, 1] = 6
-    with pytest.raises(RuntimeError, match=r"topk_ids must be in \[0, 6\), got 6 at pair 7"):
+    with pytest.raises(RuntimeError, match=r"topk_ids must be in \[-1, 6\), got 6 at pair 7"):
         backward(torch.ones(5, 2), logits, ids, "softmax", True, 1.0)

@@ -121,3 +121,44 @@ def test_bare_ops_refuse_bad_arguments(device):
         backward(torch.ones(5, device=device), logits, "softmax")
     with pytest.raises(RuntimeError, match=r"grad_sums must be float32"):
         backward(torch.ones(6, dtype=torch.float64, device=device), logits, "softmax")
+
+
+# --- alignment_sum ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("T", "E", "K", "size"),
+    [(13, 12, 2, 4), (0, 4, 2, 2), (7, 33, 5, 11), (5, 128, 8, 32), (3, 512, 1, 64), (9, 6, 6, 6)],
+)
+def test_alignment_sum(T, E, K, size, values_dtype, device):
+    logits = (2 * torch.randn(T, E)).to(device, values_dtype)
+    groups = torch.randint(E // size, (T, 1))
+    ids = groups * size + torch.rand(T, size).argsort(-1)[:, :K]
+    ids = torch.where(torch.rand(T, 1) < 0.2, -1, ids)
+    assert_matches_reference(
+        lambda logits: moeops.alignment_sum(logits, ids.to(device), size),
+        lambda logits: reference.alignment_sum(logits, ids, size),
+        {"logits": logits},
+        values_dtype,
+    )
+
+
+def test_alignment_sum_gradcheck(device):
+    logits = torch.randn(7, 6, dtype=torch.float64, device=device, requires_grad=True)
+    ids = torch.randint(3, (7, 2), device=device)
+    assert torch.autograd.gradcheck(lambda z: moeops.alignment_sum(z, ids, 3), (logits,))
+
+
+def test_alignment_sum_errors(device):
+    logits = torch.randn(5, 6, device=device)
+    ids = torch.zeros(5, 2, dtype=torch.int64, device=device)
+    with pytest.raises(ValueError, match=r"alignment_sum: group_size must be at least 1, got 0"):
+        moeops.alignment_sum(logits, ids, 0)
+    with pytest.raises(ValueError, match=r"alignment_sum: topk_ids must have size 5.*\[4, 2\]"):
+        moeops.alignment_sum(logits, ids[:4], 3)
+    bad = ids.cpu().clone()
+    bad[2, 1] = 6
+    with pytest.raises(
+        RuntimeError, match=r"alignment_sum: topk_ids must be in \[-1, 6\).* token 2"
+    ):
+        moeops.alignment_sum(logits.cpu(), bad, 3)

@@ -1,10 +1,10 @@
-// topk_route and its backward on the CPU. One thread owns a range of tokens and works through each
-// token's logits in scratch memory of its own.
+// topk_route, its backward and chosen_weights on the CPU. One thread owns a range of tokens and
+// works through each token's logits in scratch memory of its own.
+#include "cpu/routing.h"
+
 #include <torch/csrc/stable/library.h>
 
-#include <cmath>
-#include <limits>
-#include <numeric>
+#include <algorithm>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -16,105 +16,6 @@
 namespace moeops::cpu {
 namespace {
 
-// From here on a partial sort of all experts is cheaper than inserting into the list of the best.
-constexpr int64_t kMaxInsertion = 16;
-
-enum class Score { kSoftmax, kSigmoid };
-
-Score parse_score(const char* op, const std::string& score) {
-  check_score(op, score);
-  return score == "softmax" ? Score::kSoftmax : Score::kSigmoid;
-}
-
-template <typename acc_t>
-void compute_scores(Score score, const acc_t* logits, acc_t* scores, int64_t num_experts) {
-  if (score == Score::kSigmoid) {
-    for (int64_t e = 0; e < num_experts; ++e) scores[e] = 1 / (1 + std::exp(-logits[e]));
-    return;
-  }
-  const acc_t top = *std::max_element(logits, logits + num_experts);
-  acc_t sum = 0;
-  for (int64_t e = 0; e < num_experts; ++e) sum += scores[e] = std::exp(logits[e] - top);
-  for (int64_t e = 0; e < num_experts; ++e) scores[e] /= sum;
-}
-
-// The top_k ids by falling value, ties by lower id. `order` has room for every expert.
-template <typename acc_t>
-void select_top(const acc_t* values, int64_t num_experts, int64_t top_k, int32_t* order) {
-  if (top_k > kMaxInsertion) {
-    std::iota(order, order + num_experts, 0);
-    std::partial_sort(order, order + top_k, order + num_experts, [&](int32_t a, int32_t b) {
-      return values[a] != values[b] ? values[a] > values[b] : a < b;
-    });
-    return;
-  }
-  int64_t held = 0;
-  for (int32_t e = 0; e < num_experts; ++e) {
-    if (held == top_k && values[e] <= values[order[held - 1]]) continue;
-    int64_t place = held < top_k ? held++ : held - 1;
-    for (; place > 0 && values[e] > values[order[place - 1]]; --place) {
-      order[place] = order[place - 1];
-    }
-    order[place] = e;
-  }
-}
-
-// Leaves only the experts of the best groups in play; a group is worth its two best experts.
-template <typename acc_t>
-void mask_groups(acc_t* choice, int64_t num_experts, int64_t num_groups, int64_t top_groups,
-                 acc_t* group_worth, int32_t* order) {
-  constexpr acc_t kOut = -std::numeric_limits<acc_t>::infinity();
-  const int64_t size = num_experts / num_groups;
-  for (int64_t g = 0; g < num_groups; ++g) {
-    acc_t best = kOut, second = kOut;
-    for (int64_t e = g * size; e < (g + 1) * size; ++e) {
-      if (choice[e] > best) {
-        second = best;
-        best = choice[e];
-      } else if (choice[e] > second) {
-        second = choice[e];
-      }
-    }
-    group_worth[g] = size == 1 ? best : best + second;
-  }
-  select_top(group_worth, num_groups, top_groups, order);
-  std::sort(order, order + top_groups);
-  for (int64_t g = 0, next = 0; g < num_groups; ++g) {
-    if (next < top_groups && order[next] == g) {
-      ++next;
-    } else {
-      std::fill(choice + g * size, choice + (g + 1) * size, kOut);
-    }
-  }
-}
-
-struct RouteOptions {
-  int64_t top_k;
-  Score score;
-  bool renormalize;
-  double scale;
-  int64_t num_groups;
-  int64_t top_groups;
-};
-
-// Scores of the chosen experts, best first in `order`; a renormalised softmax may leave out the
-// common divisor.
-template <typename acc_t>
-void score_chosen(const RouteOptions& options, const acc_t* logits, int64_t num_experts,
-                  const int32_t* order, acc_t* scores) {
-  const acc_t top = logits[order[0]];
-  acc_t divisor = 1;
-  if (options.score == Score::kSoftmax && !options.renormalize) {
-    divisor = 0;
-    for (int64_t e = 0; e < num_experts; ++e) divisor += std::exp(logits[e] - top);
-  }
-  for (int64_t k = 0; k < options.top_k; ++k) {
-    const acc_t z = logits[order[k]];
-    scores[order[k]] =
-        options.score == Score::kSigmoid ? 1 / (1 + std::exp(-z)) : std::exp(z - top) / divisor;
-  }
-}
-
 template <typename scalar_t>
 void route_kernel(accumulate_t<scalar_t>* weights, int64_t* ids, const scalar_t* logits,
                   const accumulate_t<scalar_t>* bias, int64_t num_tokens, int64_t num_experts,
@@ -124,13 +25,10 @@ void route_kernel(accumulate_t<scalar_t>* weights, int64_t* ids, const scalar_t*
   // Per range: logits, scores, choice, worth of groups; and an order of experts.
   std::vector<acc_t> values(ranges.count() * num_experts * 4);
   std::vector<int32_t> orders(ranges.count() * num_experts);
-  const acc_t scale = static_cast<acc_t>(options.scale);
   ranges.run([&](int64_t range, int64_t begin, int64_t end) {
     acc_t* z = values.data() + range * num_experts * 4;
-    acc_t* scores = z + num_experts;
-    acc_t* choice = scores + num_experts;
-    acc_t* worth = choice + num_experts;
-    int32_t* order = orders.data() + range * num_experts;
+    const RouteScratch<acc_t> scratch{z + num_experts, z + 2 * num_experts, z + 3 * num_experts,
+                                      orders.data() + range * num_experts};
     for (int64_t token = begin; token < end; ++token) {
       const scalar_t* source = logits + token * num_experts;
       bool finite = true;
@@ -142,57 +40,10 @@ void route_kernel(accumulate_t<scalar_t>* weights, int64_t* ids, const scalar_t*
         bad_logit.report(token);
         continue;
       }
-      // Without bias and groups the choice follows the logits: the scores rise with them, but
-      // rounding makes them tie where the logits do not. Only the chosen scores are needed then.
-      const bool by_logit = !bias && options.num_groups == 1;
-      if (!by_logit) {
-        compute_scores(options.score, z, scores, num_experts);
-        for (int64_t e = 0; e < num_experts; ++e) choice[e] = scores[e] + (bias ? bias[e] : 0);
-        if (options.num_groups > 1) {
-          mask_groups(choice, num_experts, options.num_groups, options.top_groups, worth, order);
-        }
-      }
-      select_top(by_logit ? z : choice, num_experts, options.top_k, order);
-      if (by_logit) score_chosen(options, z, num_experts, order, scores);
-      acc_t sum = 0;
-      for (int64_t k = 0; k < options.top_k; ++k) sum += scores[order[k]];
-      if (!options.renormalize) sum = 1;
-      sum = std::max(sum, std::numeric_limits<acc_t>::min());
-      for (int64_t k = 0; k < options.top_k; ++k) {
-        weights[token * options.top_k + k] = scores[order[k]] / sum * scale;
-        ids[token * options.top_k + k] = order[k];
-      }
+      route_token<acc_t>(options, z, bias, nullptr, num_experts, scratch,
+                         weights + token * options.top_k, ids + token * options.top_k);
     }
   });
-}
-
-// Throws for the first logit of `token` that is not finite.
-template <typename scalar_t>
-void refuse_logits(const char* op, const scalar_t* logits, int64_t token, int64_t num_experts) {
-  using acc_t = accumulate_t<scalar_t>;
-  for (int64_t e = 0; e < num_experts; ++e) {
-    const acc_t value = static_cast<acc_t>(logits[token * num_experts + e]);
-    STD_TORCH_CHECK(std::isfinite(value), op, ": logits must be finite, got ", value, " at [",
-                    token, ", ", e, "]. Look for overflow in the router or its input.");
-  }
-}
-
-// The bias in the accumulate type; minus infinity takes an expert out of the choice, nothing else
-// may be infinite.
-template <typename acc_t>
-std::vector<acc_t> read_bias(const char* op, const Tensor& bias) {
-  const Tensor source = as_contiguous(bias);
-  std::vector<acc_t> values(source.numel());
-  MOEOPS_DISPATCH_FLOAT(source.scalar_type(), "topk_route", [&] {
-    const auto* data = static_cast<const scalar_t*>(source.const_data_ptr());
-    for (size_t e = 0; e < values.size(); ++e) {
-      values[e] = static_cast<acc_t>(data[e]);
-      STD_TORCH_CHECK(values[e] <= std::numeric_limits<acc_t>::max(), op,
-                      ": bias must be finite or -inf, got ", values[e], " at [", e,
-                      "]. Look for overflow in its update.");
-    }
-  });
-  return values;
 }
 
 std::tuple<Tensor, Tensor> topk_route(const Tensor& logits, const std::optional<Tensor>& bias,
@@ -236,58 +87,25 @@ std::tuple<Tensor, Tensor> topk_route(const Tensor& logits, const std::optional<
 template <typename scalar_t>
 void route_backward_kernel(scalar_t* grad_logits, const accumulate_t<scalar_t>* grad_weights,
                            const scalar_t* logits, const int64_t* ids, int64_t num_tokens,
-                           int64_t num_experts, int64_t top_k, Score score, bool renormalize,
-                           double scale, FirstError& bad_id) {
+                           int64_t num_experts, const RouteOptions& options, FirstError& bad_id) {
   using acc_t = accumulate_t<scalar_t>;
   const Ranges ranges(num_tokens, grain_rows(num_experts));
-  // Per range: logits, scores, gradient of the scores.
+  // Per range: logits, scores, gradient.
   std::vector<acc_t> values(ranges.count() * num_experts * 3);
-  const acc_t factor = static_cast<acc_t>(scale);
   ranges.run([&](int64_t range, int64_t begin, int64_t end) {
     acc_t* z = values.data() + range * num_experts * 3;
     acc_t* scores = z + num_experts;
-    acc_t* grad_scores = scores + num_experts;
+    acc_t* grad = scores + num_experts;
     for (int64_t token = begin; token < end; ++token) {
-      const acc_t* grad = grad_weights + token * top_k;
-      const int64_t* chosen = ids + token * top_k;
-      acc_t sum = 0, dot = 0;
       for (int64_t e = 0; e < num_experts; ++e) {
         z[e] = static_cast<acc_t>(logits[token * num_experts + e]);
-        grad_scores[e] = 0;
       }
-      compute_scores(score, z, scores, num_experts);
-      bool valid = true;
-      for (int64_t k = 0; k < top_k; ++k) {
-        if (chosen[k] < 0 || chosen[k] >= num_experts) {
-          bad_id.report(token * top_k + k);
-          valid = false;
-        } else {
-          sum += scores[chosen[k]];
-          dot += grad[k] * scores[chosen[k]];
-        }
-      }
-      if (!valid) continue;
-      // weight_k = scale * score_k / sum, where the sum is held at the smallest normal number from
-      // below.
-      constexpr acc_t kSmallest = std::numeric_limits<acc_t>::min();
-      const bool sum_moves = renormalize && sum >= kSmallest;
-      const acc_t divisor = renormalize ? std::max(sum, kSmallest) : acc_t(1);
-      const acc_t mean = sum_moves ? dot / divisor : acc_t(0);
-      for (int64_t k = 0; k < top_k; ++k) {
-        grad_scores[chosen[k]] += factor * (grad[k] - mean) / divisor;
-      }
-      scalar_t* target = grad_logits + token * num_experts;
-      if (score == Score::kSigmoid) {
-        for (int64_t e = 0; e < num_experts; ++e) {
-          target[e] = static_cast<scalar_t>(grad_scores[e] * scores[e] * (1 - scores[e]));
-        }
-        continue;
-      }
-      // Softmax subtracts <grad_scores, scores>, which is zero where the weights were renormalised.
-      const acc_t inner = sum_moves ? acc_t(0) : factor * dot / divisor;
-      for (int64_t e = 0; e < num_experts; ++e) {
-        target[e] = static_cast<scalar_t>(scores[e] * (grad_scores[e] - inner));
-      }
+      const int64_t first = token * options.top_k;
+      const int64_t bad = route_token_grads(options, z, grad_weights + first, ids + first,
+                                            num_experts, scores, grad);
+      if (bad >= 0) bad_id.report(first + bad);
+      std::transform(grad, grad + num_experts, grad_logits + token * num_experts,
+                     [](acc_t g) { return static_cast<scalar_t>(g); });
     }
   });
 }
@@ -309,7 +127,7 @@ Tensor topk_route_backward(const Tensor& grad_topk_weights, const Tensor& logits
   check_size(kOp, "topk_ids", topk_ids, 0, logits.size(0));
   check_size(kOp, "grad_topk_weights", grad_topk_weights, 0, logits.size(0));
   check_size(kOp, "grad_topk_weights", grad_topk_weights, 1, topk_ids.size(1));
-  const Score parsed = parse_score(kOp, score);
+  const RouteOptions options{topk_ids.size(1), parse_score(kOp, score), renormalize, scale, 1, 1};
 
   const Tensor source = as_contiguous(logits);
   const Tensor grad = as_contiguous(grad_topk_weights);
@@ -323,12 +141,75 @@ Tensor topk_route_backward(const Tensor& grad_topk_weights, const Tensor& logits
         static_cast<scalar_t*>(grad_logits.mutable_data_ptr()),
         static_cast<const accumulate_t<scalar_t>*>(grad.const_data_ptr()),
         static_cast<const scalar_t*>(source.const_data_ptr()), id_data, logits.size(0),
-        logits.size(1), ids.size(1), parsed, renormalize, scale, bad_id);
+        logits.size(1), options, bad_id);
   });
-  STD_TORCH_CHECK(!bad_id.found(), kOp, ": topk_ids must be in [0, ", logits.size(1), "), got ",
+  STD_TORCH_CHECK(!bad_id.found(), kOp, ": topk_ids must be in [-1, ", logits.size(1), "), got ",
                   id_data[bad_id.position()], " at pair ", bad_id.position(),
                   ". Pass the ids that topk_route returned.");
   return grad_logits;
+}
+
+template <typename scalar_t>
+void chosen_kernel(accumulate_t<scalar_t>* weights, const scalar_t* logits, const int64_t* ids,
+                   int64_t num_tokens, int64_t num_experts, const RouteOptions& options,
+                   FirstError& bad_id) {
+  using acc_t = accumulate_t<scalar_t>;
+  constexpr acc_t kLowest = -std::numeric_limits<acc_t>::infinity();
+  const int64_t top_k = options.top_k;
+  const bool over_all = options.score == Score::kSoftmax && !options.renormalize;
+  const Ranges ranges(num_tokens, grain_rows(over_all ? num_experts : top_k));
+  ranges.run([&](int64_t, int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      const scalar_t* row = logits + t * num_experts;
+      acc_t* own = weights + t * top_k;
+      acc_t top = kLowest, sum = 0;
+      for (int64_t k = 0; k < top_k; ++k) {
+        const int64_t id = ids[t * top_k + k];
+        if (id < -1 || id >= num_experts) bad_id.report(t * top_k + k);
+        own[k] = id >= 0 && id < num_experts ? static_cast<acc_t>(row[id]) : kLowest;
+        top = std::max(top, own[k]);
+      }
+      if (over_all) {
+        for (int64_t e = 0; e < num_experts; ++e) top = std::max(top, static_cast<acc_t>(row[e]));
+        for (int64_t e = 0; e < num_experts; ++e) sum += std::exp(static_cast<acc_t>(row[e]) - top);
+      }
+      for (int64_t k = 0; k < top_k; ++k) {
+        if (own[k] == kLowest) {
+          own[k] = 0;
+        } else if (options.score == Score::kSigmoid) {
+          own[k] = 1 / (1 + std::exp(-own[k]));
+        } else {
+          own[k] = std::exp(own[k] - top);
+        }
+        if (!over_all) sum += own[k];
+      }
+      if (!over_all && !options.renormalize) sum = 1;
+      const acc_t factor =
+          static_cast<acc_t>(options.scale) / std::max(sum, std::numeric_limits<acc_t>::min());
+      for (int64_t k = 0; k < top_k; ++k) own[k] *= factor;
+    }
+  });
+}
+
+Tensor chosen_weights(const Tensor& logits, const Tensor& topk_ids, const std::string& score,
+                      bool renormalize, double scale) {
+  constexpr const char* kOp = "chosen_weights";
+  check_ids_of_logits(kOp, logits, topk_ids);
+  const RouteOptions options{topk_ids.size(1), parse_score(kOp, score), renormalize, scale, 1, 1};
+  const Tensor source = as_contiguous(logits), ids = as_contiguous(topk_ids);
+  Tensor weights =
+      torch::stable::new_empty(logits, ids.sizes(), accumulate_type(logits.scalar_type()));
+  const auto* id_data = static_cast<const int64_t*>(ids.const_data_ptr());
+  FirstError bad_id;
+  MOEOPS_DISPATCH_FLOAT(logits.scalar_type(), kOp, [&] {
+    chosen_kernel<scalar_t>(static_cast<accumulate_t<scalar_t>*>(weights.mutable_data_ptr()),
+                            static_cast<const scalar_t*>(source.const_data_ptr()), id_data,
+                            logits.size(0), logits.size(1), options, bad_id);
+  });
+  STD_TORCH_CHECK(!bad_id.found(), kOp, ": topk_ids must be in [-1, ", logits.size(1), "), got ",
+                  id_data[bad_id.position()], " at pair ", bad_id.position(),
+                  ". Drop a pair with -1.");
+  return weights;
 }
 
 }  // namespace
@@ -337,4 +218,5 @@ Tensor topk_route_backward(const Tensor& grad_topk_weights, const Tensor& logits
 STABLE_TORCH_LIBRARY_IMPL(moeops, CPU, m) {
   m.impl("topk_route", TORCH_BOX(&moeops::cpu::topk_route));
   m.impl("topk_route_backward", TORCH_BOX(&moeops::cpu::topk_route_backward));
+  m.impl("chosen_weights", TORCH_BOX(&moeops::cpu::chosen_weights));
 }

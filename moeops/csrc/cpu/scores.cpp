@@ -1,124 +1,19 @@
-// score_sums and its backward on the CPU. One thread owns a range of tokens and works through each
-// token's logits in scratch memory of its own.
+// score_sums, alignment_sum and their backwards on the CPU. One thread owns a range of tokens and
+// works through each token's logits in scratch memory of its own.
+#include "cpu/scores.h"
+
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <limits>
 #include <string>
-#include <type_traits>
 #include <vector>
 
 #include "checks.h"
-#include "cpu/activation.h"
 #include "cpu/parallel.h"
 #include "dispatch.h"
 
 namespace moeops::cpu {
 namespace {
-
-// Independent partial results of a sum or a maximum: one chain would keep it from becoming vector
-// code.
-constexpr int64_t kLanes = 16;
-
-// Tokens whose shares are added up in one go. A long sum in float32 would lose digits, and one per
-// thread would depend on the number of threads.
-constexpr int64_t kTokensPerSum = 64;
-
-template <typename acc_t>
-inline acc_t largest_of(const acc_t* values, int64_t count) {
-  acc_t lanes[kLanes];
-  for (auto& lane : lanes) lane = -std::numeric_limits<acc_t>::infinity();
-  int64_t e = 0;
-  for (; e + kLanes <= count; e += kLanes) {
-    for (int64_t i = 0; i < kLanes; ++i) {
-      lanes[i] = values[e + i] > lanes[i] ? values[e + i] : lanes[i];
-    }
-  }
-  acc_t top = lanes[0];
-  for (; e < count; ++e) top = values[e] > top ? values[e] : top;
-  for (const acc_t lane : lanes) top = lane > top ? lane : top;
-  return top;
-}
-
-template <typename acc_t>
-inline acc_t sum_of(const acc_t* values, int64_t count) {
-  acc_t lanes[kLanes] = {};
-  int64_t e = 0;
-  for (; e + kLanes <= count; e += kLanes) {
-    for (int64_t i = 0; i < kLanes; ++i) lanes[i] += values[e + i];
-  }
-  acc_t sum = 0;
-  for (; e < count; ++e) sum += values[e];
-  for (const acc_t lane : lanes) sum += lane;
-  return sum;
-}
-
-// powers[e] becomes the score of z[e] times a factor that all experts share; returns what divides
-// them into shares. The largest is at least 1 / 2, so that nothing is divided by zero. `slopes`,
-// if it is asked for, becomes the derivative of log score.
-template <typename Sigmoid, typename acc_t>
-inline acc_t score_powers(Sigmoid, const acc_t* __restrict z, acc_t* __restrict powers,
-                          acc_t* __restrict slopes, int64_t num_experts) {
-  acc_t top = largest_of(z, num_experts);
-  if constexpr (Sigmoid::value) {
-    // sigmoid(z) = exp(min(z, 0)) / (1 + exp(-|z|)), taken relative to exp(min(top, 0)).
-    top = top < 0 ? top : acc_t(0);
-    for (int64_t e = 0; e < num_experts; ++e) {
-      const acc_t below = z[e] > 0 ? acc_t(0) : z[e];
-      const acc_t power = exponential(z[e] > 0 ? -z[e] : z[e]);
-      powers[e] = exponential(below - top) / (1 + power);
-      if (slopes) slopes[e] = (z[e] > 0 ? power : acc_t(1)) / (1 + power);
-    }
-  } else {
-    for (int64_t e = 0; e < num_experts; ++e) powers[e] = exponential(z[e] - top);
-  }
-  return sum_of(powers, num_experts);
-}
-
-template <typename Sigmoid, typename scalar_t>
-MOEOPS_WIDEST_VECTORS void add_shares(Sigmoid sigmoid, const scalar_t* __restrict logits,
-                                      accumulate_t<scalar_t>* __restrict z,
-                                      accumulate_t<scalar_t>* __restrict powers,
-                                      accumulate_t<scalar_t>* __restrict sums,
-                                      int64_t num_experts) {
-  using acc_t = accumulate_t<scalar_t>;
-  for (int64_t e = 0; e < num_experts; ++e) z[e] = static_cast<acc_t>(logits[e]);
-  const acc_t factor =
-      1 / score_powers(sigmoid, z, powers, static_cast<acc_t*>(nullptr), num_experts);
-  for (int64_t e = 0; e < num_experts; ++e) sums[e] += powers[e] * factor;
-}
-
-// With shares q and slopes d: grad_z = q * d * (g - <g, q>); softmax has d = 1.
-template <typename Sigmoid, typename scalar_t>
-MOEOPS_WIDEST_VECTORS void share_grads(Sigmoid sigmoid, scalar_t* __restrict grad_logits,
-                                       const accumulate_t<scalar_t>* __restrict grad_sums,
-                                       const scalar_t* __restrict logits,
-                                       accumulate_t<scalar_t>* __restrict scratch,
-                                       int64_t num_experts) {
-  using acc_t = accumulate_t<scalar_t>;
-  acc_t* __restrict z = scratch;
-  acc_t* __restrict powers = z + num_experts;
-  acc_t* __restrict slopes = powers + num_experts;
-  for (int64_t e = 0; e < num_experts; ++e) z[e] = static_cast<acc_t>(logits[e]);
-  const acc_t factor = 1 / score_powers(sigmoid, z, powers, slopes, num_experts);
-  for (int64_t e = 0; e < num_experts; ++e) z[e] = grad_sums[e] * powers[e];
-  const acc_t mean = sum_of(z, num_experts) * factor;
-  for (int64_t e = 0; e < num_experts; ++e) {
-    acc_t grad = powers[e] * factor * (grad_sums[e] - mean);
-    if constexpr (Sigmoid::value) grad *= slopes[e];
-    grad_logits[e] = static_cast<scalar_t>(grad);
-  }
-}
-
-// body(std::true_type) for sigmoid, body(std::false_type) for softmax.
-template <typename Body>
-void with_score(const std::string& score, const Body& body) {
-  if (score == "sigmoid") {
-    body(std::true_type{});
-  } else {
-    body(std::false_type{});
-  }
-}
 
 void check_logits(const char* op, const Tensor& logits, const std::string& score) {
   check_dim(op, "logits", logits, 2);
@@ -198,10 +93,142 @@ Tensor score_sums_backward(const Tensor& grad_sums, const Tensor& logits,
   return out;
 }
 
+// One token of alignment_sum: probabilities in `probs`, and what the experts outside the group of
+// the first choice have above the last one.
+template <typename acc_t>
+struct Excess {
+  acc_t sum = 0;
+  int64_t above = 0;
+  int64_t first = -1, last = -1;  // -1: dropped
+  int64_t group_size = 1;
+
+  bool has(const acc_t* probs, int64_t e) const {
+    return e / group_size != first / group_size && !(probs[e] <= probs[last]);
+  }
+
+  template <typename scalar_t>
+  void find(const scalar_t* logits, const int64_t* ids, int64_t top_k, int64_t num_experts,
+            acc_t* z, acc_t* probs) {
+    for (int64_t e = 0; e < num_experts; ++e) z[e] = static_cast<acc_t>(logits[e]);
+    const acc_t factor =
+        1 / score_powers(std::false_type{}, z, probs, static_cast<acc_t*>(nullptr), num_experts);
+    for (int64_t e = 0; e < num_experts; ++e) probs[e] *= factor;
+    first = ids[0];
+    last = ids[top_k - 1];
+    sum = 0;
+    above = 0;
+    if (first < 0 || last < 0) return;
+    for (int64_t e = 0; e < num_experts; ++e) {
+      if (!has(probs, e)) continue;
+      sum += probs[e] - probs[last];
+      ++above;
+    }
+  }
+};
+
+// Whether both marks of a token are in [-1, E).
+inline bool valid_marks(const int64_t* ids, int64_t top_k, int64_t num_experts) {
+  const auto valid = [&](int64_t id) { return id >= -1 && id < num_experts; };
+  return valid(ids[0]) && valid(ids[top_k - 1]);
+}
+
+void refuse_marks(const char* op, const FirstError& bad_token, int64_t num_experts) {
+  STD_TORCH_CHECK(!bad_token.found(), op, ": topk_ids must be in [-1, ", num_experts,
+                  "), got others for token ", bad_token.position(), ". Drop a pair with -1.");
+}
+
+Tensor alignment_sum(const Tensor& logits, const Tensor& topk_ids, int64_t group_size) {
+  constexpr const char* kOp = "alignment_sum";
+  check_alignment(kOp, logits, topk_ids, group_size);
+  const int64_t num_tokens = logits.size(0), num_experts = logits.size(1);
+  const int64_t top_k = topk_ids.size(1);
+  const Tensor source = as_contiguous(logits), ids = as_contiguous(topk_ids);
+  Tensor out = torch::stable::new_zeros(logits, {}, accumulate_type(logits.scalar_type()));
+  const auto* id_data = static_cast<const int64_t*>(ids.const_data_ptr());
+  FirstError bad_token;
+  MOEOPS_DISPATCH_FLOAT(logits.scalar_type(), kOp, [&] {
+    using acc_t = accumulate_t<scalar_t>;
+    const auto* data = static_cast<const scalar_t*>(source.const_data_ptr());
+    const int64_t num_chunks = (num_tokens + kTokensPerSum - 1) / kTokensPerSum;
+    const Ranges ranges(num_chunks, grain_rows(kTokensPerSum * num_experts));
+    std::vector<double> partial(num_chunks, 0.0);
+    std::vector<acc_t> values(ranges.count() * num_experts * 2);  // per range: logits, powers
+    ranges.run([&](int64_t range, int64_t begin, int64_t end) {
+      acc_t* z = values.data() + range * num_experts * 2;
+      Excess<acc_t> excess;
+      excess.group_size = group_size;
+      for (int64_t t = begin * kTokensPerSum; t < std::min(num_tokens, end * kTokensPerSum); ++t) {
+        if (!valid_marks(id_data + t * top_k, top_k, num_experts)) {
+          bad_token.report(t);
+          continue;
+        }
+        excess.find(data + t * num_experts, id_data + t * top_k, top_k, num_experts, z,
+                    z + num_experts);
+        partial[t / kTokensPerSum] += excess.sum;
+      }
+    });
+    double sum = 0;
+    for (const double part : partial) sum += part;
+    *static_cast<acc_t*>(out.mutable_data_ptr()) = static_cast<acc_t>(sum);
+  });
+  refuse_marks(kOp, bad_token, num_experts);
+  return out;
+}
+
+Tensor alignment_sum_backward(const Tensor& grad_sum, const Tensor& logits, const Tensor& topk_ids,
+                              int64_t group_size) {
+  constexpr const char* kOp = "alignment_sum_backward";
+  check_alignment(kOp, logits, topk_ids, group_size);
+  check_scalar_grad(kOp, "grad_sum", grad_sum, logits);
+  const int64_t num_tokens = logits.size(0), num_experts = logits.size(1);
+  const int64_t top_k = topk_ids.size(1);
+  const Tensor source = as_contiguous(logits), ids = as_contiguous(topk_ids);
+  Tensor out = torch::stable::new_empty(logits, logits.sizes());
+  const auto* id_data = static_cast<const int64_t*>(ids.const_data_ptr());
+  FirstError bad_token;
+  MOEOPS_DISPATCH_FLOAT(logits.scalar_type(), kOp, [&] {
+    using acc_t = accumulate_t<scalar_t>;
+    const auto* data = static_cast<const scalar_t*>(source.const_data_ptr());
+    auto* target = static_cast<scalar_t*>(out.mutable_data_ptr());
+    const acc_t grad = *static_cast<const acc_t*>(grad_sum.const_data_ptr());
+    const Ranges ranges(num_tokens, grain_rows(num_experts));
+    std::vector<acc_t> values(ranges.count() * num_experts * 2);  // per range: logits, powers
+    ranges.run([&](int64_t range, int64_t begin, int64_t end) {
+      acc_t* z = values.data() + range * num_experts * 2;
+      acc_t* probs = z + num_experts;
+      Excess<acc_t> excess;
+      excess.group_size = group_size;
+      for (int64_t t = begin; t < end; ++t) {
+        scalar_t* row = target + t * num_experts;
+        if (!valid_marks(id_data + t * top_k, top_k, num_experts)) {
+          bad_token.report(t);
+          continue;
+        }
+        excess.find(data + t * num_experts, id_data + t * top_k, top_k, num_experts, z, probs);
+        const bool counts = excess.first >= 0 && excess.last >= 0;
+        // The gradient with respect to the probabilities is 1 where there is an excess and minus
+        // their number at the last choice; its mean under the probabilities is the excess itself.
+        for (int64_t e = 0; e < num_experts; ++e) {
+          acc_t slope = 0;
+          if (counts) {
+            slope = e == excess.last ? -static_cast<acc_t>(excess.above)
+                                     : static_cast<acc_t>(excess.has(probs, e));
+          }
+          row[e] = static_cast<scalar_t>(counts ? grad * probs[e] * (slope - excess.sum) : 0);
+        }
+      }
+    });
+  });
+  refuse_marks(kOp, bad_token, num_experts);
+  return out;
+}
+
 }  // namespace
 }  // namespace moeops::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(moeops, CPU, m) {
   m.impl("score_sums", TORCH_BOX(&moeops::cpu::score_sums));
   m.impl("score_sums_backward", TORCH_BOX(&moeops::cpu::score_sums_backward));
+  m.impl("alignment_sum", TORCH_BOX(&moeops::cpu::alignment_sum));
+  m.impl("alignment_sum_backward", TORCH_BOX(&moeops::cpu::alignment_sum_backward));
 }

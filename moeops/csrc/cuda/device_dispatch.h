@@ -34,11 +34,36 @@
     }                                                                                    \
   }()
 
+// Runs the lambda body with `scalar_t` bound to the type that kernels accumulate in, double or
+// float. Ops of many variants convert half types first, and so have half as many kernels to
+// compile.
+#define MOEOPS_DISPATCH_ACCUMULATE(TYPE, ...)              \
+  [&] {                                                    \
+    if ((TYPE) == torch::headeronly::ScalarType::Double) { \
+      using scalar_t = double;                             \
+      return __VA_ARGS__();                                \
+    }                                                      \
+    using scalar_t = float;                                \
+    return __VA_ARGS__();                                  \
+  }()
+
 namespace moeops::cuda {
+
+// The tensor in the type that kernels accumulate in, contiguous.
+inline Tensor as_accumulate(const Tensor& t) {
+  const auto acc = accumulate_type(t.scalar_type());
+  return as_contiguous(t.scalar_type() == acc ? t : torch::stable::to(t, acc));
+}
 
 // Kernels that give a warp a token hold its experts in registers, at most kMaxSlots in a lane.
 constexpr int kMaxSlots = 64;
 constexpr int kMaxRegisterExperts = kMaxSlots * 32;
+
+inline void check_register_experts(const char* op, int64_t num_experts) {
+  STD_TORCH_CHECK(num_experts <= kMaxRegisterExperts, op, ": logits must have at most ",
+                  kMaxRegisterExperts, " experts on CUDA, got ", num_experts,
+                  ". Use fewer experts.");
+}
 
 }  // namespace moeops::cuda
 

@@ -1,8 +1,9 @@
-// topk_route and topk_route_backward on CUDA.
+// topk_route, topk_route_backward and chosen_weights on CUDA.
 #include <torch/csrc/stable/library.h>
 
 #include "common.h"
 #include "device_dispatch.h"
+#include "kernels/chosen_weights.cuh"
 #include "kernels/routing.cuh"
 
 namespace moeops::cuda {
@@ -18,9 +19,7 @@ RouteOptions make_options(const char* op, int64_t num_experts, int64_t top_k,
                           const std::string& score, bool renormalize, double scale,
                           int64_t num_groups, int64_t top_groups) {
   check_route_options(op, num_experts, top_k, score, num_groups, top_groups);
-  STD_TORCH_CHECK(num_experts <= kMaxRegisterExperts, op, ": logits must have at most ",
-                  kMaxRegisterExperts, " experts on CUDA, got ", num_experts,
-                  ". Use fewer experts.");
+  check_register_experts(op, num_experts);
   return {static_cast<int>(num_experts),
           static_cast<int>(top_k),
           static_cast<int>(num_groups),
@@ -115,11 +114,50 @@ Tensor topk_route_backward(const Tensor& grad_topk_weights, const Tensor& logits
   return grad_logits;
 }
 
+Tensor chosen_weights(const Tensor& logits, const Tensor& topk_ids, const std::string& score,
+                      bool renormalize, double scale) {
+  constexpr auto kOp = "chosen_weights";
+  check_ids_of_logits(kOp, logits, topk_ids);
+  check_score(kOp, score);
+  check_register_experts(kOp, logits.size(1));
+  const RouteOptions options{static_cast<int>(logits.size(1)),
+                             static_cast<int>(topk_ids.size(1)),
+                             /*num_groups=*/1,
+                             /*top_groups=*/1,
+                             score == "sigmoid",
+                             renormalize,
+                             scale};
+  DeviceGuard guard(logits.get_device_index());
+  const int64_t num_tokens = logits.size(0);
+  Tensor topk_weights =
+      empty_on(logits, {num_tokens, topk_ids.size(1)}, accumulate_type(logits.scalar_type()));
+  if (topk_weights.numel() == 0) return topk_weights;
+  const Tensor z = as_contiguous(logits), ids = as_contiguous(topk_ids);
+  const cudaStream_t stream = current_stream(logits);
+  MOEOPS_DISPATCH_DEVICE_FLOAT(z.scalar_type(), kOp, [&] {
+    using Acc = device_accumulate_t<scalar_t>;
+    const auto launch = [&](auto* kernel, int64_t tokens_per_block) {
+      kernel<<<grid_blocks(num_tokens, tokens_per_block), kThreads, 0, stream>>>(
+          static_cast<const scalar_t*>(z.data_ptr()), static_cast<const int64_t*>(ids.data_ptr()),
+          num_tokens, options, static_cast<Acc*>(topk_weights.data_ptr()));
+      STD_CUDA_KERNEL_LAUNCH_CHECK();
+    };
+    if (options.sigmoid || renormalize) {
+      launch(&chosen_weights_kernel<scalar_t>, kThreads);
+      return;
+    }
+    MOEOPS_DISPATCH_SLOTS(options.num_experts,
+                          [&] { launch(&chosen_probs_kernel<scalar_t, kSlots>, kWarpsPerBlock); });
+  });
+  return topk_weights;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(moeops, CUDA, m) {
   m.impl("topk_route", TORCH_BOX(&topk_route));
   m.impl("topk_route_backward", TORCH_BOX(&topk_route_backward));
+  m.impl("chosen_weights", TORCH_BOX(&chosen_weights));
 }
 
 }  // namespace moeops::cuda

@@ -1,4 +1,4 @@
-// score_sums and score_sums_backward on CUDA.
+// score_sums, alignment_sum and their backwards on CUDA.
 #include <torch/csrc/stable/library.h>
 
 #include "common.h"
@@ -18,9 +18,7 @@ void check_logits(const char* op, const Tensor& logits, const std::string& score
   check_dim(op, "logits", logits, 2);
   check_float(op, "logits", logits);
   check_score(op, score);
-  STD_TORCH_CHECK(logits.size(1) <= kMaxRegisterExperts, op, ": logits must have at most ",
-                  kMaxRegisterExperts, " experts on CUDA, got ", logits.size(1),
-                  ". Use fewer experts.");
+  check_register_experts(op, logits.size(1));
 }
 
 Tensor score_sums(const Tensor& logits, const std::string& score) {
@@ -90,11 +88,70 @@ Tensor score_sums_backward(const Tensor& grad_sums, const Tensor& logits,
   return grad_logits;
 }
 
+Tensor alignment_sum(const Tensor& logits, const Tensor& topk_ids, int64_t group_size) {
+  constexpr auto kOp = "alignment_sum";
+  check_alignment(kOp, logits, topk_ids, group_size);
+  check_register_experts(kOp, logits.size(1));
+  DeviceGuard guard(logits.get_device_index());
+  const int64_t num_tokens = logits.size(0);
+  const ScalarType acc = accumulate_type(logits.scalar_type());
+  if (num_tokens == 0) return torch::stable::new_zeros(logits, {}, acc);
+  const Tensor z = as_contiguous(logits), ids = as_contiguous(topk_ids);
+  const int64_t most = kBlocksPerSm * device_limits(logits.get_device_index()).num_sms;
+  const auto blocks = static_cast<int>(std::min(ceil_div(num_tokens, kWarpsPerBlock), most));
+  Tensor sum = empty_on(logits, {}, acc);
+  Tensor partial = empty_on(logits, {blocks}, acc);
+  const cudaStream_t stream = current_stream(logits);
+  MOEOPS_DISPATCH_DEVICE_FLOAT(z.scalar_type(), kOp, [&] {
+    using Acc = device_accumulate_t<scalar_t>;
+    MOEOPS_DISPATCH_SLOTS(logits.size(1), [&] {
+      alignment_sum_kernel<scalar_t, kSlots><<<blocks, kThreads, 0, stream>>>(
+          static_cast<const scalar_t*>(z.data_ptr()), static_cast<const int64_t*>(ids.data_ptr()),
+          num_tokens, static_cast<int>(ids.size(1)), static_cast<int>(z.size(1)),
+          static_cast<int>(group_size), static_cast<Acc*>(partial.data_ptr()));
+      STD_CUDA_KERNEL_LAUNCH_CHECK();
+    });
+    add_block_sums_kernel<Acc><<<1, 1024, 0, stream>>>(static_cast<const Acc*>(partial.data_ptr()),
+                                                       blocks, static_cast<Acc*>(sum.data_ptr()));
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+  return sum;
+}
+
+Tensor alignment_sum_backward(const Tensor& grad_sum, const Tensor& logits, const Tensor& topk_ids,
+                              int64_t group_size) {
+  constexpr auto kOp = "alignment_sum_backward";
+  check_alignment(kOp, logits, topk_ids, group_size);
+  check_register_experts(kOp, logits.size(1));
+  check_scalar_grad(kOp, "grad_sum", grad_sum, logits);
+  DeviceGuard guard(logits.get_device_index());
+  const int64_t num_tokens = logits.size(0);
+  Tensor grad_logits = empty_on(logits, logits.sizes(), logits.scalar_type());
+  if (num_tokens == 0) return grad_logits;
+  const Tensor z = as_contiguous(logits), ids = as_contiguous(topk_ids);
+  MOEOPS_DISPATCH_DEVICE_FLOAT(z.scalar_type(), kOp, [&] {
+    using Acc = device_accumulate_t<scalar_t>;
+    MOEOPS_DISPATCH_SLOTS(logits.size(1), [&] {
+      alignment_sum_backward_kernel<scalar_t, kSlots>
+          <<<grid_blocks(num_tokens, kWarpsPerBlock), kThreads, 0, current_stream(logits)>>>(
+              static_cast<const Acc*>(grad_sum.data_ptr()),
+              static_cast<const scalar_t*>(z.data_ptr()),
+              static_cast<const int64_t*>(ids.data_ptr()), num_tokens,
+              static_cast<int>(ids.size(1)), static_cast<int>(z.size(1)),
+              static_cast<int>(group_size), static_cast<scalar_t*>(grad_logits.data_ptr()));
+      STD_CUDA_KERNEL_LAUNCH_CHECK();
+    });
+  });
+  return grad_logits;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(moeops, CUDA, m) {
   m.impl("score_sums", TORCH_BOX(&score_sums));
   m.impl("score_sums_backward", TORCH_BOX(&score_sums_backward));
+  m.impl("alignment_sum", TORCH_BOX(&alignment_sum));
+  m.impl("alignment_sum_backward", TORCH_BOX(&alignment_sum_backward));
 }
 
 }  // namespace moeops::cuda

@@ -9,9 +9,17 @@ namespace moeops::cuda {
 
 namespace {
 
-constexpr int kThreads = 512;
-constexpr int64_t kMinChunk = 2048;  // pairs per block: fewer would spend the time on histograms
-constexpr int64_t kMaxBlocks = 256;  // every block sums the histograms of all blocks
+// How the pairs are cut into chunks, one for each block. A sort's blocks sum the histograms of all
+// blocks, and chunks of fewer pairs would spend the time on that; those of a limit read the earlier
+// ones only, and are over the sooner the fewer pairs a warp has.
+struct Cut {
+  int threads;
+  int64_t min_chunk;
+  int64_t max_blocks;
+  int rows;  // histograms in shared memory beside those of the warps
+};
+constexpr Cut kSortCut{512, 2048, 256, 2};
+constexpr Cut kLimitCut{1024, 1024, 128, 1};
 constexpr int kCountThreads = 256;
 constexpr int kCountBlocksPerSm = 4;
 constexpr int64_t kMaxSharedBins =
@@ -28,9 +36,9 @@ void dispatch_ids(const Tensor& ids, const F& f) {
 }
 
 // Warps per block: as many as the per-warp histograms leave room for.
-int sort_warps(const char* op, int64_t num_experts, int max_shared_bytes) {
-  for (int warps = kThreads / kWarpSize; warps >= 1; warps /= 2) {
-    if ((2 + warps) * (num_experts + 1) * static_cast<int64_t>(sizeof(int32_t)) <=
+int sort_warps(const char* op, int64_t num_experts, const Cut& cut, int max_shared_bytes) {
+  for (int warps = cut.threads / kWarpSize; warps >= 1; warps /= 2) {
+    if ((cut.rows + warps) * (num_experts + 1) * static_cast<int64_t>(sizeof(int32_t)) <=
         max_shared_bytes) {
       return warps;
     }
@@ -49,12 +57,13 @@ struct SortLaunch {
 
 // The first pass: counts per block and expert.
 SortLaunch count_blocks(const char* op, const Tensor& ids, int64_t num_experts, int64_t num_rows,
-                        bool drop_out_of_range, const Queue& queue, cudaStream_t stream) {
+                        bool drop_out_of_range, const Cut& cut, const Queue& queue,
+                        cudaStream_t stream) {
   const int64_t num_pairs = ids.numel();
   const int warps =
-      sort_warps(op, num_experts, device_limits(ids.get_device_index()).max_shared_bytes);
+      sort_warps(op, num_experts, cut, device_limits(ids.get_device_index()).max_shared_bytes);
   const int threads = warps * kWarpSize;
-  const int64_t wanted = std::max(kMinChunk, ceil_div(num_pairs, kMaxBlocks));
+  const int64_t wanted = std::max(cut.min_chunk, ceil_div(num_pairs, cut.max_blocks));
   const SortShape shape{num_pairs, ceil_div(wanted, threads) * threads, num_rows,
                         static_cast<int>(num_experts), drop_out_of_range};
   const int blocks = static_cast<int>(std::max<int64_t>(1, ceil_div(num_pairs, shape.chunk)));
@@ -63,7 +72,7 @@ SortLaunch count_blocks(const char* op, const Tensor& ids, int64_t num_experts, 
                     blocks,
                     threads,
                     count_bytes,
-                    (2 + warps) * count_bytes,
+                    (cut.rows + warps) * count_bytes,
                     empty_on(ids, {blocks, num_experts + 1}, ScalarType::Int)};
   DebugCounter bad_values(ids, stream);
   dispatch_ids(ids, [&](auto id) {
@@ -93,20 +102,19 @@ std::tuple<Tensor, Tensor, Tensor> sort_tokens(const Tensor& topk_ids, int64_t n
   Tensor row_to_pair = empty_on(ids, {num_rows}, ScalarType::Int);
   Tensor pair_to_row = empty_on(ids, ids.sizes(), ScalarType::Int);
   Tensor offsets = empty_on(ids, {num_experts + 1}, ScalarType::Int);
-  const Queue queue{};
   const SortLaunch launch =
-      count_blocks(kOp, ids, num_experts, num_rows, drop_out_of_range, queue, stream);
+      count_blocks(kOp, ids, num_experts, num_rows, drop_out_of_range, kSortCut, Queue{}, stream);
   DebugCounter surplus(ids, stream);
   dispatch_ids(ids, [&](auto id) {
     using Id = decltype(id);
-    auto* kernel = &sort_scatter_kernel<Id, false>;
+    auto* kernel = &sort_scatter_kernel<Id>;
     allow_shared_bytes(kernel, launch.scatter_bytes);
     kernel<<<launch.blocks, launch.threads, launch.scatter_bytes, stream>>>(
-        static_cast<const Id*>(ids.data_ptr()), launch.shape, queue,
+        static_cast<const Id*>(ids.data_ptr()), launch.shape,
         static_cast<const int32_t*>(launch.counts.data_ptr()), launch.blocks,
         static_cast<int32_t*>(row_to_pair.data_ptr()),
         static_cast<int32_t*>(pair_to_row.data_ptr()), static_cast<int32_t*>(offsets.data_ptr()),
-        surplus.device_pointer(), /*capacity=*/0, /*kept=*/nullptr);
+        surplus.device_pointer());
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   });
   const int64_t too_many = surplus.read();
@@ -183,16 +191,15 @@ Tensor limit_capacity(const Tensor& topk_ids, const std::optional<Tensor>& prior
     queue.top_k = static_cast<uint32_t>(ids.size(1));
   }
   const SortLaunch launch = count_blocks(kOp, ids, num_experts, num_pairs,
-                                         /*drop_out_of_range=*/false, queue, stream);
+                                         /*drop_out_of_range=*/false, kLimitCut, queue, stream);
   dispatch_ids(ids, [&](auto id) {
     using Id = decltype(id);
-    auto* kernel = &sort_scatter_kernel<Id, true>;
+    auto* kernel = &limit_kernel<Id>;
     allow_shared_bytes(kernel, launch.scatter_bytes);
     kernel<<<launch.blocks, launch.threads, launch.scatter_bytes, stream>>>(
         static_cast<const Id*>(ids.data_ptr()), launch.shape, queue,
-        static_cast<const int32_t*>(launch.counts.data_ptr()), launch.blocks,
-        /*row_to_pair=*/nullptr, /*pair_to_row=*/nullptr, /*offsets=*/nullptr,
-        /*surplus=*/nullptr, capacity, static_cast<Id*>(out.data_ptr()));
+        static_cast<const int32_t*>(launch.counts.data_ptr()), capacity,
+        static_cast<Id*>(out.data_ptr()));
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   });
   return out;

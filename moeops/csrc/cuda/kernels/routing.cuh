@@ -92,22 +92,31 @@ __device__ __forceinline__ void load_logits(const T* row, int num_experts,
 }
 
 // Removes from `keys` the experts outside the top_groups best groups; a group is worth the sum of
-// its two best choices. `group_worth` is this warp's shared memory, one value per group.
-template <typename Acc, int kSlots, typename Key>
+// its two best choices, or with kBySum of all. `group_worth` is this warp's shared memory, one
+// value per group.
+template <bool kBySum = false, typename Acc, int kSlots, typename Key>
 __device__ __forceinline__ void keep_best_groups(const Acc (&choice)[kSlots], Key (&keys)[kSlots],
                                                  const RouteOptions& options, Acc* group_worth) {
   const int lane = threadIdx.x % kWarpSize;
   const int group_size = options.num_experts / options.num_groups;
-  const Acc kLowest = Acc(-INFINITY);
+  const bool power_of_two = (group_size & (group_size - 1)) == 0;
+  const int shift = __ffs(group_size) - 1;
+  const Acc kLowest = kBySum ? Acc(0) : Acc(-INFINITY);
+  const bool two = !kBySum && group_size > 1;
   int group[kSlots];  // of the lane's experts; -1 past the last
 #pragma unroll
   for (int i = 0; i < kSlots; ++i) {
     const int e = lane + i * kWarpSize;
-    group[i] = e < options.num_experts ? e / group_size : -1;
+    group[i] = power_of_two ? e >> shift : e / group_size;
+    if (e >= options.num_experts) group[i] = -1;
   }
   // The two best of both lanes' two best.
   const auto merge = [](Acc& first, Acc& second, int offset) {
     const Acc other_first = __shfl_xor_sync(kFullMask, first, offset);
+    if constexpr (kBySum) {
+      first += other_first;
+      return;
+    }
     const Acc other_second = __shfl_xor_sync(kFullMask, second, offset);
     const Acc loser = first < other_first ? first : other_first;
     first = first < other_first ? other_first : first;
@@ -115,14 +124,27 @@ __device__ __forceinline__ void keep_best_groups(const Acc (&choice)[kSlots], Ke
     second = second < loser ? loser : second;
   };
   // Groups that are aligned neighbours in one register: all of a register's groups at once.
-  const bool aligned = group_size <= kWarpSize && (group_size & (group_size - 1)) == 0;
+  const bool aligned = group_size <= kWarpSize && power_of_two;
   if (aligned) {
+    // A few registers at a time: their exchanges do not wait for each other.
+    constexpr int kTile = kSlots < 4 ? kSlots : 4;
 #pragma unroll
-    for (int i = 0; i < kSlots; ++i) {
-      Acc first = group[i] < 0 ? kLowest : choice[i], second = kLowest;
-      for (int offset = group_size / 2; offset > 0; offset /= 2) merge(first, second, offset);
-      if (group[i] >= 0 && lane % group_size == 0) {
-        group_worth[group[i]] = group_size > 1 ? first + second : first;
+    for (int base = 0; base < kSlots; base += kTile) {
+      Acc first[kTile], second[kTile];
+#pragma unroll
+      for (int i = 0; i < kTile; ++i) {
+        first[i] = group[base + i] < 0 ? kLowest : choice[base + i];
+        second[i] = kLowest;
+      }
+      for (int offset = group_size / 2; offset > 0; offset /= 2) {
+#pragma unroll
+        for (int i = 0; i < kTile; ++i) merge(first[i], second[i], offset);
+      }
+#pragma unroll
+      for (int i = 0; i < kTile; ++i) {
+        if (group[base + i] >= 0 && lane % group_size == 0) {
+          group_worth[group[base + i]] = two ? first[i] + second[i] : first[i];
+        }
       }
     }
   }
@@ -131,7 +153,9 @@ __device__ __forceinline__ void keep_best_groups(const Acc (&choice)[kSlots], Ke
 #pragma unroll
     for (int i = 0; i < kSlots; ++i) {
       if (group[i] == g) {
-        if (choice[i] > first) {
+        if constexpr (kBySum) {
+          first += choice[i];
+        } else if (choice[i] > first) {
           second = first;
           first = choice[i];
         } else if (choice[i] > second) {
@@ -141,7 +165,7 @@ __device__ __forceinline__ void keep_best_groups(const Acc (&choice)[kSlots], Ke
     }
 #pragma unroll
     for (int offset = kWarpSize / 2; offset > 0; offset /= 2) merge(first, second, offset);
-    if (lane == 0) group_worth[g] = group_size > 1 ? first + second : first;
+    if (lane == 0) group_worth[g] = two ? first + second : first;
   }
   __syncwarp();
   // A group stays if fewer than top_groups groups come before it.
@@ -166,6 +190,58 @@ __device__ __forceinline__ void keep_best_groups(const Acc (&choice)[kSlots], Ke
     }
   }
   __syncwarp();
+}
+
+// Removes from `keys` the experts outside the one group with the largest sum of scores, which are 0
+// past the last expert.
+template <typename Acc, int kSlots, typename Key>
+__device__ __forceinline__ void keep_largest_group(const Acc (&score)[kSlots], Key (&keys)[kSlots],
+                                                   int num_experts, int num_groups) {
+  const int lane = threadIdx.x % kWarpSize;
+  const int group_size = num_experts / num_groups;
+  const bool power_of_two = (group_size & (group_size - 1)) == 0;
+  const int shift = __ffs(group_size) - 1;
+  Key best = 0;
+  int chosen = 0;                                 // the first of the best, as experts
+  if (power_of_two && group_size <= kWarpSize) {  // neighbours in one register
+    int mine = num_experts;
+#pragma unroll
+    for (int i = 0; i < kSlots; ++i) {
+      Acc sum = score[i];
+#pragma unroll
+      for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
+        if (offset < group_size) sum += __shfl_xor_sync(kFullMask, sum, offset);
+      }
+      const int e = lane + i * kWarpSize;
+      const Key key = e < num_experts ? order_key(sum) : 0;
+      if (key > best) {
+        best = key;
+        mine = e;
+      }
+    }
+    const Key top = warp_max_key(best);
+    const int e = __reduce_min_sync(kFullMask, best == top ? mine : num_experts);
+    chosen = e >> shift << shift;
+  } else {
+    for (int first = 0; first < num_experts; first += group_size) {
+      Acc sum = 0;
+#pragma unroll
+      for (int i = 0; i < kSlots; ++i) {
+        const int e = lane + i * kWarpSize;
+        sum += e >= first && e < first + group_size ? score[i] : Acc(0);
+      }
+      const Key key = order_key(warp_sum(sum));
+      if (key > best) {
+        best = key;
+        chosen = first;
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kSlots; ++i) {
+    const int e = lane + i * kWarpSize;
+    if (e < chosen || e >= chosen + group_size) keys[i] = 0;
+  }
 }
 
 // A lane's candidates, best first. Up to four are kept sorted, so that the best is at hand in every
@@ -228,6 +304,39 @@ struct LaneCandidates {
   }
 };
 
+// The warp takes its K best candidates out, best first: their ids, and their logits if kByLogit,
+// else their scores. Returns which of the lane's own slots they were, as bits.
+template <bool kByLogit, typename Acc, int kSlots, typename Key>
+__device__ __forceinline__ uint64_t choose_best(LaneCandidates<Key, kSlots>& candidates,
+                                                const Acc (&score)[kSlots], int K, int E,
+                                                Acc* chosen, int32_t* chosen_ids) {
+  const int lane = threadIdx.x % kWarpSize;
+  uint64_t taken = 0;
+  for (int k = 0; k < K; ++k) {
+    Key key;
+    int slot;
+    candidates.best(key, slot);
+    const Key top = warp_max_key(key);
+    const int expert = __reduce_min_sync(kFullMask, key == top ? lane + slot * kWarpSize : E);
+    Acc value = value_of_key(top);
+    if constexpr (!kByLogit) {
+      Acc own = 0;
+#pragma unroll
+      for (int i = 0; i < kSlots; ++i) own = i == slot ? score[i] : own;
+      value = __shfl_sync(kFullMask, own, expert % kWarpSize);
+    }
+    if (lane == expert % kWarpSize) {
+      candidates.remove(slot);
+      taken |= uint64_t{1} << slot;
+    }
+    if (lane == 0) {
+      chosen[k] = value;
+      chosen_ids[k] = expert;
+    }
+  }
+  return taken;
+}
+
 // Shared memory per warp: top_k scores, top_k ids, num_groups group worths; whole 8-byte words keep
 // the next warp's scores aligned.
 template <typename Acc>
@@ -280,29 +389,13 @@ __global__ void __launch_bounds__(256)
       choice[i] = e < E && bias != nullptr ? score[i] + bias[e] : score[i];
       candidates.keys[i] = e < E ? order_key(choice[i]) : 0;
     }
-    if (options.num_groups > 1) keep_best_groups(choice, candidates.keys, options, group_worth);
+    if (options.num_groups > 1) {
+      keep_best_groups(choice, candidates.keys, options, group_worth);
+    }
   }
   candidates.prepare();
 
-  for (int k = 0; k < K; ++k) {
-    Key key;
-    int slot;
-    candidates.best(key, slot);
-    const Key top = warp_max_key(key);
-    const int expert = __reduce_min_sync(kFullMask, key == top ? lane + slot * kWarpSize : E);
-    Acc value = value_of_key(top);
-    if constexpr (!kByLogit) {
-      Acc own = 0;
-#pragma unroll
-      for (int i = 0; i < kSlots; ++i) own = i == slot ? score[i] : own;
-      value = __shfl_sync(kFullMask, own, expert % kWarpSize);
-    }
-    if (lane == expert % kWarpSize) candidates.remove(slot);
-    if (lane == 0) {
-      chosen[k] = value;
-      chosen_ids[k] = expert;
-    }
-  }
+  choose_best<kByLogit>(candidates, score, K, E, chosen, chosen_ids);
   __syncwarp();
 
   Acc shift = 0, factor = 1;  // score = exp(logit - shift) * factor
@@ -334,6 +427,54 @@ __global__ void __launch_bounds__(256)
   }
 }
 
+// grad[i] becomes the gradient of a token's weights with respect to the score of expert
+// lane + 32 * i: 0 of those that were not chosen. Pairs with an id outside [0, E) have none.
+template <typename Acc, int kSlots>
+__device__ __forceinline__ void chosen_score_grads(const Acc (&score)[kSlots],
+                                                   const Acc* __restrict__ grad_weights,
+                                                   const int64_t* __restrict__ ids,
+                                                   const RouteOptions& options,
+                                                   Acc (&grad)[kSlots]) {
+  const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+  for (int i = 0; i < kSlots; ++i) grad[i] = 0;
+  Acc sum = 0, dot = 0;  // of the chosen scores; of the incoming gradients with them
+  for (int k = 0; k < options.top_k; ++k) {
+    const int64_t e = ids[k];
+    if (e < 0 || e >= options.num_experts) continue;
+    const Acc g = grad_weights[k];
+    Acc mine = 0;
+#pragma unroll
+    for (int i = 0; i < kSlots; ++i) {
+      if (e == lane + i * kWarpSize) {
+        grad[i] = g;
+        mine = score[i];
+      }
+    }
+    const Acc chosen = __shfl_sync(kFullMask, mine, static_cast<int>(e % kWarpSize));
+    sum += chosen;
+    dot += g * chosen;
+  }
+  Acc factor = static_cast<Acc>(options.scale), shift = 0;
+  if (options.renormalize) {
+    const bool clamped = !(sum > smallest_normal<Acc>());
+    sum = clamped ? smallest_normal<Acc>() : sum;
+    factor /= sum;
+    shift = clamped ? Acc(0) : dot / sum;
+  }
+  uint64_t chosen_bits = 0;
+  for (int k = 0; k < options.top_k; ++k) {
+    const int64_t e = ids[k];
+    if (e >= 0 && e < options.num_experts && e % kWarpSize == lane) {
+      chosen_bits |= uint64_t{1} << (e / kWarpSize);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kSlots; ++i) {
+    if (chosen_bits >> i & 1) grad[i] = factor * (grad[i] - shift);
+  }
+}
+
 // The gradient of the chosen, renormalised, scaled scores with respect to all logits of one token.
 template <typename T, int kSlots>
 __global__ void __launch_bounds__(256)
@@ -351,47 +492,10 @@ __global__ void __launch_bounds__(256)
     Acc score[kSlots], grad[kSlots];
     load_logits(logits + t * E, E, score);
     scores_from_logits(score, options.sigmoid);
-#pragma unroll
-    for (int i = 0; i < kSlots; ++i) grad[i] = 0;
-
-    Acc sum = 0, dot = 0;  // of the chosen scores; of the incoming gradients with them
-    for (int k = 0; k < K; ++k) {
-      const int64_t e = topk_ids[t * K + k];
-      if (e < 0 || e >= E) continue;
-      const Acc g = grad_topk_weights[t * K + k];
-      Acc mine = 0;
-#pragma unroll
-      for (int i = 0; i < kSlots; ++i) {
-        if (e == lane + i * kWarpSize) {
-          grad[i] = g;
-          mine = score[i];
-        }
-      }
-      const Acc chosen = __shfl_sync(kFullMask, mine, static_cast<int>(e % kWarpSize));
-      sum += chosen;
-      dot += g * chosen;
-    }
-    Acc factor = static_cast<Acc>(options.scale), shift = 0;
-    if (options.renormalize) {
-      const bool clamped = !(sum > smallest_normal<Acc>());
-      sum = clamped ? smallest_normal<Acc>() : sum;
-      factor /= sum;
-      shift = clamped ? Acc(0) : dot / sum;
-    }
-    // grad[i] becomes the gradient with respect to the score.
-    unsigned long long chosen_bits = 0;
-    for (int k = 0; k < K; ++k) {
-      const int64_t e = topk_ids[t * K + k];
-      if (e >= 0 && e < E && e % kWarpSize == lane) chosen_bits |= 1ull << (e / kWarpSize);
-    }
+    chosen_score_grads(score, grad_topk_weights + t * K, topk_ids + t * K, options, grad);
     Acc mean = 0;
 #pragma unroll
-    for (int i = 0; i < kSlots; ++i) {
-      if (chosen_bits >> i & 1) {
-        grad[i] = factor * (grad[i] - shift);
-        mean += grad[i] * score[i];
-      }
-    }
+    for (int i = 0; i < kSlots; ++i) mean += grad[i] * score[i];
     if (!options.sigmoid) mean = warp_sum(mean);
 #pragma unroll
     for (int i = 0; i < kSlots; ++i) {

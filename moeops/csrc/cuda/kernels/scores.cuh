@@ -140,4 +140,134 @@ __global__ void __launch_bounds__(256)
   }
 }
 
+// groups[i] becomes the group of expert lane + 32 * i, -1 past the last one.
+template <int kSlots>
+__device__ __forceinline__ void group_slots(int num_experts, int group_size,
+                                            int (&groups)[kSlots]) {
+#pragma unroll
+  for (int i = 0; i < kSlots; ++i) {
+    const int e = static_cast<int>(threadIdx.x % kWarpSize) + i * kWarpSize;
+    groups[i] = e < num_experts ? e / group_size : -1;
+  }
+}
+
+// What the experts outside the group of a token's first choice have above its last choice. Choices
+// outside [0, E) have no group.
+template <typename Acc, int kSlots>
+struct Excess {
+  Acc of[kSlots];  // of the lane's experts; NaN stays NaN
+  Acc above;       // how many have any, in the whole warp
+  int last;        // the last choice
+
+  // `share` holds probabilities, `groups` is what group_slots found.
+  __device__ __forceinline__ bool find(const Acc (&share)[kSlots], const int (&groups)[kSlots],
+                                       int64_t first_id, int64_t last_id, int num_experts,
+                                       int group_size) {
+    if (first_id < 0 || first_id >= num_experts || last_id < 0 || last_id >= num_experts) {
+      return false;
+    }
+    last = static_cast<int>(last_id);
+    const int group = static_cast<int>(first_id) / group_size;
+    Acc mine = 0;
+#pragma unroll
+    for (int i = 0; i < kSlots; ++i) mine = i == last / kWarpSize ? share[i] : mine;
+    const Acc mark = __shfl_sync(kFullMask, mine, last % kWarpSize);
+    int count = 0;
+#pragma unroll
+    for (int i = 0; i < kSlots; ++i) {
+      const Acc more = share[i] - mark;
+      of[i] = groups[i] >= 0 && groups[i] != group && !(more <= 0) ? more : Acc(0);
+      count += of[i] > 0;
+    }
+    above = static_cast<Acc>(__reduce_add_sync(kFullMask, count));
+    return true;
+  }
+};
+
+// partial[block] becomes the excess of the tokens of the block's warps.
+template <typename T, int kSlots>
+__global__ void __launch_bounds__(256)
+    alignment_sum_kernel(const T* __restrict__ logits, const int64_t* __restrict__ topk_ids,
+                         int64_t num_tokens, int top_k, int num_experts, int group_size,
+                         device_accumulate_t<T>* __restrict__ partial) {
+  using Acc = device_accumulate_t<T>;
+  __shared__ Acc warp_sums[kWarpSize];
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int64_t warps = blockDim.x / kWarpSize;
+  int groups[kSlots];
+  group_slots(num_experts, group_size, groups);
+  Acc sum = 0;
+  for (int64_t t = blockIdx.x * warps + warp; t < num_tokens; t += gridDim.x * warps) {
+    // Read with the logits, not after them.
+    const int64_t first_id = topk_ids[t * top_k], last_id = topk_ids[t * top_k + top_k - 1];
+    Acc share[kSlots], slopes[kSlots];
+    load_logits(logits + t * num_experts, num_experts, share);
+    shares_from_logits<false, false>(share, slopes);
+    Excess<Acc, kSlots> excess;
+    if (!excess.find(share, groups, first_id, last_id, num_experts, group_size)) continue;
+#pragma unroll
+    for (int i = 0; i < kSlots; ++i) sum += excess.of[i];
+  }
+  sum = warp_sum(sum);
+  if (lane == 0) warp_sums[warp] = sum;
+  __syncthreads();
+  if (warp != 0) return;
+  sum = warp_sum(lane < warps ? warp_sums[lane] : Acc(0));
+  if (lane == 0) partial[blockIdx.x] = sum;
+}
+
+// *sum = the sum of `partial`, by one block.
+template <typename Acc>
+__global__ void __launch_bounds__(1024)
+    add_block_sums_kernel(const Acc* __restrict__ partial, int num_blocks, Acc* __restrict__ sum) {
+  __shared__ Acc warp_sums[kWarpSize];
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  Acc own = 0;
+  for (int block = threadIdx.x; block < num_blocks; block += blockDim.x) own += partial[block];
+  own = warp_sum(own);
+  if (lane == 0) warp_sums[warp] = own;
+  __syncthreads();
+  if (warp != 0) return;
+  own = warp_sum(lane < static_cast<int>(blockDim.x / kWarpSize) ? warp_sums[lane] : Acc(0));
+  if (lane == 0) *sum = own;
+}
+
+template <typename T, int kSlots>
+__global__ void __launch_bounds__(256)
+    alignment_sum_backward_kernel(const device_accumulate_t<T>* __restrict__ grad_sum,
+                                  const T* __restrict__ logits,
+                                  const int64_t* __restrict__ topk_ids, int64_t num_tokens,
+                                  int top_k, int num_experts, int group_size,
+                                  T* __restrict__ grad_logits) {
+  using Acc = device_accumulate_t<T>;
+  const int lane = threadIdx.x % kWarpSize;
+  const int64_t warps = blockDim.x / kWarpSize;
+  int groups[kSlots];
+  group_slots(num_experts, group_size, groups);
+  for (int64_t t = blockIdx.x * warps + threadIdx.x / kWarpSize; t < num_tokens;
+       t += gridDim.x * warps) {
+    const int64_t first_id = topk_ids[t * top_k], last_id = topk_ids[t * top_k + top_k - 1];
+    Acc share[kSlots], slopes[kSlots];
+    load_logits(logits + t * num_experts, num_experts, share);
+    shares_from_logits<false, false>(share, slopes);
+    Excess<Acc, kSlots> excess;
+    const bool counts = excess.find(share, groups, first_id, last_id, num_experts, group_size);
+    // The gradient with respect to the probabilities is 1 where there is an excess and minus their
+    // number at the last choice; its mean under the probabilities is the excess itself.
+    Acc mean = 0;
+#pragma unroll
+    for (int i = 0; i < kSlots; ++i) mean += counts ? excess.of[i] : Acc(0);
+    mean = warp_sum(mean);
+#pragma unroll
+    for (int i = 0; i < kSlots; ++i) {
+      const int e = lane + i * kWarpSize;
+      if (e >= num_experts) continue;
+      Acc slope = 0;
+      if (counts) slope = e == excess.last ? -excess.above : Acc(excess.of[i] > 0);
+      const Acc grad = counts ? *grad_sum * share[i] * (slope - mean) : Acc(0);
+      grad_logits[t * num_experts + e] = from_accumulate<T>(grad);
+    }
+  }
+}
+
 }  // namespace moeops

@@ -105,18 +105,43 @@ __device__ __forceinline__ void warp_exclusive_scan(int32_t* values, int size) {
   }
 }
 
+// Adds to mine[bucket] the warp's pairs of each bucket, -1 for none, of which `live` may be others.
+__device__ __forceinline__ void count_in_warp(const int (&bucket)[kSortUnroll], int64_t live,
+                                              int32_t* mine) {
+  const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+  for (int u = 0; u < kSortUnroll; ++u) {
+    if (u * kWarpSize >= live) break;
+    const unsigned peers = __match_any_sync(kFullMask, bucket[u]);
+    if (bucket[u] >= 0 && lane == __ffs(peers) - 1) mine[bucket[u]] += __popc(peers);
+    __syncwarp();
+  }
+}
+
+// The place of a pair among those of its bucket, of which next[bucket] came before the warp's 32;
+// counts next up.
+__device__ __forceinline__ int32_t place_in_warp(int bucket, int32_t* next) {
+  const int lane = threadIdx.x % kWarpSize;
+  const unsigned peers = __match_any_sync(kFullMask, bucket);
+  const int leader = __ffs(peers) - 1;
+  const bool leads = bucket >= 0 && lane == leader;
+  int32_t place = leads ? next[bucket] : 0;
+  place = __shfl_sync(kFullMask, place, leader) + __popc(peers & ((1u << lane) - 1));
+  if (leads) next[bucket] = place + __popc(peers);
+  return place;
+}
+
 // Writes both maps and, from block 0, the offsets. With fewer rows than pairs the dropped pairs,
 // and those for which there is no row left, get the row R that does not exist; rows without a pair
-// name pair 0. `surplus` counts the pairs that found no row. With kLimit it writes `kept` instead:
-// the id of each pair that is among the first `capacity` of its expert's queue, -1 of the others.
+// name pair 0. `surplus` counts the pairs that found no row.
 // Shared memory: (2 + warps) * (E + 1) integers.
-template <typename Id, bool kLimit>
-__global__ void sort_scatter_kernel(const Id* __restrict__ ids, SortShape shape, Queue queue,
+template <typename Id>
+__global__ void sort_scatter_kernel(const Id* __restrict__ ids, SortShape shape,
                                     const int32_t* __restrict__ counts, int num_blocks,
                                     int32_t* __restrict__ row_to_pair,
                                     int32_t* __restrict__ pair_to_row,
-                                    int32_t* __restrict__ offsets, int32_t* surplus,
-                                    int64_t capacity, Id* __restrict__ kept) {
+                                    int32_t* __restrict__ offsets, int32_t* surplus) {
+  const Queue queue{};
   extern __shared__ int32_t shared[];
   const int buckets = shape.num_experts + 1;
   const int lane = threadIdx.x % kWarpSize;
@@ -154,12 +179,7 @@ __global__ void sort_scatter_kernel(const Id* __restrict__ ids, SortShape shape,
   int bucket[kSortUnroll];
   for (int64_t first = begin; first < end; first += kSortUnroll * kWarpSize) {
     load_buckets(ids, shape, queue, first, end, bucket);
-#pragma unroll
-    for (int u = 0; u < kSortUnroll; ++u) {
-      const unsigned peers = __match_any_sync(kFullMask, bucket[u]);
-      if (bucket[u] >= 0 && lane == __ffs(peers) - 1) mine[bucket[u]] += __popc(peers);
-      __syncwarp();
-    }
+    count_in_warp(bucket, end - first, mine);
   }
   __syncthreads();
   if (warp == 0) warp_exclusive_scan(total, buckets);
@@ -171,8 +191,9 @@ __global__ void sort_scatter_kernel(const Id* __restrict__ ids, SortShape shape,
       position[w * buckets + b] = next;
       next += count;
     }
-    if (!kLimit && blockIdx.x == 0)
+    if (blockIdx.x == 0) {
       offsets[b] = static_cast<int32_t>(min(int64_t{total[b]}, shape.num_rows));
+    }
   }
   __syncthreads();
 
@@ -193,22 +214,80 @@ __global__ void sort_scatter_kernel(const Id* __restrict__ ids, SortShape shape,
     load_buckets(ids, shape, queue, first, end, bucket);
 #pragma unroll
     for (int u = 0; u < kSortUnroll; ++u) {
-      const unsigned peers = __match_any_sync(kFullMask, bucket[u]);
-      const int leader = __ffs(peers) - 1;
-      const bool inside = bucket[u] >= 0;
-      int32_t row = inside && lane == leader ? mine[bucket[u]] : 0;
-      row = __shfl_sync(kFullMask, row, leader) + __popc(peers & ((1u << lane) - 1));
-      if (inside) {
+      const int32_t row = place_in_warp(bucket[u], mine);
+      if (bucket[u] >= 0) {
         const int64_t p = first + u * kWarpSize + lane;
-        if (lane == leader) mine[bucket[u]] = row + __popc(peers);
-        if constexpr (kLimit) {
-          const bool fits = bucket[u] < shape.num_experts && row - total[bucket[u]] < capacity;
-          kept[pair_at(queue, p)] = fits ? Id(bucket[u]) : Id(-1);
-        } else {
-          const bool placed = bucket[u] != rowless && row < num_rows;
-          if (placed) row_to_pair[row] = static_cast<int32_t>(p);
-          pair_to_row[p] = placed ? row : num_rows;
-        }
+        const bool placed = bucket[u] != rowless && row < num_rows;
+        if (placed) row_to_pair[row] = static_cast<int32_t>(p);
+        pair_to_row[p] = placed ? row : num_rows;
+      }
+      __syncwarp();
+    }
+  }
+}
+
+// kept = the id of each pair that is among the first `capacity` of its expert's queue, -1 of the
+// others. Shared memory: (1 + warps) * (E + 1) integers.
+template <typename Id>
+__global__ void limit_kernel(const Id* __restrict__ ids, SortShape shape, Queue queue,
+                             const int32_t* __restrict__ counts, int64_t capacity,
+                             Id* __restrict__ kept) {
+  extern __shared__ int32_t shared[];
+  const int buckets = shape.num_experts + 1;
+  const int lane = threadIdx.x % kWarpSize;
+  const int warp = threadIdx.x / kWarpSize;
+  const int warps = blockDim.x / kWarpSize;
+  int32_t* before = shared;              // pairs of the bucket in earlier blocks
+  int32_t* position = before + buckets;  // [warps][buckets]: place of the warp's next pair
+  const int64_t segment = shape.chunk / warps;
+  const int64_t begin = min(blockIdx.x * shape.chunk + warp * segment, shape.num_pairs);
+  const int64_t end = min(begin + segment, shape.num_pairs);
+  const bool held = segment <= kSortUnroll * kWarpSize;  // all of them in registers
+  int bucket[kSortUnroll];
+  load_buckets(ids, shape, queue, begin, end, bucket);
+  for (int b = threadIdx.x; b < (1 + warps) * buckets; b += blockDim.x) shared[b] = 0;
+  __syncthreads();
+
+  // Column sums of the earlier blocks' counts; groups of threads share the rows.
+  const int columns = min(buckets, static_cast<int>(blockDim.x));
+  const int groups = blockDim.x / columns;
+  const int group = threadIdx.x / columns;
+  const int earlier_blocks = static_cast<int>(blockIdx.x);
+  if (group < groups) {
+    for (int b = threadIdx.x % columns; b < buckets; b += columns) {
+      int32_t earlier = 0;
+#pragma unroll 16
+      for (int block = group; block < earlier_blocks; block += groups) {
+        earlier += counts[static_cast<int64_t>(block) * buckets + b];
+      }
+      if (earlier != 0) atomicAdd(&before[b], earlier);
+    }
+  }
+  int32_t* mine = position + warp * buckets;
+  for (int64_t first = begin; first < end; first += kSortUnroll * kWarpSize) {
+    if (!held) load_buckets(ids, shape, queue, first, end, bucket);
+    count_in_warp(bucket, end - first, mine);
+  }
+  __syncthreads();
+  for (int b = threadIdx.x; b < buckets; b += blockDim.x) {
+    int32_t next = before[b];
+#pragma unroll 8
+    for (int w = 0; w < warps; ++w) {
+      const int32_t count = position[w * buckets + b];
+      position[w * buckets + b] = next;
+      next += count;
+    }
+  }
+  __syncthreads();
+  for (int64_t first = begin; first < end; first += kSortUnroll * kWarpSize) {
+    if (!held) load_buckets(ids, shape, queue, first, end, bucket);
+#pragma unroll
+    for (int u = 0; u < kSortUnroll; ++u) {
+      if (first + u * kWarpSize >= end) break;
+      const int32_t place = place_in_warp(bucket[u], mine);
+      if (bucket[u] >= 0) {
+        const bool fits = bucket[u] < shape.num_experts && place < capacity;
+        kept[pair_at(queue, first + u * kWarpSize + lane)] = fits ? Id(bucket[u]) : Id(-1);
       }
       __syncwarp();
     }
