@@ -4,6 +4,7 @@
     python examples/train_lm.py --compare-dense      the same, beside a dense model of equal active FLOPs
     python examples/train_lm.py --text my_folder --gate switch --experts 16
     torchrun --nproc-per-node=2 examples/train_lm.py --expert-parallel      each rank holds half of the experts
+    torchrun --nproc-per-node=4 examples/train_lm.py --expert-parallel --expert-tensor-parallel 2  half of each of them
 
 Writes a checkpoint, metrics.json and train_lm.png into --out. Ctrl-C saves; --resume goes on.
 """
@@ -119,6 +120,13 @@ def make_parser() -> Parser:
         help="under torchrun: divide the experts among the ranks, instead of copying them",
     )
     run.add_argument(
+        "--expert-tensor-parallel",
+        type=positive_int,
+        default=1,
+        metavar="P",
+        help="with --expert-parallel: divide each expert's hidden units among P of the ranks [%(default)s]",
+    )
+    run.add_argument(
         "--dispatch",
         choices=("exact", "static"),
         default="exact",
@@ -188,6 +196,11 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     elif options.capacity is not None:
         raise UsageError(
             f"--capacity must come with --dispatch static, got {options.capacity}. Exact dispatch drops nothing."
+        )
+    if options.expert_tensor_parallel > 1 and not options.expert_parallel:
+        raise UsageError(
+            f"--expert-tensor-parallel must come with --expert-parallel, got {options.expert_tensor_parallel} alone. "
+            "Give both."
         )
     if options.d_model % (2 * options.heads):
         raise UsageError(

@@ -279,7 +279,7 @@ class _Counter(LayerHook):
     """Adds up what one layer's gate returns."""
 
     def __init__(self, layer: FMoE, mode: str) -> None:
-        self.num_experts = layer.num_expert * layer.world_size
+        self.num_experts = layer.tot_expert
         self.training = {"training": True, "evaluation": False}.get(mode)
         first = next(layer.parameters(), None)
         # float64 holds every count and the weights of slots; one tensor, so that a step adds once.

@@ -103,7 +103,7 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Pre-norm attention and MLP."""
 
-    def __init__(self, config: ModelConfig, world_size: int):
+    def __init__(self, config: ModelConfig, world_size: int, num_shards: int):
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.d_model)
         self.attention = Attention(config)
@@ -112,13 +112,14 @@ class Block(nn.Module):
             self.mlp: nn.Module = DenseMLP(config.d_model, config.d_hidden * config.top_k)
         else:
             self.mlp = FMoETransformerMLP(
-                config.experts // world_size,
+                config.experts // (world_size // num_shards),
                 config.d_model,
                 config.d_hidden,
                 activation="swiglu",
                 # Ranks with all experts average their gradients like everything else's.
                 expert_dp_comm="dp" if world_size == 1 else "none",
                 world_size=world_size,
+                expert_tensor_parallel_size=num_shards,
                 top_k=config.top_k,
                 gate=make_gate(config),
                 dispatch=config.dispatch,
@@ -132,14 +133,19 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Bytes to logits of the next byte; ``world_size`` ranks divide the experts, each with its own tokens."""
+    """Bytes to logits of the next byte.
 
-    def __init__(self, config: ModelConfig, world_size: int = 1):
+    ``world_size`` ranks divide the experts, each with its own tokens; ``num_shards`` of them divide each expert.
+    """
+
+    def __init__(self, config: ModelConfig, world_size: int = 1, num_shards: int = 1):
         super().__init__()
         self.config = config
-        self.world_size = world_size
+        self.expert_ranks = world_size // num_shards
         self.embedding = nn.Embedding(VOCABULARY, config.d_model)
-        self.blocks = nn.ModuleList(Block(config, world_size) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(
+            Block(config, world_size, num_shards) for _ in range(config.layers)
+        )
         self.norm = nn.RMSNorm(config.d_model)
         self.head = nn.Linear(config.d_model, VOCABULARY, bias=False)
         nn.init.normal_(self.head.weight, std=0.02)
@@ -173,9 +179,14 @@ class GPT(nn.Module):
         total = sum(p.numel() for p in self.parameters())
         if self.config.gate is None:
             return total, total
-        experts = sum(p.numel() for b in self.blocks for p in b.mlp.experts.parameters())
-        total += (self.world_size - 1) * experts
-        experts *= self.world_size
+        here = whole = 0  # parameters of experts, and with the shards on other ranks
+        for block in self.blocks:
+            for name, parameter in block.mlp.experts.named_parameters():
+                span = block.mlp.experts.shard_span(name)
+                here += parameter.numel()
+                whole += parameter.numel() // parameter.shape[span.dim] * span.size
+        experts = whole * self.expert_ranks
+        total += experts - here
         return total, total - experts + experts * self.config.top_k // self.config.experts
 
     @torch.no_grad()

@@ -1,13 +1,14 @@
 """Several processes that train one model: who they are, and what travels between them. W ranks.
 
 Each rank reads its share of every batch. Parameters that all ranks hold are averaged after the backward; with expert
-parallelism each rank holds E / W experts of every layer. A checkpoint is one file, written by rank 0, that holds the
-whole model as one rank would write it, so that any number of ranks can go on from it.
+parallelism each rank holds E / W experts of every layer, or shards of more experts. A checkpoint is one file, written
+by rank 0, that holds the whole model as one rank would write it, so that any number of ranks can go on from it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,11 +19,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lm.errors import UsageError
-from moeops.gates import BaseGate, ReMoEGate
+from moeops.distributed.tensor_parallel import ShardSpan, join_shards, take_shard
+from moeops.gates import BaseGate
+from moeops.layers import FusedExperts
 
-EXPERTS = (
-    ".mlp.experts."  # in the names of parameters that expert parallelism divides, along dimension 0
-)
+Spans = dict[str, list[ShardSpan]]
 
 
 @dataclass(frozen=True)
@@ -66,15 +67,29 @@ class Ranks:
         dist.all_gather_object(values, value)
         return values
 
-    def join_rows(self, x: Tensor) -> Tensor:
-        """All ranks' rows on rank 0, in the order of ranks; elsewhere the tensor itself."""
-        parts = [torch.empty_like(x) for _ in range(self.size)] if self.is_first else None
-        dist.gather(x.contiguous(), parts)
-        return x if parts is None else torch.cat(parts)
+    def part_of(self, whole: Tensor, spans: list[ShardSpan]) -> Tensor:
+        """This rank's experts, or shards of them, of a tensor of all experts."""
+        expert_rank, shard = divmod(self.rank, len(spans))
+        return take_shard(whole.chunk(self.size // len(spans))[expert_rank], spans[shard])
 
-    def rows(self, x: Tensor) -> Tensor:
-        """This rank's rows of a whole tensor."""
-        return x.chunk(self.size)[self.rank].clone()
+    def join(self, part: Tensor, spans: list[ShardSpan]) -> Tensor:
+        """The inverse of ``part_of`` on rank 0, where all ranks' parts meet; elsewhere the part itself."""
+        shapes = []
+        for dim, _, ranges in spans:
+            width = sum(length for _, length in ranges)
+            shapes.append((*part.shape[:dim], width, *part.shape[dim + 1 :]))
+        sizes = [math.prod(shape) for shape in shapes]
+        flat = part.new_zeros(max(sizes))  # what is gathered must have one size
+        flat[: part.numel()] = part.reshape(-1)
+        flats = [torch.empty_like(flat) for _ in range(self.size)] if self.is_first else None
+        dist.gather(flat, flats)
+        if flats is None:
+            return part
+        experts = []
+        for first in range(0, self.size, len(spans)):
+            found = zip(flats[first:], sizes, shapes, strict=False)
+            experts.append(join_shards([f[:n].view(s) for f, n, s in found], spans))
+        return torch.cat(experts)
 
 
 ONE_RANK = Ranks()
@@ -109,12 +124,28 @@ def start_ranks(device: str | None) -> Iterator[tuple[Ranks, str | None]]:
     dist.destroy_process_group()
 
 
-def check_shares(ranks: Ranks, batch: int, experts: int | None) -> None:
+def check_shares(
+    ranks: Ranks, batch: int, experts: int | None, d_hidden: int = 1, num_shards: int = 1
+) -> None:
     """Refuse what cannot be divided among the ranks; ``experts`` is None where they are not divided."""
-    for name, number in (("--batch", batch), ("--experts", experts)):
-        if number is not None and number % ranks.size:
+    if ranks.size % num_shards:
+        raise UsageError(
+            f"--expert-tensor-parallel must divide the {ranks.size} ranks, got {num_shards}. Change one of them."
+        )
+    if d_hidden % num_shards:
+        raise UsageError(
+            f"--d-hidden must be a multiple of --expert-tensor-parallel = {num_shards}, got {d_hidden}. Change one of "
+            "them."
+        )
+    shares = (
+        ("--batch", batch, ranks.size, "ranks"),
+        ("--experts", experts, ranks.size // num_shards, "ranks that hold different experts"),
+    )
+    for name, number, size, what in shares:
+        if number is not None and number % size:
             raise UsageError(
-                f"{name} must be a multiple of the {ranks.size} ranks, got {number}. Change one of them."
+                f"{name} must be a multiple of the {size} {what if num_shards > 1 else 'ranks'}, got {number}. Change "
+                "one of them."
             )
 
 
@@ -131,22 +162,29 @@ def balance_over_ranks(model: torch.nn.Module, ranks: Ranks) -> None:
                 gate.balance = "global"
 
 
-def sum_counts(model: torch.nn.Module) -> None:
-    """Have ReMoE's coefficients follow the tokens of all ranks; DeepSeek's bias sees to that by itself."""
-    for gate in model.modules():
-        if isinstance(gate, ReMoEGate):
-            dist.all_reduce(gate.active)
-            dist.all_reduce(gate.tokens)
+def expert_spans(model: torch.nn.Module) -> Spans:
+    """What each shard of an expert holds of it, for every parameter that ranks divide."""
+    spans: Spans = {}
+    for prefix, experts in model.named_modules():
+        if isinstance(experts, FusedExperts):
+            for name, _ in experts.named_parameters():
+                shards = range(experts.num_shards)
+                spans[f"{prefix}.{name}"] = [experts.shard_span(name, shard) for shard in shards]
+    return spans
 
 
-def share_of(ranks: Ranks, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What of a whole model's tensors belongs to this rank."""
-    return {n: ranks.rows(x) if EXPERTS in n else x for n, x in tensors.items()}
+def share_of(ranks: Ranks, spans: Spans, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What of a whole model's tensors, named ``PARAMETER`` or ``PARAMETER/STATE``, belongs to this rank."""
+    found = {name: spans.get(name.partition("/")[0]) for name in tensors}
+    return {
+        name: ranks.part_of(x, found[name]) if found[name] else x for name, x in tensors.items()
+    }
 
 
-def whole_of(ranks: Ranks, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def whole_of(ranks: Ranks, spans: Spans, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of ``share_of``, on rank 0; every rank must call."""
-    return {n: ranks.join_rows(x) if EXPERTS in n else x for n, x in tensors.items()}
+    found = {name: spans.get(name.partition("/")[0]) for name in tensors}
+    return {name: ranks.join(x, found[name]) if found[name] else x for name, x in tensors.items()}
 
 
 def map_optimizer(

@@ -25,7 +25,13 @@ PROMPT_BYTES = 32
 def run(options: argparse.Namespace) -> int:
     """Train what the options ask for and report, on as many ranks as there are; returns the exit code."""
     with start_ranks(options.device) as (ranks, device):
-        check_shares(ranks, options.batch, options.experts if options.expert_parallel else None)
+        check_shares(
+            ranks,
+            options.batch,
+            options.experts if options.expert_parallel else None,
+            options.d_hidden,
+            options.expert_tensor_parallel,
+        )
         return run_on(ranks, choose_device(device), options)
 
 
@@ -50,8 +56,10 @@ def run_on(ranks: Ranks, device: torch.device, options: argparse.Namespace) -> i
         f"order-0 entropy of the held-out text: {order0:.3f} bits/byte"
     )
     if ranks.size > 1:
+        shards = options.expert_tensor_parallel
         ranks.say(
             f"{ranks.size} ranks, experts {'divided' if options.expert_parallel else 'copied'}"
+            + (f", each in {shards} shards" if shards > 1 else "")
         )
 
     text = None if options.dense else warning(options.gate)
@@ -180,6 +188,7 @@ def make_trainer(
         resume=resume,
         ranks=ranks,
         expert_parallel=options.expert_parallel,
+        num_shards=options.expert_tensor_parallel,
     )
 
 

@@ -23,9 +23,9 @@ from lm.parallel import (
     ONE_RANK,
     Ranks,
     balance_over_ranks,
+    expert_spans,
     map_optimizer,
     share_of,
-    sum_counts,
     whole_of,
 )
 from moeops import LoadMonitor
@@ -219,6 +219,7 @@ class Trainer:
         resume: go on from ``checkpoint``.
         ranks: the processes that train together; ``batches`` and ``windows`` are this one's share.
         expert_parallel: divide the experts among the ranks.
+        num_shards: with ``expert_parallel``, ranks that share the hidden units of each expert.
     """
 
     def __init__(
@@ -237,6 +238,7 @@ class Trainer:
         resume: bool,
         ranks: Ranks = ONE_RANK,
         expert_parallel: bool = False,
+        num_shards: int = 1,
     ):
         self._name = name
         self._config = config
@@ -258,8 +260,9 @@ class Trainer:
             if self._divided:
                 # The weights are those that one rank draws.
                 whole = self._model.state_dict()
-                self._model = GPT(model_config, ranks.size)
-                self._model.load_state_dict(share_of(ranks, whole))
+                self._model = GPT(model_config, ranks.size, num_shards)
+                self._spans = expert_spans(self._model)
+                self._model.load_state_dict(share_of(ranks, self._spans, whole))
         except (ValueError, TypeError) as err:
             raise UsageError(f"the options must fit each other, got: {err}") from err
         self._model.to(device)
@@ -361,8 +364,6 @@ class Trainer:
             self._parallel.allreduce_gradients()
         clip_grad_norm_(self._model, 1.0)
         self._optimizer.step()
-        if self._parallel is not None:
-            sum_counts(self._model)
         self._model.update_gates((self._step + 1) / self._config.steps)
         self._optimizer.zero_grad()
         self._pending.append(loss.detach())
@@ -415,8 +416,10 @@ class Trainer:
             random_state["cuda"] = torch.cuda.get_rng_state(self._device)
         model, optimizer = self._model.state_dict(), self._optimizer.state_dict()
         if self._divided:
-            model = whole_of(ranks, model)
-            optimizer = self._map_optimizer(optimizer, lambda values: whole_of(ranks, values))
+            model = whole_of(ranks, self._spans, model)
+            optimizer = self._map_optimizer(
+                optimizer, lambda values: whole_of(ranks, self._spans, values)
+            )
         monitor = {} if self._monitor is None else self._monitor.state_dict()
         state = {
             "config": self._identity,
@@ -436,8 +439,10 @@ class Trainer:
         state: dict[str, Any] = load_checkpoint(self._checkpoint, self._identity)
         model, optimizer = state["model"], state["optimizer"]
         if self._divided:
-            model = share_of(ranks, model)
-            optimizer = self._map_optimizer(optimizer, lambda values: share_of(ranks, values))
+            model = share_of(ranks, self._spans, model)
+            optimizer = self._map_optimizer(
+                optimizer, lambda values: share_of(ranks, self._spans, values)
+            )
         self._step = state["step"]
         self._model.load_state_dict(model)
         if self._monitor is not None and ranks.is_first:  # the counters are those of all ranks

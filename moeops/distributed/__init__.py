@@ -9,6 +9,7 @@ from moeops.distributed.checkpoint import (
     save_checkpoint,
 )
 from moeops.distributed.collectives import all_gather_counts, all_reduce_sum
+from moeops.distributed.cost_model import CostModel
 from moeops.distributed.failures import explain_failures
 from moeops.distributed.grad_sync import (
     DistributedGroupedDataParallel,
@@ -22,11 +23,16 @@ from moeops.distributed.hierarchical import (
     hierarchical_all_to_all,
     hierarchical_counts,
 )
+from moeops.distributed.placement import Placement
+from moeops.distributed.shadowing import ShadowPolicy
 
 __all__ = [
+    "CostModel",
     "DistributedGroupedDataParallel",
     "Hierarchy",
+    "Placement",
     "RankGroup",
+    "ShadowPolicy",
     "all_gather_counts",
     "all_reduce_sum",
     "build_hierarchy",

@@ -43,8 +43,14 @@ def _is_nothing(piece: Piece) -> bool:
     return piece.local.numel() == 0 and 0 not in piece.shape
 
 
+def _find(pieces: list[Piece], index: MetadataIndex) -> Piece:
+    """The part at a place."""
+    (piece,) = (piece for piece in pieces if torch.Size(piece.offset) == index.offset)
+    return piece
+
+
 class SavePieces(DefaultSavePlanner):
-    """Write parts of tensors and plain values; of equal parts one is written."""
+    """Write lists of parts of tensors, and plain values; of equal parts one is written."""
 
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -53,15 +59,18 @@ class SavePieces(DefaultSavePlanner):
         """List what this rank has."""
         items = []
         for key, value in self.state_dict.items():
-            if not isinstance(value, Piece):
+            if not isinstance(value, list):
                 items.append(WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO))
-            elif not _is_nothing(value):
+                continue
+            for piece in value:
+                if _is_nothing(piece):
+                    continue
                 data = TensorWriteData(
-                    chunk=_chunk(value),
-                    properties=TensorProperties.create_from_tensor(value.local),
-                    size=torch.Size(value.shape),
+                    chunk=_chunk(piece),
+                    properties=TensorProperties.create_from_tensor(piece.local),
+                    size=torch.Size(piece.shape),
                 )
-                index = MetadataIndex(key, value.offset)
+                index = MetadataIndex(key, piece.offset)
                 items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
         self.plan = SavePlan(items)
         return self.plan
@@ -69,8 +78,8 @@ class SavePieces(DefaultSavePlanner):
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
         """What is to be written."""
         value = self.state_dict[write_item.index.fqn]
-        if isinstance(value, Piece):
-            return value.local
+        if isinstance(value, list):
+            return _find(value, write_item.index).local
         data = io.BytesIO()
         torch.save(value, data)
         return data
@@ -142,7 +151,7 @@ class Reader(FileSystemReader):
 
 
 class LoadPieces(LoadPlanner):
-    """Read parts of tensors into place, and the values whose entries are no parts."""
+    """Read lists of parts of tensors into place, and the values whose entries are none."""
 
     def set_up_planner(
         self,
@@ -159,11 +168,11 @@ class LoadPieces(LoadPlanner):
         """List what this rank reads, from however many parts it was saved in."""
         items = []
         for key, value in self.state_dict.items():
-            if isinstance(value, Piece):
-                if not _is_nothing(value):
-                    saved = self.metadata.state_dict_metadata[key]
-                    assert isinstance(saved, TensorStorageMetadata)
-                    items += create_read_items_for_chunk_list(key, saved, [_chunk(value)])
+            if isinstance(value, list):
+                chunks = [_chunk(piece) for piece in value if not _is_nothing(piece)]
+                saved = self.metadata.state_dict_metadata[key]
+                assert isinstance(saved, TensorStorageMetadata)
+                items += create_read_items_for_chunk_list(key, saved, chunks)
                 continue
             zero = torch.Size((0,))
             index = MetadataIndex(key)
@@ -184,8 +193,8 @@ class LoadPieces(LoadPlanner):
         self.state_dict[read_item.dest_index.fqn] = loaded
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        """Where the rows of a read go."""
-        target = self.state_dict[read_item.dest_index.fqn].local
+        """Where the elements of a read go."""
+        target = _find(self.state_dict[read_item.dest_index.fqn], read_item.dest_index).local
         for dim, (start, length) in enumerate(
             zip(read_item.dest_offsets, read_item.lengths, strict=True)
         ):

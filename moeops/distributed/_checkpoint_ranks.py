@@ -8,12 +8,22 @@ from typing import Any, TypeVar
 
 import torch
 
+from moeops.ops._groups import RankGroup, rank_group
+from moeops.ops.exchange import guarded
+
 T = TypeVar("T")
 
 
 def is_distributed() -> bool:
     dist = torch.distributed
     return dist.is_available() and dist.is_initialized()
+
+
+def everyone() -> RankGroup:
+    """All ranks of the job."""
+    group = rank_group(torch.distributed.group.WORLD)
+    assert group is not None
+    return group
 
 
 def place() -> tuple[int, int]:
@@ -33,7 +43,8 @@ def everywhere(op: str, work: Callable[[], T]) -> list[T]:
     if is_distributed():
         answers: list[Any] = [None] * place()[1]
         error = None if failure is None else f"{type(failure).__name__}: {failure}"
-        torch.distributed.all_gather_object(answers, (value, error))
+        gather = torch.distributed.all_gather_object
+        guarded(op, everyone(), gather, answers, (value, error))
     else:
         answers = [(value, failure)]
     if failure is not None:
@@ -109,12 +120,11 @@ def check_fit(
     with_optimizer: bool,
 ) -> None:
     """Compare what all ranks want with what there is; every rank comes to the same result."""
-    size = len(answers)
     saved = {layer["prefix"]: layer for layer in layers}
     for layer in answers[0][1]:
         there = saved.get(layer["prefix"])
         if there is not None and there["num_experts"] != layer["num_experts"]:
-            have = there["num_experts"]
+            have, size = there["num_experts"], layer["ranks"]
             advice = (
                 f"Build the layer with num_expert={have // size} on each of {size} ranks."
                 if have % size == 0

@@ -1,12 +1,16 @@
-"""What a checkpoint calls a model's tensors, and which part of each this rank holds. E experts, W ranks."""
+"""What a checkpoint calls a model's tensors, and which parts of each this rank holds. E experts, W ranks."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from moeops.distributed.tensor_parallel import ShardSpan
 
 _FUSED_NAMES = ("w_up", "w_down", "b_up", "b_down")
 _WRAPPERS = (
@@ -16,7 +20,7 @@ _WRAPPERS = (
 
 
 class Piece(NamedTuple):
-    """This rank's part of a tensor that may be spread over ranks.
+    """A part of a tensor that may be spread over ranks. A rank has one of each tensor, or several with gaps between.
 
     Attributes:
         local: the part, a plain tensor.
@@ -40,9 +44,10 @@ class ExpertLayer(NamedTuple):
     Attributes:
         prefix: such as ``"blocks.0.experts."``.
         num_local: experts of this rank.
-        rank: this rank's place among the layer's ranks.
-        size: ``W``.
+        rank: this rank's place among those that hold different experts.
+        size: how many ranks do.
         names: tensors with the experts in dimension 0; ``None`` where every expert is a module.
+        spans: what of whole experts each of these tensors holds, by name; ``None`` where experts are whole.
     """
 
     prefix: str
@@ -50,11 +55,17 @@ class ExpertLayer(NamedTuple):
     rank: int
     size: int
     names: tuple[str, ...] | None
+    spans: dict[str, ShardSpan] | None = None
 
     @property
     def num_experts(self) -> int:
         """``E``."""
         return self.num_local * self.size
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether other ranks hold other experts, or other shards of these."""
+        return self.size > 1 or self.spans is not None
 
     def record(self) -> dict[str, Any]:
         """What a checkpoint says of the layer, the same on every rank."""
@@ -66,13 +77,13 @@ class LocalState(NamedTuple):
     """What one rank saves, or wants.
 
     Attributes:
-        pieces: tensors by key, ``model/NAME`` or ``optimizer/NAME/STATE``.
+        pieces: parts of tensors by key, ``model/NAME`` or ``optimizer/NAME/STATE``; at least one of each.
         objects: plain Python values by key.
         groups: the optimizer's parameter groups, ``params`` being names; ``None`` without an optimizer.
         equal: numbers by key that must not differ between ranks.
     """
 
-    pieces: dict[str, Piece]
+    pieces: dict[str, list[Piece]]
     objects: dict[str, Any]
     groups: list[dict[str, Any]] | None
     equal: dict[str, float]
@@ -103,12 +114,12 @@ class ModelState:
     def __init__(self, op: str, model: nn.Module) -> None:
         self.op = op
         self.model = unwrap(model)
-        self.layers = list(_expert_layers(self.model))
+        self.layers = list(_expert_layers(op, self.model))
         nested = [
             (a.prefix, b.prefix)
             for a in self.layers
             for b in self.layers
-            if a is not b and a.size * b.size > 1 and a.prefix.startswith(b.prefix)
+            if a is not b and (a.is_spread or b.is_spread) and a.prefix.startswith(b.prefix)
         ]
         if nested:
             raise NotImplementedError(
@@ -122,7 +133,7 @@ class ModelState:
                 self.tensors[raw] = value
             else:
                 layer = self.layer_of(_clean(raw))
-                if layer is not None and layer.size > 1:
+                if layer is not None and layer.is_spread:
                     raise NotImplementedError(
                         f"{op}: experts that are spread over ranks must hold tensors only, got extra state {raw!r}. "
                         "Register a buffer instead."
@@ -153,21 +164,28 @@ class ModelState:
             return None
         if name[len(layer.prefix) :] in layer.names:
             return layer
-        if layer.size > 1:
+        if layer.is_spread:
             raise NotImplementedError(
-                f"{self.op}: tensors of experts that are spread over {layer.size} ranks must have the rank's "
+                f"{self.op}: tensors of experts that are spread over ranks must have the rank's "
                 f"{layer.num_local} experts in dimension 0, got {name}. Each rank has one of its own, which belongs to "
                 "no expert: make it a constant, or one row per expert."
             )
         return None
 
-    def piece(self, raw: str, tensor: Tensor) -> Piece:
-        """This rank's part of a tensor of the model, or of one alike."""
-        return part_of(tensor, self.expert_dim(raw))
+    def span(self, raw: str) -> ShardSpan | None:
+        """What of a tensor of whole experts is here, ``None`` for all of it."""
+        layer = self.expert_dim(raw)
+        if layer is None or layer.spans is None:
+            return None
+        return layer.spans[_clean(raw)[len(layer.prefix) :]]
 
-    def model_pieces(self) -> dict[str, Piece]:
+    def pieces(self, raw: str, tensor: Tensor) -> list[Piece]:
+        """This rank's parts of a tensor of the model, or of one alike."""
+        return parts_of(tensor, self.expert_dim(raw), self.span(raw))
+
+    def model_pieces(self) -> dict[str, list[Piece]]:
         """Every tensor of the model, by key."""
-        return {f"model/{self.name(raw)}": self.piece(raw, t) for raw, t in self.tensors.items()}
+        return {f"model/{self.name(raw)}": self.pieces(raw, t) for raw, t in self.tensors.items()}
 
     def parameter_names(self, optimizer: torch.optim.Optimizer) -> list[tuple[str, nn.Parameter]]:
         """The optimizer's parameters in its own order, with their names in the model."""
@@ -215,10 +233,17 @@ class ModelState:
             return
         layer = self.expert_dim(raw)
         if value.dim() == 0 or (value.numel() == 1 and value.dim() != parameter.dim()):
-            state.pieces[name] = part_of(value, None)
-            if layer is not None and layer.size > 1:
+            state.pieces[name] = parts_of(value, None, None)
+            if layer is not None and layer.is_spread:
                 state.equal[name] = float(value)
             return
+        span = self.span(raw)
+        if span is not None and value.shape != parameter.shape:
+            raise NotImplementedError(
+                f"{self.op}: optimizer state of experts in shards must be a number or have the parameter's shape, got "
+                f"{key} {list(value.shape)} of {raw} {list(parameter.shape)}. Use an optimizer that treats every "
+                "element alike."
+            )
         if layer is not None and layer.size > 1 and value.shape[0] != layer.num_local:
             raise NotImplementedError(
                 f"{self.op}: optimizer state of experts that are spread over ranks must be a number or have the "
@@ -226,12 +251,12 @@ class ModelState:
                 "optimizer that treats every row alike."
             )
         whole = layer is not None and value.shape[0] == layer.num_local
-        state.pieces[name] = part_of(value, layer if whole else None)
+        state.pieces[name] = parts_of(value, layer if whole else None, span if whole else None)
 
     def wanted_state(
         self, optimizer: torch.optim.Optimizer, known: dict[str, tuple[tuple[int, ...], str]]
-    ) -> dict[str, tuple[Piece, Tensor]]:
-        """Room for what a checkpoint knows of this rank's optimizer state: the part, and the tensor that it is in."""
+    ) -> dict[str, tuple[list[Piece], Tensor]]:
+        """Room for what a checkpoint knows of this rank's optimizer state: the parts, and the tensor they are in."""
         keys: dict[str, list[str]] = {}
         for key in known:
             if key.startswith("optimizer/"):
@@ -244,11 +269,13 @@ class ModelState:
                 dtype = getattr(torch, dtype_name)
                 by_expert = layer is not None and bool(shape) and shape[0] == layer.num_experts
                 target = layer if by_expert else None
-                if hasattr(parameter, "device_mesh") and len(shape) > 0:
-                    if part_of(parameter, layer).shape != shape:
+                span = self.span(raw)
+                in_shards = span is not None and math.prod(shape) > 1
+                if in_shards or (hasattr(parameter, "device_mesh") and len(shape) > 0):
+                    if parts_of(parameter, layer, span)[0].shape != shape:
                         raise NotImplementedError(
                             f"{self.op}: optimizer state of sharded parameters must have their shape, got {key} "
-                            f"{list(shape)}. Load it without fully_shard."
+                            f"{list(shape)}. Load it without fully_shard, into whole experts."
                         )
                     tensor = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
                 else:
@@ -256,12 +283,18 @@ class ModelState:
                     # Step counts stay on the host, unless the optimizer moves them.
                     device = parameter.device if shape else "cpu"
                     tensor = torch.empty(local, dtype=dtype, device=device)
-                room[key] = (part_of(tensor, target), tensor)
+                room[key] = (parts_of(tensor, target, span if in_shards else None), tensor)
         return room
 
 
-def part_of(tensor: Tensor, layer: ExpertLayer | None) -> Piece:
-    """A tensor as a part of the whole; ``layer`` if dimension 0 counts its experts."""
+def parts_of(tensor: Tensor, layer: ExpertLayer | None, span: ShardSpan | None) -> list[Piece]:
+    """A tensor as parts of the whole, at least one of them.
+
+    Args:
+        tensor: what this rank has.
+        layer: whose experts dimension 0 counts, if it does.
+        span: what of whole experts it is; ``None`` for all.
+    """
     local, shape = tensor.detach(), list(tensor.shape)
     offset = [0] * tensor.dim()
     if hasattr(tensor, "device_mesh"):
@@ -271,7 +304,19 @@ def part_of(tensor: Tensor, layer: ExpertLayer | None) -> Piece:
     if layer is not None:
         offset[0] += layer.rank * layer.num_local
         shape[0] *= layer.size
-    return Piece(local, tuple(offset), tuple(shape))
+    if span is None:
+        return [Piece(local, tuple(offset), tuple(shape))]
+    dim, shape[span.dim], _ = span
+    first, last = offset[dim], offset[dim] + local.shape[dim]  # FSDP2 may have cut the shard again
+    pieces, before = [], 0
+    for start, length in span.ranges:
+        low, high = max(first, before), min(last, before + length)
+        if low < high:
+            offset[dim] = start + low - before
+            part = local.narrow(dim, low - first, high - low)
+            pieces.append(Piece(part, tuple(offset), tuple(shape)))
+        before += length
+    return pieces or [Piece(local.narrow(dim, 0, 0), tuple(offset), tuple(shape))]
 
 
 def _clean(raw: str) -> str:
@@ -281,7 +326,7 @@ def _clean(raw: str) -> str:
     return raw
 
 
-def _expert_layers(model: nn.Module) -> Iterator[ExpertLayer]:
+def _expert_layers(op: str, model: nn.Module) -> Iterator[ExpertLayer]:
     """The model's layers of experts, the outer ones first."""
     from moeops.layers.experts import FusedExperts
     from moeops.layers.moe import FMoE
@@ -304,10 +349,24 @@ def _expert_layers(model: nn.Module) -> Iterator[ExpertLayer]:
                 and tensor.dim() > 0
                 and tensor.shape[0] == module.num_expert
             )
+        num_shards = module.expert_tensor_parallel_size
         yield ExpertLayer(
             prefix,
             module.num_expert,
-            0 if group is None else group.rank,
-            1 if group is None else group.size,
+            0 if group is None else group.rank // num_shards,
+            1 if group is None else group.size // num_shards,
             names,
+            _spans(op, prefix, experts, names) if num_shards > 1 else None,
         )
+
+
+def _spans(op: str, prefix: str, experts: nn.Module, names: Any) -> dict[str, ShardSpan]:
+    """What of whole experts the tensors of a shard are."""
+    from moeops.layers.experts import FusedExperts
+
+    if not isinstance(experts, FusedExperts):
+        raise NotImplementedError(
+            f"{op}: experts in shards must be moeops.layers.FusedExperts, got {type(experts).__name__} as "
+            f"{prefix.rstrip('.')}. Nobody knows what of whole experts its tensors are."
+        )
+    return {name: experts.shard_span(name) for name in names}

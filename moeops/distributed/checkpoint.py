@@ -27,6 +27,7 @@ from moeops.distributed import _checkpoint_layouts as layouts
 from moeops.distributed._checkpoint_ranks import (
     check_fit,
     check_plain,
+    everyone,
     everywhere,
     is_distributed,
     join_groups,
@@ -34,6 +35,7 @@ from moeops.distributed._checkpoint_ranks import (
     place,
 )
 from moeops.distributed._checkpoint_state import LocalState, ModelState, Piece
+from moeops.ops.exchange import explained
 
 __all__ = ["load_checkpoint", "merge_checkpoint", "save_checkpoint"]
 
@@ -49,9 +51,10 @@ def save_checkpoint(
 ) -> None:
     """Save a model and its optimizer, from all ranks of the job into one folder.
 
-    Every rank calls it. Experts of ``moeops.FMoE`` layers get the numbers that they have among all experts; what ranks
-    have copies of is written once. A checkpoint that is in the folder is replaced in one step, when the new one is
-    complete and on the disk; until then it is the one that loads, whatever happens to the job.
+    Every rank calls it. Experts of ``moeops.FMoE`` layers get the numbers that they have among all experts, and the
+    shards of an expert are put together; what ranks have copies of is written once. A checkpoint that is in the folder
+    is replaced in one step, when the new one is complete and on the disk; until then it is the one that loads,
+    whatever happens to the job.
 
     Args:
         path: a folder that all ranks share, made if it is not there. One job at a time saves there.
@@ -62,7 +65,8 @@ def save_checkpoint(
 
     Raises:
         ValueError: ranks disagree on a shape or an option.  TypeError: ``extra`` is more than plain Python.
-        NotImplementedError: a tensor of an expert module has not the experts in dimension 0.
+        NotImplementedError: a tensor of an expert module has not the experts in dimension 0; or experts in shards are
+        no ``FusedExperts``.
         RuntimeError: saving failed on another rank, or in torch.distributed.checkpoint.
     Host sync: copies everything to the host. Memory: no copy on the device.
     """
@@ -74,7 +78,7 @@ def save_checkpoint(
         mine = found.save(optimizer)
         states.append(mine)
         records = [layer.record() for layer in found.layers]
-        shapes = {key: (piece.shape, piece.dtype) for key, piece in mine.pieces.items()}
+        shapes = {key: (parts[0].shape, parts[0].dtype) for key, parts in mine.pieces.items()}
         return shapes, mine.objects, mine.groups, mine.equal, records
 
     states: list[LocalState] = []
@@ -141,7 +145,8 @@ def load_checkpoint(
 ) -> Any:
     """Load what ``save_checkpoint`` or ``merge_checkpoint`` wrote, on any number of ranks.
 
-    Every rank calls it, with a model that has the same experts in total as the one that was saved; each reads its own.
+    Every rank calls it, with a model that has the same experts in total as the one that was saved, in any number of
+    shards; each rank reads its own.
     Every file's size and digest is checked before anything is changed. Names, shapes and types must be those of the
     checkpoint. An optimizer's state and options are replaced; it may be new. A merged file may have the experts
     in another layout than the model.
@@ -164,7 +169,7 @@ def load_checkpoint(
     rank, size = place()
     everywhere(op, lambda: source.check(op, rank, size))
     numbers: list[int | None] = []  # of the checkpoint's groups, for each of the optimizer's
-    found: list[tuple[ModelState, dict[str, Piece], dict[str, Tensor]]] = []
+    found: list[tuple[ModelState, dict[str, list[Piece]], dict[str, Tensor]]] = []
 
     def describe() -> tuple[dict[str, Any], list[dict[str, Any]]]:
         state = ModelState(op, model)
@@ -177,12 +182,12 @@ def load_checkpoint(
                     f"Start with a new optimizer, {path} has no state."
                 )
             numbers.extend(_match_groups(op, state, optimizer, source.groups))
-            for key, (piece, tensor) in state.wanted_state(optimizer, source.tensors).items():
-                wanted[key] = piece
+            for key, (parts, tensor) in state.wanted_state(optimizer, source.tensors).items():
+                wanted[key] = parts
                 room[key] = tensor
         found.append((state, wanted, room))
-        shapes = {key: (piece.shape, piece.dtype) for key, piece in wanted.items()}
-        return shapes, [layer.record() for layer in state.layers]
+        shapes = {key: (parts[0].shape, parts[0].dtype) for key, parts in wanted.items()}
+        return shapes, [{**layer.record(), "ranks": layer.size} for layer in state.layers]
 
     answers = everywhere(op, describe)
     check_fit(op, str(path), source.tensors, source.layers, answers, optimizer is not None)
@@ -236,11 +241,10 @@ def merge_checkpoint(
     source.check(op, 0, 1)
     wanted = {}
     for key, (shape, dtype) in source.tensors.items():
-        wanted[key] = Piece(
-            torch.empty(shape, dtype=getattr(torch, dtype)), (0,) * len(shape), shape
-        )
+        whole = torch.empty(shape, dtype=getattr(torch, dtype))
+        wanted[key] = [Piece(whole, (0,) * len(shape), shape)]
     values = source.read(op, wanted, alone=True)
-    parts: layouts.Parts = {key: [piece.local] for key, piece in wanted.items()}
+    parts: layouts.Parts = {key: [pieces[0].local] for key, pieces in wanted.items()}
     layers = []
     for layer in source.layers:
         if layout == "per_expert" and layer["names"] is not None:
@@ -294,7 +298,7 @@ class _Folder:
     def fit(self, op: str, state: ModelState) -> None:
         """A folder has one layout."""
 
-    def read(self, op: str, wanted: dict[str, Piece], alone: bool = False) -> dict[str, Any]:
+    def read(self, op: str, wanted: dict[str, list[Piece]], alone: bool = False) -> dict[str, Any]:
         """Fill tensors; return the values that are none."""
         import torch.distributed.checkpoint as dcp
 
@@ -367,12 +371,13 @@ class _File:
         self.groups = None if groups is None else [group["params"] for group in groups]
         self.values = {"objects": merged["objects"], "groups": groups, "extra": merged["extra"]}
 
-    def read(self, op: str, wanted: dict[str, Piece]) -> dict[str, Any]:
+    def read(self, op: str, wanted: dict[str, list[Piece]]) -> dict[str, Any]:
         """Fill tensors; return the values that are none."""
 
         def copy() -> None:
-            for key, piece in wanted.items():
-                layouts.copy_rows(self.parts[key], piece)
+            for key, pieces in wanted.items():
+                for piece in pieces:
+                    layouts.copy_rows(self.parts[key], piece)
 
         everywhere(op, copy)
         return self.values
@@ -414,6 +419,11 @@ def _explained(op: str, path: Path) -> Iterator[None]:
             f"{op}: torch.distributed.checkpoint failed in {path} on rank {rank} of {place()[1]}: "
             f"{type(cause).__name__}: {cause}"
         ) from err
+    except RuntimeError as err:
+        if not is_distributed():
+            raise
+        # What fails on a rank is a CheckpointException on all; this is a collective's, for want of a rank.
+        raise explained(op, everyone().name, err) from err
 
 
 def _match_groups(

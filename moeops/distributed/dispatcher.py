@@ -18,6 +18,7 @@ from moeops.distributed.hierarchical import (
     start_exchange,
 )
 from moeops.distributed.static import StaticDispatcher, check_capacity, chunk_bounds
+from moeops.distributed.tensor_parallel import ShardedDispatcher
 from moeops.layers.dispatch import (
     Block,
     Dispatcher,
@@ -44,6 +45,7 @@ def build_dispatcher(
     capacity: int | float | None = None,
     n_chunks: int = 1,
     hierarchy: Hierarchy | None = None,
+    expert_tensor_parallel_size: int = 1,
 ) -> Dispatcher:
     """Build the dispatcher that a layer asks for by name. With one rank, "exact" is the local one.
 
@@ -55,7 +57,21 @@ def build_dispatcher(
         capacity: for "static", see ``StaticDispatcher``.
         n_chunks: parts of the work in flight at a time.
         hierarchy: how the group's ranks are arranged as nodes; ``None`` for the flat exchange.
+        expert_tensor_parallel_size: ``P``, ranks that hold one expert together; a divisor of the group's size.
     """
+    if expert_tensor_parallel_size > 1:
+        assert group is not None
+        inner = build_dispatcher(
+            op,
+            dispatch,
+            num_expert,
+            group,
+            capacity=capacity,
+            n_chunks=n_chunks,
+            hierarchy=hierarchy,
+        )
+        expert_ranks = group.size // expert_tensor_parallel_size
+        return ShardedDispatcher(inner, num_expert, expert_ranks, expert_tensor_parallel_size)
     if dispatch not in DISPATCHES:
         raise ValueError(
             f"{op}: dispatch must be one of {DISPATCHES}, got {dispatch!r}. Pick one of them."
@@ -86,6 +102,10 @@ class _Load(NamedTuple):
 
     rows: Any
     combine: Callable[[Any], Any]
+
+
+# A chunk on its way back, and what waits for it.
+Return = tuple[_Load, Callable[[], Any]]
 
 
 class ExactDispatcher(Dispatcher):
@@ -131,16 +151,23 @@ class ExactDispatcher(Dispatcher):
         block: Block | None = None,
     ) -> Any:
         """Send every chunk, run the experts on each as it arrives, send it back, combine."""
-        trips = self._send(routing, inp, block is None)
-        returns = []
-        for trip in trips:
-            returns.append(self._send_back(trip, _run_received(trip, experts, block)))
+        trips, _ = self.send(routing, inp, block is None)
+        return self.join(self.run_and_send_back(trips, experts, block))
+
+    def run_and_send_back(
+        self, trips: list[_Trip], experts: Experts, block: Block | None
+    ) -> list[Return]:
+        """Run the experts on each chunk as it arrives, and begin to send it back."""
+        return [self._send_back(trip, _run_received(trip, experts, block)) for trip in trips]
+
+    def join(self, returns: list[Return]) -> Any:
+        """Wait for the chunks, and combine."""
         return _join([load.combine(answer()) for load, answer in returns])
 
     def dispatch(self, routing: Routing | SlotRouting, inp: Any) -> tuple[Any, Tensor, Any]:
         """Send rows to their experts' ranks, and sort what arrives by expert. In one part."""
         whole = ExactDispatcher(self.num_expert, self.group, hierarchy=self.hierarchy)
-        (trip,) = whole._send(routing, inp, False)
+        (trip,), _ = whole.send(routing, inp, False)
         rows = _pytree.tree_map(lambda leaf: permute_leaf(leaf, trip.plan), trip.receive())
         return rows, trip.plan.expert_offsets, trip
 
@@ -150,8 +177,24 @@ class ExactDispatcher(Dispatcher):
         load, answer = self._send_back(record, rows)
         return load.combine(answer())
 
-    def _send(self, routing: Routing | SlotRouting, inp: Any, need_counts: bool) -> list[_Trip]:
-        """Begin to send every chunk; there is one copy to the host in here."""
+    def send(
+        self,
+        routing: Routing | SlotRouting,
+        inp: Any,
+        need_counts: bool,
+        extra: Tensor | None = None,
+    ) -> tuple[list[_Trip], list[int]]:
+        """Begin to send every chunk; there is one copy to the host in here.
+
+        Args:
+            routing: as for ``run``.
+            inp: as for ``run``.
+            need_counts: the experts want their numbers of rows.
+            extra: numbers of at least 0 that someone else needs on the host.
+
+        Returns:
+            The chunks, and the numbers of ``extra``.
+        """
         size, num_experts = self.group.size, self.group.size * self.num_expert
         loads: list[Callable[[int], _Load]] = []
         offsets = []
@@ -182,11 +225,12 @@ class ExactDispatcher(Dispatcher):
         receives = answer[:, :-2].view_as(sends)
         passing = middle[:, :-2].view(middle.shape[0], n_chunks, self.num_expert)
         by_expert = receives.sum(0) if need_counts else receives[:0]
-        parts = [sends.sum(2), receives.sum(2), passing.sum(2), answer[:, -2:], by_expert]
+        extra = answer[:0] if extra is None else extra.to(answer.dtype)
+        parts = [sends.sum(2), receives.sum(2), passing.sum(2), answer[:, -2:], by_expert, extra]
         host = torch.cat([part.flatten() for part in parts]).cpu().tolist()
         for count in host:
             torch._check(count >= 0)
-        send_rows, receive_rows, middle_rows, signatures, expert_rows = _cut(
+        send_rows, receive_rows, middle_rows, signatures, expert_rows, numbers = _cut(
             host, [part.numel() for part in parts]
         )
         self._check_signatures(signature, leaves, signatures)
@@ -202,7 +246,7 @@ class ExactDispatcher(Dispatcher):
             ready = load(sum(splits.input_splits))
             exchanges, spec = self._exchange(ready.rows, splits)
             trips.append(_Trip(ready, exchanges, spec, splits, receives[:, chunk], counts))
-        return trips
+        return trips, numbers
 
     def _exchange_counts(self, counts: Tensor) -> tuple[Tensor, Tensor]:
         """The other ranks' counts, and those that pass through this rank on their way."""
@@ -220,7 +264,7 @@ class ExactDispatcher(Dispatcher):
         ]
         return started, spec
 
-    def _send_back(self, trip: _Trip, out: Any) -> tuple[_Load, Callable[[], Any]]:
+    def _send_back(self, trip: _Trip, out: Any) -> Return:
         """Begin to send outputs back; the function returned waits for this rank's."""
         exchanges, spec = self._exchange(out, trip.splits, back=True)
 

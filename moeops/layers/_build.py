@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from moeops.gates.base import BaseGate
 from moeops.gates.naive import NaiveGate
 from moeops.ops import _checks
 
@@ -46,6 +47,13 @@ def build_gate(
             "Build it with the same num_expert."
         )
     return built
+
+
+def set_expert_shards(gate: nn.Module, num_shards: int) -> None:
+    """Tell gates, those in wrappers too, how many ranks hold one expert together."""
+    for module in gate.modules():
+        if isinstance(module, BaseGate):
+            module.expert_shards = num_shards
 
 
 def _takes_gate_bias(gate: Callable[..., Any]) -> bool:

@@ -154,3 +154,19 @@ def check_mask_dict(op: str, mask_dict: Any) -> dict[int, Any] | None:
                 "Pass the expert output of such a token."
             )
     return dict(mask_dict)
+
+
+def check_shards(op: str, num_shards: Any, world_size: int, expert: Any) -> None:
+    """The ranks can be cut into groups of ``num_shards`` that hold experts which can be sharded."""
+    name = "expert_tensor_parallel_size"
+    _checks.check_int(op, name, num_shards, 1, "Use 1 for whole experts.")
+    if world_size % num_shards:
+        raise ValueError(
+            f"{op}: {name} must be a divisor of the {world_size} ranks that hold the experts, got {num_shards}. Choose "
+            "another number of shards."
+        )
+    if num_shards > 1 and expert is not None:
+        raise ValueError(
+            f"{op}: {name} must be 1 where expert is given, got {num_shards}: nobody knows how to cut such experts. "
+            "Use FMoETransformerMLP."
+        )

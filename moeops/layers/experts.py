@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moeops.distributed.tensor_parallel import ShardSpan, take_shard
 from moeops.layers.linear import init_linear_
 from moeops.ops import _checks
 from moeops.ops.grouped_linear import grouped_linear
@@ -59,23 +60,30 @@ class FusedExperts(nn.Module):
     Same parameters and result, more memory. The activation then sees rows ``[N, H]`` of all experts, and one row more
     per dropped pair, whose result is not used.
 
+    With ``num_shards`` it holds one shard of every expert: ``H / P`` hidden units, and a part of ``b_down``. The
+    outputs of an expert's ``P`` shards add up to the expert's. A shard starts as that part of a whole expert, drawn
+    with the random state of this process: with equal states the shards are those of one expert.
+
     Args:
         num_expert: ``E``.
         d_model: ``D``.
-        d_hidden: ``H``.
+        d_hidden: ``H``, of a whole expert.
         activation: "swiglu", "gelu" (exact), "relu", "silu", "relu_squared", or a callable on rows.
         bias: give both projections a bias.
+        num_shards: ``P``, a divisor of ``H``; above 1 the activation must be one of the named ones.
+        shard: which one this is, below ``P``.
         dtype: type of the parameters, torch's default if ``None``.
         device: device of the parameters, torch's default if ``None``.
 
     Attributes:
-        w_up: ``[E, 2 H, D]`` (gate rows, then up rows) for swiglu, else ``[E, H, D]``.
+        w_up: ``[E, 2 H, D]`` (gate rows, then up rows) for swiglu, else ``[E, H, D]``; ``H / P`` for ``H`` in a shard.
         w_down: ``[E, D, H]``.
         b_up: ``[E, 2 H or H]`` or ``None``.
-        b_down: ``[E, D]`` or ``None``.
+        b_down: ``[E, D]`` or ``None``; in a shard ``[E, D / P]``, with one more in the first ``D % P`` shards.
 
     Raises:
-        ValueError: a size is below 1 or the activation is unknown.  TypeError: a size is not an int.
+        ValueError: a size is below 1 or does not fit, or the activation is unknown or cannot be sharded.
+        TypeError: a size is not an int.
 
     Example:
         >>> experts = FusedExperts(4, 8, 16, activation="swiglu", bias=False)
@@ -94,6 +102,8 @@ class FusedExperts(nn.Module):
         activation: Activation = "swiglu",
         bias: bool = True,
         *,
+        num_shards: int = 1,
+        shard: int = 0,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -102,30 +112,100 @@ class FusedExperts(nn.Module):
             ("num_expert", num_expert),
             ("d_model", d_model),
             ("d_hidden", d_hidden),
+            ("num_shards", num_shards),
         ):
             _checks.check_int("FusedExperts", name, size, 1, "Sizes are at least 1.")
+        _checks.check_int("FusedExperts", "shard", shard, 0, "Shards count from 0.")
         self.num_expert = num_expert
         self.d_model = d_model
         self.d_hidden = d_hidden
+        self.num_shards = num_shards
+        self.shard = shard
         self.fused_activation = activation_name(activation)
+        self._check_shards(activation)
         # A fused one needs no submodule; another one may have parameters, so it becomes one.
         self.activation = activation if self.fused_activation is None else self.fused_activation
-        up = up_width(d_hidden, self.fused_activation or "")
+        hidden = d_hidden // num_shards
+        up = up_width(hidden, self.fused_activation or "")
         empty = {"dtype": dtype, "device": device}
         self.w_up = nn.Parameter(torch.empty(num_expert, up, d_model, **empty))  # type: ignore[arg-type]
-        self.w_down = nn.Parameter(torch.empty(num_expert, d_model, d_hidden, **empty))  # type: ignore[arg-type]
+        self.w_down = nn.Parameter(torch.empty(num_expert, d_model, hidden, **empty))  # type: ignore[arg-type]
         if bias:
+            _, out = self._outputs(shard)
             self.b_up = nn.Parameter(torch.empty(num_expert, up, **empty))  # type: ignore[arg-type]
-            self.b_down = nn.Parameter(torch.empty(num_expert, d_model, **empty))  # type: ignore[arg-type]
+            self.b_down = nn.Parameter(torch.empty(num_expert, out, **empty))  # type: ignore[arg-type]
         else:
             self.register_parameter("b_up", None)
             self.register_parameter("b_down", None)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw new parameters as nn.Linear does, with the fan-in of one expert."""
-        init_linear_(self.w_up, self.b_up)
-        init_linear_(self.w_down, self.b_down)
+        """Draw new parameters as nn.Linear does, with the fan-in of one expert; the memory is that of whole ones."""
+        if self.num_shards == 1:
+            init_linear_(self.w_up, self.b_up)
+            init_linear_(self.w_down, self.b_down)
+            return
+        # Of whole experts, so that equal random states give neither equal shards nor unequal states afterwards.
+        for weight, bias in (("w_up", "b_up"), ("w_down", "b_down")):
+            whole: dict[str, Tensor] = {}
+            for name in (weight, bias) if self.b_up is not None else (weight,):
+                parameter, span = getattr(self, name), self.shard_span(name)
+                shape = list(parameter.shape)
+                shape[span.dim] = span.size
+                whole[name] = torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
+            init_linear_(whole[weight], whole.get(bias))
+            with torch.no_grad():
+                for name, values in whole.items():
+                    _fill(getattr(self, name), take_shard(values, self.shard_span(name)))
+
+    def shard_span(self, name: str, shard: int | None = None) -> ShardSpan:
+        """Say what of whole experts a parameter holds.
+
+        Args:
+            name: "w_up", "w_down", "b_up" or "b_down".
+            shard: on which shard; ``None`` for this one.
+
+        Returns:
+            The dimension that is divided and what of it is there: dimension 1 for all but ``w_down``, which has 2.
+        """
+        shard = self.shard if shard is None else shard
+        if name == "b_down":
+            return ShardSpan(1, self.d_model, (self._outputs(shard),))
+        width = self.d_hidden // self.num_shards
+        if name == "w_down":
+            return ShardSpan(2, self.d_hidden, ((shard * width, width),))
+        total = up_width(self.d_hidden, self.fused_activation or "")
+        # Of swiglu's two halves the same units.
+        starts = range(shard * width, total, self.d_hidden)
+        return ShardSpan(1, total, tuple((start, width) for start in starts))
+
+    def _outputs(self, shard: int) -> tuple[int, int]:
+        """The first output, and how many, to which a shard adds the bias: parts as of ``torch.tensor_split``."""
+        share, more = divmod(self.d_model, self.num_shards)
+        return shard * share + min(shard, more), share + (shard < more)
+
+    def _check_shards(self, activation: Activation) -> None:
+        """Refuse what cannot be cut into ``num_shards``."""
+        num_shards = self.num_shards
+        if self.shard >= num_shards:
+            raise ValueError(
+                f"FusedExperts: shard must be below the {num_shards} shards, got {self.shard}. Shards count from 0."
+            )
+        if self.d_hidden % num_shards:
+            raise ValueError(
+                f"FusedExperts: d_hidden must be a multiple of the {num_shards} shards of an expert, got "
+                f"{self.d_hidden}. Choose another number of shards."
+            )
+        if self.d_model < num_shards:
+            raise ValueError(
+                f"FusedExperts: d_model must be at least the {num_shards} shards of an expert, got {self.d_model}. "
+                "Choose another number of shards."
+            )
+        if num_shards > 1 and self.fused_activation is None:
+            raise ValueError(
+                f"FusedExperts: activation must be one of {ACTIVATIONS} for experts in {num_shards} shards, got "
+                f"{activation!r}, which may mix hidden units. Pick one of them, or hold whole experts."
+            )
 
     def forward(
         self,
@@ -173,9 +253,16 @@ class FusedExperts(nn.Module):
             self.w_up,
             self.w_down,
             b_up=self.b_up,
-            b_down=self.b_down,
+            b_down=self._whole_b_down(),
             activation=self.fused_activation,
         )
+
+    def _whole_b_down(self) -> Tensor | None:
+        """``b_down [E, D]``, in a shard with zeros where other shards have theirs."""
+        if self.b_down is None or self.num_shards == 1:
+            return self.b_down
+        start, length = self._outputs(self.shard)
+        return F.pad(self.b_down, (start, self.d_model - start - length))
 
     def _rows(self, rows: Tensor, expert_offsets: Tensor) -> Tensor:
         """Rows ``[R, D]`` through an activation without a fused kernel."""
@@ -189,4 +276,16 @@ class FusedExperts(nn.Module):
         if not isinstance(self.activation, nn.Module):
             name = getattr(self.activation, "__name__", self.activation)
             text += f", activation={name!r}"
+        if self.num_shards > 1:
+            text += f", shard={self.shard} of {self.num_shards}"
         return f"{text}, bias={self.b_up is not None}"
+
+
+def _fill(parameter: Tensor, values: Tensor) -> None:
+    """Copy values into a parameter, of which FSDP2 may have left some rows here."""
+    if hasattr(parameter, "device_mesh"):
+        chunk = parameter.__create_chunk_list__()[0]  # type: ignore[attr-defined]
+        for dim, (start, length) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
+            values = values.narrow(dim, start, length)
+        parameter = parameter.to_local()  # type: ignore[attr-defined]
+    parameter.copy_(values)

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from moeops.distributed.dispatcher import build_dispatcher
+from moeops.distributed.expert_weights import (
+    ExpertWeights,
+    SharingDispatcher,
+    check_modules,
+    module_weights,
+)
 from moeops.distributed.groups import agreement, expert_group, slice_group_of
 from moeops.distributed.hierarchical import Hierarchy
+from moeops.distributed.placement import place_replicas
+from moeops.distributed.shadowing import ShadowPolicy, build_sharing_dispatcher
 from moeops.distributed.slicing import join_tokens, slice_tokens
 from moeops.gates.naive import NaiveGate
 from moeops.layers import _layer_checks
-from moeops.layers._build import build_expert, build_gate
+from moeops.layers._build import build_expert, build_gate, set_expert_shards
 from moeops.layers._routings import (
     as_routing,
     fill_masked,
@@ -58,7 +65,7 @@ class FMoE(nn.Module):
     Args:
         num_expert: experts on each rank, ``E / world_size``; with a list of experts, its length counts instead.
         d_model: width ``D`` that gate and experts are built for.
-        world_size: ranks ``W`` that hold different experts. Rank ``r`` of ``moe_group`` holds the experts ``r *
+        world_size: ranks ``W`` that share the experts. Rank ``r`` of ``moe_group`` holds the experts ``r *
             num_expert`` to ``(r + 1) * num_expert``; the gate chooses among all ``E``.
         mp_group: FastMoE's old name of ``slice_group``.
         slice_group: ranks that hold the same tokens: each works on its slice, and the outputs are joined. See
@@ -86,6 +93,14 @@ class FMoE(nn.Module):
             computed.
         hierarchy: how the ranks of ``moe_group`` are arranged as nodes, from ``moeops.distributed.build_hierarchy``;
             ``None`` for the flat exchange.
+        expert_tensor_parallel_size: neighbouring ranks ``P`` of ``moe_group`` that hold the same experts, each a shard
+            of them whose outputs add up; ``E`` is then ``num_expert * W / P``. For subclasses that set
+            ``self.experts``, such as ``FMoETransformerMLP``; 1 where ``expert`` is given.
+        shadowing: a ``moeops.distributed.ShadowPolicy``, or a function of ``world_size`` that returns one: where it
+            pays, the weights of much chosen experts go to all ranks instead of their tokens to them. Experts must have
+            the same structure, and no buffers.
+        replicas: dict of expert, from 0 to ``E``, to ranks of ``moe_group`` that hold it beside its owner; its tokens
+            stay on a rank that holds it, and all others are spread over these. Experts as for ``shadowing``.
         dtype: type of the parameters built here, torch's default if ``None``. Ready modules stay as they are.
         device: device of the parameters built here, torch's default if ``None``.
 
@@ -108,6 +123,7 @@ class FMoE(nn.Module):
 
     experts: nn.Module
     mask: Tensor | None
+    replica_table: Tensor | None
 
     def __init__(
         self,
@@ -130,6 +146,9 @@ class FMoE(nn.Module):
         capacity: int | float | None = None,
         n_chunks: int = 1,
         hierarchy: Hierarchy | None = None,
+        expert_tensor_parallel_size: int = 1,
+        shadowing: ShadowPolicy | Callable[..., ShadowPolicy] | None = None,
+        replicas: Mapping[int, int | Iterable[int]] | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -140,10 +159,15 @@ class FMoE(nn.Module):
         self.world_size = 1 if self.moe_group is None else self.moe_group.size
         settings: dict[str, Any] = {"layer": op}
         with agreement(op, self.moe_group, settings, device):
+            _layer_checks.check_shards(op, expert_tensor_parallel_size, self.world_size, expert)
+            self.expert_tensor_parallel_size = expert_tensor_parallel_size
             self._build(
                 num_expert, d_model, top_k, gate, expert, gate_bias, dtype=dtype, device=device
             )
-            self.dispatcher: Dispatcher = build_dispatcher(
+            if callable(shadowing):
+                shadowing = shadowing(world_size=self.world_size)
+            placement = place_replicas(op, replicas, self.num_expert, self.moe_group)
+            self.dispatcher: Dispatcher = build_sharing_dispatcher(
                 op,
                 dispatch,
                 self.num_expert,
@@ -151,7 +175,13 @@ class FMoE(nn.Module):
                 capacity=capacity,
                 n_chunks=n_chunks,
                 hierarchy=hierarchy,
+                expert_tensor_parallel_size=expert_tensor_parallel_size,
+                shadowing=shadowing,
+                placement=placement,
             )
+            structure = None
+            if isinstance(self.dispatcher, SharingDispatcher):
+                structure = self._check_sharing(self.dispatcher.option)
             _layer_checks.check_mask(op, mask, None)
             self.mask_dict = _layer_checks.check_mask_dict(op, mask_dict)
             settings.update(
@@ -163,6 +193,10 @@ class FMoE(nn.Module):
                 capacity=capacity,
                 n_chunks=n_chunks,
                 hierarchy=None if hierarchy is None else (hierarchy.node_size, hierarchy.form),
+                expert_tensor_parallel_size=expert_tensor_parallel_size,
+                shadowing=shadowing,
+                replicas=placement,
+                experts=structure,
                 dtype=str(dtype),
                 slices=1 if self.slice_group is None else self.slice_group.size,
             )
@@ -170,6 +204,9 @@ class FMoE(nn.Module):
         # A plain attribute: a compiler sees it change, which it does not with torch's hooks on the gate.
         self.routing_hooks: tuple[RoutingHook, ...] = ()
         self.register_buffer("mask", mask, persistent=False)
+        self._placement = placement
+        table = None if placement is None else placement.table().to(device)
+        self.register_buffer("replica_table", table, persistent=False)
         self.expert_dp_comm: str | None = None
 
     def _build(
@@ -194,12 +231,14 @@ class FMoE(nn.Module):
         self.num_expert = num_expert
         self.d_model = d_model
         place = torch.device(device) if device is not None else contextlib.nullcontext()
+        expert_ranks = self.world_size // self.expert_tensor_parallel_size
         with place:
-            self.gate = build_gate(op, gate, d_model, num_expert, self.world_size, top_k, gate_bias)
+            self.gate = build_gate(op, gate, d_model, num_expert, expert_ranks, top_k, gate_bias)
         if dtype is not None and self.gate is not gate:
             self.gate.to(dtype)
         if self.moe_group is not None and getattr(self.gate, "group", self) is None:
             self.gate.group = self.moe_group  # type: ignore[assignment]
+        set_expert_shards(self.gate, self.expert_tensor_parallel_size)
         self.top_k = getattr(self.gate, "top_k", top_k)
         self.experts_fused = expert is None
         if expert is not None:
@@ -211,6 +250,11 @@ class FMoE(nn.Module):
                     if module is not plan:
                         module.to(dtype)
             self.experts = nn.ModuleList(built)
+
+    @property
+    def tot_expert(self) -> int:
+        """``E``, the experts on all ranks together."""
+        return self.num_expert * (self.world_size // self.expert_tensor_parallel_size)
 
     def reset_parameters(self) -> None:
         """Draw new parameters in the gate and in every expert that can."""
@@ -243,6 +287,9 @@ class FMoE(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         out = super()._apply(fn, recurse)
+        table = self.replica_table
+        if table is not None and self._placement is not None and not table.is_meta:
+            table.copy_(self._placement.table())  # to_empty leaves anything in it
         self._restore_tags()
         return out
 
@@ -293,23 +340,25 @@ class FMoE(nn.Module):
         if not torch.compiler.is_compiling():
             _checks.check_float(op, "x", gate_inp)
             _checks.check_size(op, "x", gate_inp, 1, self.d_model, "d_model")
+        sharing: dict[str, Any] = {}
+        if isinstance(self.dispatcher, SharingDispatcher):
+            # Before the gate: weights may be on their way while it works.
+            sharing = self.dispatcher.start(self._expert_weights(), self.replica_table)
         nested = getattr(self.gate, "nested_input", False)
         routing = as_routing(op, self.gate, self.gate(moe_inp if nested else gate_inp))
         if not torch.compiler.is_compiling():
-            _layer_checks.check_routing(
-                op, self.gate, routing, gate_inp, self.num_expert * self.world_size
-            )
+            _layer_checks.check_routing(op, self.gate, routing, gate_inp, self.tot_expert)
         for hook in self.routing_hooks:
             replaced = hook(self, gate_inp, routing)
             routing = routing if replaced is None else replaced
         if self.gate_hook is not None:
             self.gate_hook(routing[0], routing[1], None)
         if mask is None:
-            return self._mixture(routing, moe_inp)
-        out = self._mixture(without_masked(routing, mask), moe_inp)
+            return self._mixture(routing, moe_inp, sharing)
+        out = self._mixture(without_masked(routing, mask), moe_inp, sharing)
         return fill_masked(out, mask, self.mask_dict, output_weights(routing))
 
-    def _mixture(self, routing: Routing | SlotRouting, inp: Any) -> Any:
+    def _mixture(self, routing: Routing | SlotRouting, inp: Any, sharing: dict[str, Any]) -> Any:
         """Run the experts on what the gate sends to them."""
         if not hasattr(self, "experts"):
             raise RuntimeError(
@@ -317,12 +366,30 @@ class FMoE(nn.Module):
                 "Pass a class, a function of d_model, or a list."
             )
         plain, copies = scale_inputs(routing, inp)
-        out = self.dispatcher.run(plain, copies, self._run_experts, self._block())
+        out = self.dispatcher.run(plain, copies, self._run_experts, self._block(), **sharing)
         return sum_copies(routing, out)
 
     def _block(self) -> Block | None:
         """The experts as one call on tokens, if there is one."""
         return None
+
+    def _check_sharing(self, option: str) -> Any:
+        """Refuse experts whose weights cannot travel; return what of them must be equal on all ranks."""
+        op = type(self).__name__
+        if not self.experts_fused:
+            assert isinstance(self.experts, nn.ModuleList)
+            return check_modules(op, option, list(self.experts))
+        if type(self)._expert_weights is FMoE._expert_weights:
+            raise NotImplementedError(
+                f"{op}: {option} must be None where a subclass sets self.experts and has no _expert_weights. Use "
+                "FMoETransformerMLP, or a list of experts."
+            )
+        return None
+
+    def _expert_weights(self) -> ExpertWeights:
+        """The experts as tensors that can travel."""
+        assert isinstance(self.experts, nn.ModuleList)
+        return module_weights(list(self.experts), self._loop_over_experts)
 
     def _run_experts(
         self, rows: Any, expert_offsets: Tensor, rows_per_expert: list[int] | None
@@ -339,9 +406,13 @@ class FMoE(nn.Module):
         return out
 
     def _loop_over_experts(
-        self, rows: Any, expert_offsets: Tensor, rows_per_expert: list[int] | None
+        self,
+        rows: Any,
+        expert_offsets: Tensor,
+        rows_per_expert: list[int] | None,
+        experts: Sequence[Callable[[Any], Any]] | None = None,
     ) -> Any:
-        """Call every expert on its slice of the rows and join what they return."""
+        """Call every expert, this layer's own if none are given, on its slice of the rows; join what they return."""
         op = type(self).__name__
         all_rows, spec = _pytree.tree_flatten(rows)
         num_rows = all_rows[0].shape[0]
@@ -357,8 +428,7 @@ class FMoE(nn.Module):
         slices = [leaf.split(counts) for leaf in all_rows]
         outputs: list[list[Tensor]] = []
         out_spec = None
-        assert isinstance(self.experts, nn.ModuleList)
-        for index, expert in enumerate(self.experts):
+        for index, expert in enumerate(self.experts if experts is None else experts):  # type: ignore[arg-type]
             part = _pytree.tree_unflatten([leaf[index] for leaf in slices], spec)
             leaves, this_spec = _pytree.tree_flatten(expert(part))
             if not torch.compiler.is_compiling():
@@ -382,4 +452,7 @@ class FMoE(nn.Module):
 
     def extra_repr(self) -> str:
         """Sizes of the layer."""
-        return f"num_expert={self.num_expert}, d_model={self.d_model}, top_k={self.top_k}"
+        text = f"num_expert={self.num_expert}, d_model={self.d_model}, top_k={self.top_k}"
+        if self.expert_tensor_parallel_size > 1:
+            text += f", expert_tensor_parallel_size={self.expert_tensor_parallel_size}"
+        return text

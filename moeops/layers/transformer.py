@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from moeops.distributed.cost_model import CostModel
+from moeops.distributed.expert_weights import (
+    ExpertWeights,
+    SharingDispatcher,
+    check_fused,
+    fused_weights,
+)
+from moeops.distributed.groups import agreement
+from moeops.distributed.shadowing import ShadowPolicy
 from moeops.layers.dispatch import Block
-from moeops.layers.experts import Activation, FusedExperts, activation_name
+from moeops.layers.experts import Activation, FusedExperts
 from moeops.layers.moe import FMoE
 from moeops.ops import _checks
 
@@ -20,16 +31,20 @@ class FMoETransformerMLP(FMoE):
     copied to the host on one rank.
 
     Args:
-        num_expert: experts on each rank, ``E / world_size``.
+        num_expert: experts on each rank, ``E / world_size``, times ``P`` where those of a rank are shards.
         d_model: ``D``.
-        d_hidden: ``H``.
+        d_hidden: ``H``, of a whole expert.
         activation: a name ("swiglu", "gelu", "relu", "silu", "relu_squared"), a module or a function. nn.GELU(),
             nn.ReLU and nn.SiLU run in the fused op; any other callable runs on rows between two grouped products.
         expert_dp_comm: tag of the experts' parameters, see ``mark_parallel_comm``.
         expert_rank: kept as an attribute, without a meaning here.
         bias: give the experts' projections a bias.
+        expert_tensor_parallel_size: ``P``, a divisor of ``world_size`` and of ``d_hidden``: each expert is divided
+            among that many neighbouring ranks, ``H / P`` hidden units each. Rank ``w * P + p`` holds shard ``p`` of
+            the experts ``w * num_expert`` to ``(w + 1) * num_expert``. A token's row goes to all ``P`` of them.
         **kwargs: world_size, mp_group, slice_group, moe_group, top_k, gate, gate_hook, mask, mask_dict, gate_bias,
-            device_mesh, dispatch, capacity, n_chunks, dtype, device: as for ``FMoE``.
+            device_mesh, dispatch, capacity, n_chunks, hierarchy, shadowing, replicas, dtype, device: as for ``FMoE``;
+            ``shadowing`` may also be a ``moeops.distributed.CostModel``, of which the layer makes a policy.
 
     Attributes:
         experts: a ``FusedExperts``: ``experts.w_up``, ``experts.w_down``, ``experts.b_up``, ``experts.b_down``.
@@ -56,28 +71,55 @@ class FMoETransformerMLP(FMoE):
         expert_rank: int = 0,
         *,
         bias: bool = True,
+        expert_tensor_parallel_size: int = 1,
         **kwargs: Any,
     ) -> None:
-        if kwargs.get("expert") is not None:
-            raise TypeError(
-                "FMoETransformerMLP: expert must not be given, the layer builds its own experts, got "
-                f"{kwargs['expert']!r}. Use FMoE for other experts."
+        expert = kwargs.pop("expert", None)
+        if isinstance(kwargs.get("shadowing"), CostModel):
+            kwargs["shadowing"] = partial(
+                ShadowPolicy.from_cost_model,
+                kwargs["shadowing"],
+                d_model,
+                d_hidden,
+                num_projections=3 if activation == "swiglu" else 2,
+                dtype=kwargs.get("dtype") or torch.get_default_dtype(),
             )
-        _checks.check_int("FMoETransformerMLP", "d_hidden", d_hidden, 1, "Sizes are at least 1.")
-        activation_name(activation)  # fails before anything large is allocated
-        super().__init__(num_expert=num_expert, d_model=d_model, **kwargs)
-        self.d_hidden = d_hidden
-        self.expert_rank = expert_rank
-        self.experts = FusedExperts(
-            num_expert,
-            d_model,
-            d_hidden,
-            activation,
-            bias,
-            dtype=kwargs.get("dtype"),
-            device=kwargs.get("device"),
+        super().__init__(
+            num_expert=num_expert,
+            d_model=d_model,
+            expert_tensor_parallel_size=expert_tensor_parallel_size,
+            **kwargs,
         )
+        op = "FMoETransformerMLP"
+        num_shards = self.expert_tensor_parallel_size
+        settings: dict[str, Any] = {}
+        with agreement(op, self.moe_group, settings, kwargs.get("device")):
+            if expert is not None:
+                raise TypeError(
+                    f"{op}: expert must not be given, the layer builds its own experts, got {expert!r}. Use FMoE for "
+                    "other experts."
+                )
+            _checks.check_int(op, "d_hidden", d_hidden, 1, "Sizes are at least 1.")
+            self.d_hidden = d_hidden
+            self.expert_rank = expert_rank
+            self.experts = FusedExperts(
+                num_expert,
+                d_model,
+                d_hidden,
+                activation,
+                bias,
+                num_shards=num_shards,
+                shard=0 if self.moe_group is None else self.moe_group.rank % num_shards,
+                dtype=kwargs.get("dtype"),
+                device=kwargs.get("device"),
+            )
+            if isinstance(self.dispatcher, SharingDispatcher):
+                check_fused(op, self.dispatcher.option, self.experts)
+            settings.update(d_hidden=d_hidden, activation=self.experts.fused_activation, bias=bias)
         self.mark_parallel_comm(expert_dp_comm)
+
+    def _expert_weights(self) -> ExpertWeights:
+        return fused_weights(self.experts)
 
     def _block(self) -> Block:
         return self.experts

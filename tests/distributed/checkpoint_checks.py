@@ -23,6 +23,7 @@ from moeops.distributed import _checkpoint_files as files
 from moeops.distributed import load_checkpoint, merge_checkpoint, save_checkpoint
 
 E, D, H = 4, 6, 5
+SHARDED_H = 4
 OPTIMIZERS = {
     "adamw": lambda groups: torch.optim.AdamW(groups, amsgrad=True),
     "sgd": lambda groups: torch.optim.SGD(groups, momentum=0.9),
@@ -48,7 +49,7 @@ class OneExpert(nn.Module):
 class Net(nn.Module):
     """Experts of all kinds, and what is not expert."""
 
-    def __init__(self, ranks: Ranks, mlp: str = "fused", num_experts: int = E):
+    def __init__(self, ranks: Ranks, mlp: str = "fused", num_experts: int = E, num_shards: int = 1):
         super().__init__()
         options = {"top_k": 2, "world_size": ranks.size}
         share = num_experts // ranks.size
@@ -59,11 +60,13 @@ class Net(nn.Module):
         else:
             self.mlp = FMoE(share, D, expert=OneExpert, **options)
         self.each = FMoE(share, D, expert=lambda d_model: nn.Linear(d_model, D), **options)
+        options.update(activation="swiglu", expert_tensor_parallel_size=num_shards)
+        self.shards = FMoETransformerMLP(share * num_shards, D, SHARDED_H, **options)
         self.copies = FMoETransformerMLP(3, D, H, activation="swiglu", bias=False)
         self.to(ranks.device, torch.float64)
 
     def forward(self, x):
-        return self.copies(self.each(self.mlp(self.first(x))))
+        return self.copies(self.shards(self.each(self.mlp(self.first(x)))))
 
 
 def alone(ranks: Ranks) -> Ranks:
@@ -79,6 +82,8 @@ def share_of(net: Net, ranks: Ranks, name: str, like: torch.Tensor, step: int) -
     """This rank's part of a made-up tensor of the whole model; the same whether experts are fused or not."""
     layer, _, rest = name.partition(".experts.")
     first = ranks.rank * E // ranks.size
+    if layer == "shards" and rest:
+        return shard_of(net.shards.expert_tensor_parallel_size, ranks, rest, step)
     if layer == "copies" or not rest:
         return made_up(name, like.shape, step).to(ranks.device)
     if not rest[0].isdigit():
@@ -91,6 +96,18 @@ def share_of(net: Net, ranks: Ranks, name: str, like: torch.Tensor, step: int) -
     fused = {"h4toh.weight": "w_down", "h4toh.bias": "b_down"}.get(fused, fused)
     whole = made_up(f"{layer}.{fused}", (E, *like.shape[1:]), step)
     return whole[int(index) + first :][:1].to(ranks.device)
+
+
+def shard_of(num_shards: int, ranks: Ranks, name: str, step: int) -> torch.Tensor:
+    """This rank's hidden units of its experts; of the last bias this rank's outputs."""
+    up = (E, 2 * SHARDED_H)
+    shapes = {"w_up": (*up, D), "b_up": up, "w_down": (E, D, SHARDED_H), "b_down": (E, D)}
+    whole = made_up(f"shards.{name}", shapes[name], step).to(ranks.device)
+    expert_rank, shard = divmod(ranks.rank, num_shards)
+    experts = whole.chunk(ranks.size // num_shards)[expert_rank]
+    if name in ("w_up", "b_up"):
+        return torch.cat([half.chunk(num_shards, 1)[shard] for half in experts.chunk(2, 1)], 1)
+    return experts.tensor_split(num_shards, {"w_down": 2, "b_down": 1}[name])[shard]
 
 
 def train(net: Net, optimizer, ranks: Ranks, steps: range) -> None:
@@ -109,7 +126,9 @@ def train(net: Net, optimizer, ranks: Ranks, steps: range) -> None:
 def build(ranks: Ranks, optimizer: str = "adamw", mlp: str = "fused", steps: int = 0):
     """A model with an optimizer in two groups, fresh or after some steps of training."""
     torch.manual_seed(5 + ranks.rank)
-    net = Net(ranks, mlp)
+    # From 4 to 1 ranks: 4, 2 and 1 shards of an expert with one optimizer, 2, 1 and 1 with the other.
+    num_shards = ranks.size if optimizer == "sgd" else (ranks.size + 1) // 2
+    net = Net(ranks, mlp, num_shards=num_shards)
     groups = [
         {"params": [p for n, p in net.named_parameters() if ".experts." in n], "lr": 0.25},
         {"params": [p for n, p in net.named_parameters() if ".experts." not in n], "lr": 0.5},
@@ -180,6 +199,17 @@ def save_all(ranks: Ranks, folder: Path) -> None:
         assert ranks.rank or len(left) == 2, left
     if ranks.size <= 2:
         save_checkpoint(folder / f"two_experts{ranks.size}", Net(ranks, num_experts=2))
+    if ranks.size == 1:
+        save_checkpoint(folder / "rows", *with_state_by_rows(ranks, 1))
+
+
+def with_state_by_rows(ranks: Ranks, num_shards: int):
+    """A model with an optimizer that keeps numbers of whole rows and columns."""
+    net = Net(ranks, num_shards=num_shards)
+    optimizer = torch.optim.Adafactor(net.shards.experts.parameters())
+    net.shards(made_up("x", (7, D), 0).to(ranks.device)).square().sum().backward()
+    optimizer.step()
+    return net, optimizer
 
 
 def load_all(ranks: Ranks, folder: Path, sizes: list[int]) -> None:
@@ -244,6 +274,11 @@ def refuse(ranks: Ranks, folder: Path) -> None:
         step += ranks.rank
         with pytest.raises(ValueError, match="/step must be the same on every rank"):
             save_checkpoint(good, net, made)
+        by_rows = with_state_by_rows(ranks, 2)
+        with pytest.raises(NotImplementedError, match="state of experts in shards must be a num"):
+            save_checkpoint(good, *by_rows)
+        with pytest.raises(NotImplementedError, match="state of sharded parameters must have"):
+            load_checkpoint(folder / "rows", *by_rows)
         own = Net(ranks)
         own.mlp.experts.scale = nn.Parameter(torch.ones(99))
         with pytest.raises(NotImplementedError, match=r"mlp\.experts\.scale"):
@@ -278,11 +313,14 @@ def sharded(ranks: Ranks, folder: Path) -> None:
 
     def make():
         torch.manual_seed(3)
+        shards = {"expert_tensor_parallel_size": 2, "device_mesh": mesh["experts"]}
         net = nn.Sequential(
             nn.Linear(D, D),
             FMoETransformerMLP(E // 2, D, H, activation="relu", device_mesh=mesh["experts"]),
+            FMoETransformerMLP(E, D, SHARDED_H, activation="swiglu", **shards),
         ).to(ranks.device)
-        fully_shard(net[1].experts, mesh=mesh["data"])
+        for layer in net[1:]:
+            fully_shard(layer.experts, mesh=mesh["data"])
         fully_shard(net, mesh=everyone)
         return net, torch.optim.AdamW(net.parameters(), lr=0.5)
 
@@ -301,7 +339,9 @@ def sharded(ranks: Ranks, folder: Path) -> None:
         assert torch.equal(mine.to_local(), truth.to_local())
     # Without FSDP the whole is there, on however many ranks.
     whole = nn.Sequential(
-        nn.Linear(D, D), FMoETransformerMLP(E // 4, D, H, activation="relu", world_size=4)
+        nn.Linear(D, D),
+        FMoETransformerMLP(E // 4, D, H, activation="relu", world_size=4),
+        FMoETransformerMLP(E // 4, D, SHARDED_H, activation="swiglu", world_size=4),
     ).to(ranks.device)
     adam = torch.optim.AdamW(whole.parameters())
     load_checkpoint(folder / "sharded", whole, adam)

@@ -2,78 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
-import shutil
 import signal
 import subprocess
 import sys
-import sysconfig
 import time
-from pathlib import Path
 
 import pytest
 import torch
 import torch._dynamo.testing
 
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "examples" / "train_lm.py"
 PACKAGES = ("matplotlib", "numpy", "tqdm")  # the extra "examples"
 for package in PACKAGES:
     pytest.importorskip(package, reason="needs the extra `examples`")
 
-sys.path.insert(0, str(SCRIPT.parent))
 import train_lm  # noqa: E402
 from lm.checkpoint import save_checkpoint  # noqa: E402
 from lm.data import Batches, load_corpus, order0_entropy  # noqa: E402
 from lm.errors import UsageError  # noqa: E402
 from lm.gates import GATES  # noqa: E402
 from lm.model import BIAS_SPEED, GPT, ModelConfig  # noqa: E402
-from lm.parallel import Ranks, check_shares  # noqa: E402
+from train_lm_cases import ROOT, SCRIPT, read_metrics  # noqa: E402
 
 import moeops  # noqa: E402
-
-
-@pytest.fixture(scope="session")
-def text(tmp_path_factory) -> Path:
-    """A small folder of text: a few modules of the standard library, one that is no text, one that is hidden."""
-    folder = tmp_path_factory.mktemp("text")
-    library = Path(sysconfig.get_path("stdlib"))
-    for name in ("ast", "argparse", "os", "shutil", "textwrap", "typing", "inspect", "tarfile"):
-        shutil.copy(library / f"{name}.py", folder)
-    (folder / "latin1.py").write_bytes("# \xe9\xe8".encode("latin-1"))
-    (folder / "binary.dat").write_bytes(b"a\0b")
-    (folder / ".hidden").write_text("secret")
-    return folder
-
-
-@pytest.fixture
-def quick(text, tmp_path, capsys):
-    """Run in this process: the options of --quick on the small text; returns exit code, stdout and stderr."""
-
-    def run(*options: str, out: Path = tmp_path / "out") -> tuple[int, str, str]:
-        arguments = [
-            "--quick",
-            "--eager",
-            "--device",
-            "cpu",
-            "--text",
-            str(text),
-            "--out",
-            str(out),
-            *options,
-        ]
-        capsys.readouterr()
-        code = train_lm.main(arguments)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
-
-
-def read_metrics(out: Path) -> dict:
-    return json.loads((out / "metrics.json").read_text())
 
 
 def test_compiled_run_learns(text, tmp_path):
@@ -282,108 +234,6 @@ def test_ctrl_c_saves_and_resume_gives_the_uninterrupted_run(text, quick, tmp_pa
     assert resumed["finished"]
 
 
-# In bits per byte, over 60 steps in float32: sums in another order make differences of 1e-6 in the first steps. It
-# holds for gates that neither draw random numbers nor limit experts by the tokens of their own rank.
-CURVE_TOLERANCE = 1e-3
-
-
-def torchrun(num_ranks: int, text: Path, out: Path, *options: str) -> list:
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    script = [f"--nproc-per-node={num_ranks}", SCRIPT, "--quick", "--device", "cpu"]
-    return [*run, *script, "--text", text, "--out", out, *options]
-
-
-def assert_same_curves(actual: Path, expected: Path) -> None:
-    got, want = (read_metrics(path)["runs"]["moe"] for path in (actual, expected))
-    assert got["finished"]
-    assert got["train"] == pytest.approx(want["train"], abs=CURVE_TOLERANCE)
-    for key in ("held_out", "load", "experts_per_token"):
-        assert [step for step, _ in got[key]] == [step for step, _ in want[key]]
-    held_out = [[loss for _, loss in metrics["held_out"]] for metrics in (got, want)]
-    assert held_out[0] == pytest.approx(held_out[1], abs=CURVE_TOLERANCE)
-    for (_, load), (_, wanted) in zip(got["load"], want["load"], strict=True):
-        torch.testing.assert_close(torch.tensor(load), torch.tensor(wanted), rtol=0, atol=5e-3)
-
-
-@pytest.mark.distributed
-def test_two_ranks_stop_and_resume_and_train_what_one_rank_trains(text, quick, tmp_path):
-    options = ("--gate", "topk", "--steps", "60")
-    assert quick(*options, out=tmp_path / "one")[0] == 0
-    out, alone = tmp_path / "two", tmp_path / "alone"
-    options = (*options, "--expert-parallel")
-    process = subprocess.Popen(
-        torchrun(2, text, out, "--eager", *options),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    deadline = time.monotonic() + 120
-    while not (out / "moe.pt").exists() and time.monotonic() < deadline:  # written first at step 20
-        time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode != 0
-    assert "2 ranks, experts divided" in stdout, stderr
-    assert stdout.count("stopped by Ctrl-C and saved") == 1, stderr
-    state = torch.load(out / "moe.pt", weights_only=True)
-    assert 20 <= state["step"] < 60
-    assert state["model"]["blocks.0.mlp.experts.w_up"].shape[0] == 4  # the whole layer
-    shutil.copytree(out, alone)
-
-    result = subprocess.run(
-        torchrun(2, text, out, "--eager", *options, "--resume"),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count(f"resumed at step {state['step']}") == 1
-    assert_same_curves(out, tmp_path / "one")
-    code, stdout, stderr = quick(*options, "--resume", out=alone)  # the file is that of one rank
-    assert code == 0, stderr
-    assert_same_curves(alone, tmp_path / "one")
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize(
-    ("num_ranks", "options"),
-    [
-        # Room for every token, so that no rank drops.
-        (4, ("--eager", "--expert-parallel", "--dispatch", "static", "--capacity", "2")),
-        (2, ("--expert-parallel", "--layers", "1")),
-        (2, ("--eager",)),
-    ],
-    ids=["4-static", "2-compiled", "2-copies"],
-)
-def test_ranks_train_what_one_rank_trains(text, quick, tmp_path, num_ranks, options):
-    run = ("--gate", "qwen3", "--steps", "20", "--sample-bytes", "4", *options)
-    assert quick(*run, out=tmp_path / "one")[0] == 0
-    result = subprocess.run(
-        torchrun(num_ranks, text, tmp_path / "many", *run),
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert result.returncode == 0, result.stderr
-    assert_same_curves(tmp_path / "many", tmp_path / "one")
-    metrics = read_metrics(tmp_path / "many")["runs"]["moe"]
-    assert metrics["graphs"] == ("--eager" not in options)
-    assert all(dropped == [0.0] * len(dropped) for _, dropped in metrics["dropped"])
-    assert sorted(p.name for p in (tmp_path / "many").iterdir()) == [
-        "metrics.json",
-        "moe.pt",
-        "train_lm.png",
-    ]
-
-
-def test_ranks_need_equal_shares():
-    check_shares(Ranks(0, 3), 9, None)
-    with pytest.raises(UsageError, match="--experts must be a multiple of the 3 ranks, got 4"):
-        check_shares(Ranks(0, 3), 9, 4)
-    with pytest.raises(UsageError, match="--batch must be a multiple of the 3 ranks, got 8"):
-        check_shares(Ranks(0, 3), 8, 3)
-
-
 def test_stopped_comparison_goes_on(quick, tmp_path):
     assert quick("--steps", "30")[0] == 0  # as if Ctrl-C had come between the two runs
     code, stdout, stderr = quick("--steps", "30", "--compare-dense", "--resume")
@@ -468,6 +318,7 @@ def test_targets_are_one_byte_later_and_steps_are_reproducible(text):
         (["--out", "/dev/null/x"], "--out must be a folder that can be made, got /dev/null/x"),
         (["--lr", "1e30"], "the loss must stay finite"),
         (["--capacity", "2"], "--capacity must come with --dispatch static, got 2"),
+        (["--expert-tensor-parallel", "2"], "--expert-tensor-parallel must come with --expert-pa"),
         (["--dense", "--compare-dense"], "not allowed with argument --dense"),
     ],
     ids=lambda v: v[0].lstrip("-") if isinstance(v, list) else "",
