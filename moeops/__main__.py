@@ -1,7 +1,9 @@
 """Command line of moeops.
 
 ``python -m moeops info`` describes the installation; exit code 1 and a line per problem when something is missing or
-broken. If moeops cannot even be imported, Python itself prints the cause, from ``moeops._extension``, with exit code 1.
+broken. ``python -m moeops profile`` measures the machine, ``python -m moeops plan`` predicts layers on as many ranks as
+one likes; exit code 2 and one line for arguments that do not fit. If moeops cannot even be imported, Python itself
+prints the cause, from ``moeops._extension``, with exit code 1.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import argparse
 import sys
 
 from moeops._info import report
+from moeops.planner import plan, profile
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -21,8 +24,23 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_parser(
         "info", help="versions, libraries, GPUs, ops; exit code 1 when something is broken"
     )
-    parser.parse_args(arguments)
+    for name, module in (("profile", profile), ("plan", plan)):
+        command = commands.add_parser(
+            name,
+            help=module.HELP,
+            description=module.__doc__,
+            epilog=module.EPILOG,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(command)
+    args = parser.parse_args(arguments)
+    if args.command == "info":
+        return _info()
+    return (profile if args.command == "profile" else plan).run(args)
 
+
+def _info() -> int:
+    """Print the report; 1 when it found problems."""
     text, problems = report()
     print(text)
     for problem in problems:

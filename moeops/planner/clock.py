@@ -1,0 +1,165 @@
+"""Times of device work, on one rank or on many at once."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+LEAD_PASSES = 12  # writes of the flush buffer, in which the host queues what is timed
+TIMEOUT_SECONDS = 120
+
+
+class Ranks:
+    """The processes that torchrun started, or this one alone.
+
+    Args:
+        device: "cpu" (gloo) or "cuda" (a GPU each, NCCL).
+
+    Attributes:
+        rank, size: of this process, and of the job.
+        node_size: ranks on a node, as torchrun started them.
+    """
+
+    def __init__(self, device: str) -> None:
+        environment = os.environ
+        self.size = int(environment.get("WORLD_SIZE", "1")) if "RANK" in environment else 1
+        self.rank = int(environment.get("RANK", "0")) if self.size > 1 else 0
+        self.node_size = int(environment.get("LOCAL_WORLD_SIZE", self.size))
+        local = int(environment.get("LOCAL_RANK", "0"))
+        self.device = torch.device("cpu")
+        if device == "cuda":
+            if local >= torch.cuda.device_count():
+                raise RuntimeError(
+                    f"profile: every rank needs a GPU of its own, got {torch.cuda.device_count()} for local rank "
+                    f"{local}. Lower --nproc-per-node, or pass --device cpu."
+                )
+            self.device = torch.device("cuda", local)
+            torch.cuda.set_device(self.device)
+        self._control: Any = None
+        if self.size > 1:
+            timeout = timedelta(seconds=TIMEOUT_SECONDS)
+            if device == "cuda":
+                dist.init_process_group("nccl", timeout=timeout, device_id=self.device)
+            else:
+                dist.init_process_group("gloo", timeout=timeout)
+            self._control = dist.new_group(backend="gloo", timeout=timeout)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, by rank."""
+        if self._control is None:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self._control)
+        return values
+
+    def barrier(self) -> None:
+        """Wait for the other ranks' hosts."""
+        if self._control is not None:
+            dist.barrier(self._control)
+
+    def close(self) -> None:
+        """Leave the group, all ranks together."""
+        if self._control is not None:
+            self.barrier()
+            dist.destroy_process_group()
+
+
+class Clock:
+    """Median seconds of calls, after some to warm up, each with cold caches.
+
+    CUDA: events on the current stream behind a queue of other work, so that the host's time is not in them. CPU: the
+    wall's time.
+
+    Args:
+        ranks: who takes part in collectives.
+        samples: that count.
+        warm_up: that do not.
+        flush_bytes: of the buffer that is written before each sample, larger than the last cache.
+    """
+
+    def __init__(self, ranks: Ranks, samples: int, warm_up: int, flush_bytes: int) -> None:
+        self.ranks = ranks
+        self.device = ranks.device
+        self._samples = samples
+        self._warm_up = warm_up
+        if self.device.type == "cuda":
+            cache = torch.cuda.get_device_properties(self.device).L2_cache_size
+            flush_bytes = max(flush_bytes, 4 * cache)
+        self._buffer = torch.empty(flush_bytes, dtype=torch.uint8, device=self.device)
+        self._token = torch.zeros(1, device=self.device)
+
+    def seconds(
+        self,
+        call: Callable[[], Any],
+        *,
+        before: Callable[[], Any] | None = None,
+        together: bool = False,
+    ) -> float:
+        """Time ``call``.
+
+        Args:
+            call: what is timed.
+            before: called before each, untimed.
+            together: begin on all ranks at once; all of them must ask for it.
+
+        Returns:
+            The median on this rank.
+        """
+        times = []
+        for turn in range(self._warm_up + self._samples):
+            if before is not None:
+                before()
+            value = self._sample(call, together)
+            if turn >= self._warm_up:
+                times.append(value)
+        return _median(times)
+
+    def _sample(self, call: Callable[[], Any], together: bool) -> float:
+        if together:
+            self.synchronize()
+            self.ranks.barrier()
+        if self.device.type != "cuda":
+            self._buffer.fill_(1)
+            if together:
+                self.ranks.barrier()
+            begin = time.perf_counter()
+            call()
+            return time.perf_counter() - begin
+        for _ in range(LEAD_PASSES):
+            self._buffer.fill_(1)
+        if together:
+            dist.all_reduce(self._token)  # the devices reach the first event together
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        call()
+        last.record()
+        last.synchronize()
+        return 1e-3 * first.elapsed_time(last)
+
+    def host_samples(self, call: Callable[[], list[float]]) -> list[float]:
+        """Medians of what ``call`` returns, seconds of the host by part; the device is idle before each call."""
+        rows = []
+        for turn in range(self._warm_up + 2 * self._samples):
+            self.synchronize()
+            self.ranks.barrier()
+            row = call()
+            if turn >= self._warm_up:
+                rows.append(row)
+        return [_median(list(column)) for column in zip(*rows, strict=True)]
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def _median(values: list[float]) -> float:
+    ordered = sorted(values)
+    middle = len(ordered) // 2
+    return (ordered[middle] + ordered[-1 - middle]) / 2

@@ -1,0 +1,471 @@
+"""Times of one expert-parallel layer from a cost model.
+
+T tokens per rank, K experts per token, E experts, D model width, H hidden width, W ranks that share the experts, P
+shards of an expert, C capacity. A shard counts as an expert of width H / P that each token of the whole expert goes to.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import NamedTuple
+
+from moeops.distributed.cost_laws import ITEM_BYTES, HostCost, permute_bytes
+from moeops.distributed.cost_model import MODES, CostModel
+from moeops.ops.moe_mlp import ACTIVATIONS
+
+DISPATCHERS = ("exact", "static")
+CHUNKS = (1, 2, 4, 8)
+FORMS = ("flat", "2d", "leader")
+OPTIMIZER_BYTES = {  # per parameter, as a function of the bytes of its type
+    "none": lambda item: 0,
+    "momentum": lambda item: item,
+    "adamw": lambda item: 2 * item,
+    "adamw-fp32": lambda item: 12,  # two moments and the parameter itself in float32
+}
+COUNT_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One layer, and the ranks it runs on. Raises ValueError where sizes do not fit each other.
+
+    Attributes:
+        world_size: ranks in all.
+        node_size: ranks per node.
+        expert_parallel: ``W``; the other ranks hold copies.
+        num_experts: ``E``.
+        top_k: ``K``.
+        d_model: ``D``.
+        d_hidden: ``H`` of a whole expert.
+        num_tokens: ``T`` of a rank.
+        dtype: name of the type of weights and rows.
+        activation: of the experts.
+        capacity_factor: of the static dispatcher, on ``T * K / E``.
+        imbalance: rows of the busiest rank over the mean.
+        num_layers: of this kind.
+        tensor_parallel: ``P``.
+        mode: "eager" or "compiled".
+        optimizer: whose state is counted.
+    """
+
+    world_size: int
+    num_experts: int
+    top_k: int
+    d_model: int
+    d_hidden: int
+    num_tokens: int
+    dtype: str = "bfloat16"
+    activation: str = "swiglu"
+    node_size: int = 8
+    expert_parallel: int | None = None
+    capacity_factor: float = 1.25
+    imbalance: float = 1.0
+    num_layers: int = 1
+    tensor_parallel: int = 1
+    mode: str = "eager"
+    optimizer: str = "adamw"
+
+    def __post_init__(self) -> None:
+        for name in (
+            "world_size", "num_experts", "top_k", "d_model", "d_hidden", "num_tokens", "node_size",
+            "num_layers", "tensor_parallel",
+        ):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        choices = {
+            "dtype": tuple(ITEM_BYTES),
+            "activation": ACTIVATIONS,
+            "mode": MODES,
+            "optimizer": tuple(OPTIMIZER_BYTES),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}.")
+        ranks, shards = self.ranks, self.tensor_parallel
+        self._check_multiple("world_size", self.world_size, "the ranks that share experts", ranks)
+        if self.world_size > self.node_size:
+            self._check_multiple(
+                "world_size", self.world_size, "the ranks of a node", self.node_size
+            )
+        if ranks > self.node_size:
+            self._check_multiple("expert_parallel", ranks, "the ranks of a node", self.node_size)
+        self._check_multiple("the ranks that share experts", ranks, "tensor_parallel", shards)
+        self._check_multiple("d_hidden", self.d_hidden, "tensor_parallel", shards)
+        if self.num_experts % (ranks // shards):
+            raise ValueError(
+                f"num_experts must be a multiple of the {ranks // shards} ranks that hold different experts, got "
+                f"{self.num_experts}. Let fewer ranks share the experts (--expert-parallel, a divisor of "
+                f"{self.world_size}), or cut experts in shards (--expert-tensor-parallel)."
+            )
+        if self.top_k > self.num_experts:
+            raise ValueError(
+                f"top_k must be at most the {self.num_experts} experts, got {self.top_k}."
+            )
+        if not 0 < self.capacity_factor < math.inf:
+            raise ValueError(f"capacity_factor must be above 0, got {self.capacity_factor}.")
+        if not 1 <= self.imbalance <= ranks:
+            raise ValueError(
+                f"imbalance must be from 1 (even) to {ranks} (all rows on one rank), got {self.imbalance}."
+            )
+
+    def _check_multiple(self, name: str, value: int, of: str, factor: int) -> None:
+        if factor < 1 or value % factor:
+            raise ValueError(f"{name} must be a multiple of {of}, got {value} and {factor}.")
+
+    @property
+    def ranks(self) -> int:
+        """W."""
+        return self.world_size if self.expert_parallel is None else self.expert_parallel
+
+    @property
+    def local_ranks(self) -> int:
+        """Ranks of a node among the W."""
+        return min(self.node_size, self.ranks)
+
+    @property
+    def nodes(self) -> int:
+        """Nodes that the W ranks are on."""
+        return self.ranks // self.local_ranks
+
+    @property
+    def local_experts(self) -> int:
+        """Experts, or shards, on a rank."""
+        return self.num_experts * self.tensor_parallel // self.ranks
+
+    @property
+    def hidden(self) -> int:
+        """H of what a rank holds of an expert."""
+        return self.d_hidden // self.tensor_parallel
+
+    @property
+    def num_projections(self) -> int:
+        """Matrices of an expert."""
+        return 3 if self.activation == "swiglu" else 2
+
+    @property
+    def num_pairs(self) -> int:
+        """Rows that a rank sends."""
+        return self.num_tokens * self.top_k * self.tensor_parallel
+
+    @property
+    def capacity(self) -> int:
+        """C, as ``StaticDispatcher`` has it."""
+        factor = Fraction(self.capacity_factor).limit_denominator(10000)
+        return math.ceil(self.num_pairs * factor / (self.num_experts * self.tensor_parallel))
+
+    def rows(self, dispatcher: str) -> float:
+        """Rows of the busiest rank's experts, padding included."""
+        if dispatcher == "static":
+            return float(self.num_experts * self.tensor_parallel * self.capacity)
+        return self.num_pairs * self.imbalance
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        return self.d_model * ITEM_BYTES[self.dtype]
+
+    @property
+    def expert_parameters(self) -> int:
+        """Elements of the expert weights on a rank, without biases."""
+        return self.local_experts * self.num_projections * self.d_model * self.hidden
+
+
+class Choice(NamedTuple):
+    """What a layer is asked for: ``dispatch=``, ``n_chunks=``, and the form of ``hierarchy=`` or "flat"."""
+
+    dispatcher: str
+    n_chunks: int = 1
+    form: str = "flat"
+
+    def __str__(self) -> str:
+        """As a line of a table."""
+        chunks = "1 chunk" if self.n_chunks == 1 else f"{self.n_chunks} chunks"
+        return f"{self.dispatcher}, {chunks}" + ("" if self.form == "flat" else f", {self.form}")
+
+
+class Times(NamedTuple):
+    """Seconds of one direction.
+
+    Attributes:
+        parts: by part of the layer, as if each ran alone; of all chunks together.
+        device: of the whole on the device, overlap counted.
+        total: the same, or the host's where that is more.
+        hidden: of the exchange, the seconds that other work covers.
+    """
+
+    parts: dict[str, float]
+    device: float
+    total: float
+    hidden: float
+
+
+class Prediction(NamedTuple):
+    """One choice and its times."""
+
+    choice: Choice
+    forward: Times
+    backward: Times
+
+    @property
+    def total(self) -> float:
+        """Seconds of forward and backward."""
+        return self.forward.total + self.backward.total
+
+    @property
+    def host_bound(self) -> bool:
+        """Whether the device waits for the host for a twentieth of the time or more."""
+        device = self.forward.device + self.backward.device
+        return self.total > 1.05 * device
+
+
+class _Work(NamedTuple):
+    """Seconds of one direction's steps: before and after the chunks, and of each chunk."""
+
+    before: float
+    pack: float
+    exchange: float
+    experts: float
+    unpack: float
+    after: float
+
+
+def exchange_seconds(model: CostModel, config: Configuration, num_bytes: float, form: str) -> float:
+    """One exchange of a buffer of ``num_bytes`` on the busiest rank."""
+    if form == "flat":
+        return model.all_to_all_seconds(num_bytes, config.ranks, config.local_ranks)
+    return model.hierarchical_seconds(num_bytes, config.ranks, config.local_ranks, form)
+
+
+def predict(model: CostModel, config: Configuration, choice: Choice) -> Prediction:
+    """Predict the times of one layer.
+
+    Raises:
+        ValueError: the model lacks a part that this configuration needs.
+    """
+    local = config.ranks == 1
+    name = "local" if local and choice.dispatcher == "exact" else choice.dispatcher
+    host = model.host_cost(config.mode, name)
+    router = [
+        model.router_seconds(
+            config.num_tokens, config.d_model, config.num_experts, config.dtype, backward
+        )
+        for backward in (False, True)
+    ]
+    forward, end = _forward(model, config, choice, router[0], host)
+    work = _backward_work(model, config, choice)
+    # The weights' gradients of the chunks are added up: two reads and a write for each chunk more.
+    weights = config.expert_parameters * ITEM_BYTES[config.dtype]
+    sums = (choice.n_chunks - 1) * model.memory_seconds(3 * weights) if choice.n_chunks > 1 else 0
+    span, hidden = _schedule(model, work, choice.n_chunks, 0.0)
+    device = span + sums + router[1]
+    ahead = max(0.0, forward.total - end)
+    total = device
+    if host is not None:
+        total = max(device, host.backward.seconds(choice.n_chunks) - ahead)
+    parts = _parts(work, choice.n_chunks, "combine", "dispatch")
+    parts = {"router": router[1], **parts}
+    parts["experts"] += sums
+    return Prediction(choice, forward, Times(parts, device, total, hidden))
+
+
+def _forward(
+    model: CostModel, config: Configuration, choice: Choice, router: float, host: HostCost | None
+) -> tuple[Times, float]:
+    """The forward, and when the host has queued it."""
+    n_chunks = choice.n_chunks
+    work = _forward_work(model, config, choice)
+    parts = {"router": router, **_parts(work, n_chunks, "dispatch", "combine")}
+    if choice.dispatcher == "exact" and config.ranks > 1:
+        # The device is idle from the copy of the counts until the host has queued something.
+        counts = config.ranks * (config.local_experts * n_chunks + 2) * COUNT_BYTES
+        copy = model.host_copy_seconds or 0.0
+        wait = exchange_seconds(model, config, counts, choice.form) + copy
+        parts["exchange"] += wait
+        begin = router + wait
+        first = 0.0 if host is None else max(0.0, host.first.seconds(n_chunks) - copy)
+        queued = 0.0 if host is None else max(0.0, host.forward.seconds(n_chunks) - copy)
+        span, hidden = _schedule(model, work, n_chunks, 0.0)
+        total, _ = _schedule(model, work, n_chunks, first)
+        times = Times(parts, begin + span, begin + max(total, queued), hidden)
+        return times, begin + queued
+    span, hidden = _schedule(model, work, n_chunks, 0.0)
+    device = router + span
+    queued = 0.0
+    if host is not None:
+        queued = host.router.seconds(n_chunks) + host.forward.seconds(n_chunks)
+    return Times(parts, device, max(device, queued), hidden), queued
+
+
+def _forward_work(model: CostModel, config: Configuration, choice: Choice) -> _Work:
+    n_chunks = choice.n_chunks
+    rows = config.rows(choice.dispatcher)
+    experts = _experts(model, config, rows / n_chunks, False)
+    if config.ranks == 1 and choice.dispatcher == "exact":
+        return _Work(0.0, 0.0, 0.0, experts, 0.0, 0.0)  # the block moves the rows itself
+    tokens, pairs = config.num_tokens, config.num_pairs
+    exchange = _exchange(model, config, choice, rows)
+    moved = permute_bytes(tokens, pairs, config.row_bytes)
+    joined = 0.0
+    if n_chunks > 1:
+        joined_rows = rows if choice.dispatcher == "static" else tokens
+        joined = model.memory_seconds(2 * joined_rows * config.row_bytes)
+    if choice.dispatcher == "static":
+        # Into buffers, and back into rows.
+        padded = model.memory_seconds((pairs + rows) * config.row_bytes)
+        moves = model.memory_seconds(moved)
+        return _Work(moves + padded, 0.0, exchange, experts, 0.0, joined + padded + moves)
+    part = model.memory_seconds(moved / n_chunks)
+    return _Work(0.0, part, exchange, experts, part, joined)
+
+
+def _backward_work(model: CostModel, config: Configuration, choice: Choice) -> _Work:
+    """What the forward did, in reverse; the weights' gradient reads the rows that came back once more."""
+    n_chunks = choice.n_chunks
+    rows = config.rows(choice.dispatcher)
+    experts = _experts(model, config, rows / n_chunks, True)
+    if config.ranks == 1 and choice.dispatcher == "exact":
+        return _Work(0.0, 0.0, 0.0, experts, 0.0, 0.0)
+    tokens, pairs = config.num_tokens, config.num_pairs
+    exchange = _exchange(model, config, choice, rows)
+    moved = permute_bytes(tokens, pairs, config.row_bytes)
+    read = pairs * config.row_bytes
+    if choice.dispatcher == "static":
+        padded = model.memory_seconds((pairs + rows) * config.row_bytes)
+        before = model.memory_seconds(moved + read) + padded
+        return _Work(before, 0.0, exchange, experts, 0.0, padded + model.memory_seconds(moved))
+    unpack, pack = (model.memory_seconds(size / n_chunks) for size in (moved + read, moved))
+    return _Work(0.0, unpack, exchange, experts, pack, 0.0)
+
+
+def _experts(model: CostModel, config: Configuration, rows: float, backward: bool) -> float:
+    return model.expert_seconds(
+        rows,
+        config.d_model,
+        config.hidden,
+        config.num_projections,
+        config.dtype,
+        backward,
+        num_experts=config.local_experts,
+    )
+
+
+def _exchange(model: CostModel, config: Configuration, choice: Choice, rows: float) -> float:
+    """One chunk, one way. The busiest rank receives what it sends back, so its rows count both ways."""
+    return exchange_seconds(model, config, rows * config.row_bytes / choice.n_chunks, choice.form)
+
+
+def _parts(work: _Work, n_chunks: int, first: str, last: str) -> dict[str, float]:
+    return {
+        first: work.before + n_chunks * work.pack,
+        "exchange": 2 * n_chunks * work.exchange,
+        "experts": n_chunks * work.experts,
+        last: n_chunks * work.unpack + work.after,
+    }
+
+
+def _schedule(
+    model: CostModel, work: _Work, n_chunks: int, first_expert: float
+) -> tuple[float, float]:
+    """Seconds until the end, and those of exchanges that run beside other work.
+
+    Two queues, as the dispatchers fill them: all chunks are packed and sent, each is computed when it is there and goes
+    back, each is unpacked when it is back. No expert starts before ``first_expert``. Where both queues are busy, the
+    overlap loss of the shorter one's time is added.
+    """
+    compute, link = work.before, 0.0
+    computing: list[tuple[float, float]] = []
+    linking: list[tuple[float, float]] = []
+
+    def run(busy: list[tuple[float, float]], begin: float, seconds: float) -> float:
+        busy.append((begin, begin + seconds))
+        return begin + seconds
+
+    there, back = [], []
+    for _ in range(n_chunks):
+        compute = run(computing, compute, work.pack)
+        link = run(linking, max(link, compute), work.exchange)
+        there.append(link)
+    for arrival in there:
+        compute = run(computing, max(compute, arrival, first_expert), work.experts)
+        link = run(linking, max(link, compute), work.exchange)
+        back.append(link)
+    for arrival in back:
+        compute = run(computing, max(compute, arrival), work.unpack)
+    both = sum(max(0.0, min(a[1], b[1]) - max(a[0], b[0])) for a in computing for b in linking)
+    return compute + work.after + (model.overlap_loss or 0.0) * both, both
+
+
+def choices(config: Configuration) -> list[Choice]:
+    """Every choice that means something with these ranks."""
+    if config.ranks == 1:
+        return [Choice(dispatcher) for dispatcher in DISPATCHERS]
+    forms = FORMS if config.nodes > 1 and config.local_ranks > 1 else FORMS[:1]
+    return [
+        Choice(dispatcher, n_chunks, form)
+        for dispatcher in DISPATCHERS
+        for form in forms
+        for n_chunks in CHUNKS
+    ]
+
+
+def recommend(config: Configuration, predictions: list[Prediction]) -> tuple[Prediction, str]:
+    """The choice to make, and why.
+
+    The first of ``choices`` that is within one percent of the fastest, where static counts only if its capacity covers
+    the imbalance.
+    """
+    safe = [p for p in predictions if p.choice.dispatcher == "exact" or _keeps_all(config)]
+    fastest = min(p.total for p in safe)
+    best = next(p for p in safe if p.total <= 1.01 * fastest)
+    return best, _reason(config, predictions, best)
+
+
+def _keeps_all(config: Configuration) -> bool:
+    return config.capacity_factor >= config.imbalance
+
+
+def _reason(config: Configuration, predictions: list[Prediction], best: Prediction) -> str:
+    """Compared with the other dispatcher, other numbers of chunks, and the flat exchange."""
+    by_choice = {p.choice: p for p in predictions}
+    rival: Prediction | None
+    texts = []
+    other = "static" if best.choice.dispatcher == "exact" else "exact"
+    rivals = [p for p in predictions if p.choice.dispatcher == other]
+    if rivals:
+        rival = min(rivals, key=lambda p: p.total)
+        more = 1e3 * (rival.total - best.total)
+        why = {
+            "exact": f"static computes and sends {config.capacity_factor:g} times the rows, whatever is in them",
+            "static": "exact waits for a copy of the counts to the host",
+        }[best.choice.dispatcher]
+        if other == "static" and not _keeps_all(config):
+            why = f"static would drop rows: its capacity is below the imbalance of {config.imbalance:g}"
+        texts.append(f"{rival.choice}: {more:+.3f} ms; {why}.")
+    if config.ranks > 1:
+        n_chunks = 2 if best.choice.n_chunks == 1 else 1
+        rival = by_choice[best.choice._replace(n_chunks=n_chunks)]
+        hidden = 1e3 * abs(
+            best.forward.hidden + best.backward.hidden
+            - rival.forward.hidden - rival.backward.hidden
+        )  # fmt: skip
+        more = 1e3 * (rival.total - best.total)
+        what = (
+            f"would hide {hidden:.3f} ms of the exchange"
+            if n_chunks == 2
+            else f"hides {hidden:.3f} ms less of the exchange"
+        )
+        texts.append(
+            f"{rival.choice}: {more:+.3f} ms; it {what}, and calls, reads of the weights and host work are per chunk."
+        )
+    rival_form = "2d" if best.choice.form == "flat" else "flat"
+    rival = by_choice.get(best.choice._replace(form=rival_form))
+    if rival is not None:
+        more = 1e3 * (rival.total - best.total)
+        why = {
+            "2d": "in two stages, rows travel twice",
+            "flat": "without stages, every rank of other nodes gets a message",
+        }[rival_form]
+        texts.append(f"{rival.choice}: {more:+.3f} ms; {why}.")
+    return " ".join(texts)
