@@ -195,6 +195,16 @@ CASES = {
             {"scores": torch.zeros(3, 6), "capacity": 4},
             {"scores": logits(3, 5).round(), "capacity": 3},
             {"scores": logits(1, 4), "capacity": 0},
+            {"scores": logits(2, 70).round(), "capacity": 20},
+            {"scores": logits(3, 1500), "capacity": 90},
+        ],
+    ),
+    "expert_choice_by_row": Case(
+        gallery.expert_choice_by_row,
+        gallery.reference.expert_choice,
+        lambda: [
+            {"scores": logits(4, 9), "capacity": 3},
+            {"scores": logits(3, 5).round(), "capacity": 5},
         ],
     ),
     "sort_tokens": Case(

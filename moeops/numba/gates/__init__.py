@@ -1,7 +1,11 @@
 """Sample prototypes: each a rule or a kernel in one function, compared with its reference and with the native op."""
 
 from moeops.numba.gates import reference
-from moeops.numba.gates.expert_choice import ExpertChoiceGate, expert_choice
+from moeops.numba.gates.expert_choice import (
+    ExpertChoiceGate,
+    expert_choice,
+    expert_choice_by_row,
+)
 from moeops.numba.gates.group_limited import GroupLimitedGate, group_limited
 from moeops.numba.gates.hash import hash_route
 from moeops.numba.gates.layout import (
@@ -22,6 +26,7 @@ __all__ = [
     "SwitchJitterGate",
     "TopPGate",
     "expert_choice",
+    "expert_choice_by_row",
     "group_limited",
     "hash_route",
     "naive_topk",
