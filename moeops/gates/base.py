@@ -83,6 +83,8 @@ class BaseGate(nn.Module):
     extra_losses: tuple[tuple[GateLoss, float], ...] = ()
     # False in gates that hand no logits to set_loss: losses of logits are refused there.
     has_logits = True
+    # Buffers that stay float32 when the module is cast.
+    float32_buffers: tuple[str, ...] = ()
     # Ranks that hold one expert together, each a shard of it; set by the layer. The ranks are world_size times as many.
     expert_shards = 1
     _group: RankGroup | None = None
@@ -239,6 +241,16 @@ class BaseGate(nn.Module):
     def has_loss(self) -> bool:
         """A forward has set a loss that was not fetched yet."""
         return self.loss is not None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BaseGate:
+        before = {name: getattr(self, name) for name in self.float32_buffers}
+        out = super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = getattr(self, name)
+            if new.dtype != torch.float32:
+                # The values of before: a trip through a half type would round them.
+                setattr(self, name, (new if old.is_meta else old).to(new.device, torch.float32))
+        return out
 
     def __getstate__(self) -> dict[str, Any]:
         # A loss is part of one forward's graph: deepcopy refuses it and pickle has no use for it.

@@ -74,6 +74,7 @@ class DeepSeekV3Gate(NaiveGate):
 
     selection_bias: Tensor
     loads: Tensor
+    float32_buffers = ("selection_bias",)
 
     def __init__(
         self,
@@ -188,16 +189,6 @@ class DeepSeekV3Gate(NaiveGate):
         above = loads * self.tot_expert - loads.sum()
         self.selection_bias.sub_(speed * torch.sign(above).to(self.selection_bias.dtype))
         self.loads.zero_()
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        before = self.selection_bias
-        out = super()._apply(fn, recurse)
-        after = self.selection_bias
-        if after.dtype != torch.float32:
-            # The values of before: a trip through bfloat16 would round them.
-            source = after if before.is_meta else before
-            self.selection_bias = source.to(after.device, torch.float32)
-        return out
 
     def extra_repr(self) -> str:
         """Sizes and options of the gate."""

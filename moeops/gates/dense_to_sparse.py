@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,6 +65,7 @@ class DenseToSparseGate(NaiveGate):
     """
 
     temperature: Tensor
+    float32_buffers = ("temperature",)
 
     def __init__(
         self,
@@ -158,16 +158,6 @@ class DenseToSparseGate(NaiveGate):
             )
         start = self.start_temperature
         self.set_temperature(start * (self.final_temperature / start) ** progress)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        before = self.temperature
-        out = super()._apply(fn, recurse)
-        after = self.temperature
-        if after.dtype != torch.float32:
-            # The value of before: a trip through bfloat16 would round it.
-            source = after if before.is_meta else before
-            self.temperature = source.to(after.device, torch.float32)
-        return out
 
     def extra_repr(self) -> str:
         """Sizes and options of the gate."""

@@ -84,6 +84,7 @@ class ReMoEGate(VariableGate):
     coefficient: Tensor
     active: Tensor
     tokens: Tensor
+    float32_buffers = ("coefficient",)
 
     def __init__(
         self,
@@ -169,16 +170,6 @@ class ReMoEGate(VariableGate):
                 "got None. Pass the ranks that hold this gate."
             )
         return group
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        before = self.coefficient
-        out = super()._apply(fn, recurse)
-        after = self.coefficient
-        if after.dtype != torch.float32:
-            # The value of before: a trip through float16 would make 1e-8 zero.
-            source = after if before.is_meta else before
-            self.coefficient = source.to(after.device, torch.float32)
-        return out
 
     def extra_repr(self) -> str:
         """Sizes and options of the gate."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -140,6 +141,28 @@ def check_checkpoint(build, compile_it, top_k=2):
     with torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True):
         assert_same(step(module, layer, x), step(plain, plain, x))
     assert not layer.gate.has_loss
+
+
+class CaptureTests:
+    """Compiled, exported and recomputed: for a file's ``class TestCapture``, which says with what gate.
+
+    Attributes:
+        build: static method, ``build(d_model, num_expert, world_size, top_k)`` makes the gate.
+        top_k: ``K``.
+    """
+
+    build = None
+    top_k = 2
+
+    def test_compile(self, device):
+        check_compile(self.build, device, "inductor", self.top_k)
+
+    @pytest.mark.parametrize("strict", [True, False], ids=["strict", "non_strict"])
+    def test_export(self, strict, device):
+        check_export(self.build, device, strict, training=True, top_k=self.top_k)
+
+    def test_checkpoint(self):
+        check_checkpoint(self.build, compile_it=False, top_k=self.top_k)
 
 
 def gradcheck(gate, T=5):

@@ -8,12 +8,10 @@ from functools import partial
 import pytest
 import torch
 from gate_checks import (
+    CaptureTests,
     D,
     E,
     assert_gradient,
-    check_checkpoint,
-    check_compile,
-    check_export,
     gradcheck,
     layer_with,
     parameters_float64,
@@ -175,20 +173,9 @@ def test_no_tokens(device):
     assert float(gate.get_loss().detach()) == 0
 
 
-BALANCED = partial(DenseToSparseGate, temperature=1.0, threshold=0.1, balance=True)
-
-
-def test_compile(device):
-    check_compile(BALANCED, device, "inductor", top_k=E)
-
-
-@pytest.mark.parametrize("strict", [True, False], ids=["strict", "non_strict"])
-def test_export(strict, device):
-    check_export(BALANCED, device, strict, training=strict, top_k=E)
-
-
-def test_checkpoint():
-    check_checkpoint(BALANCED, compile_it=False, top_k=4)
+class TestCapture(CaptureTests):
+    build = staticmethod(partial(DenseToSparseGate, temperature=1.0, threshold=0.1, balance=True))
+    top_k = E
 
 
 def test_layer_uses_as_many_experts_as_the_gate_says(device):

@@ -6,15 +6,12 @@ from functools import partial
 
 import pytest
 import torch
+from choice_checks import check_values
 from gate_checks import (
+    CaptureTests,
     D,
     E,
-    assert_gradient,
-    check_checkpoint,
-    check_compile,
-    check_export,
     gradcheck,
-    parameters_float64,
 )
 
 from moeops.gates import KTop1Gate
@@ -24,29 +21,11 @@ from tolerances import assert_close
 
 @pytest.mark.parametrize("k", [1, 2, 3, E])
 def test_values_and_gradients(k, dtype, device):
-    T, capacity = 17, 0.5
-    gate = KTop1Gate(D, E, 1, k, capacity=capacity).to(device, dtype)
-    x = torch.randn(T, D, device=device).to(dtype).requires_grad_()
-    router_type = torch.float64 if dtype == torch.float64 else torch.float32
-    ids, weights = gate(x)
-    loss = gate.get_loss()
-
-    params = parameters_float64(gate)
-    x64 = x.detach().cpu().double().requires_grad_()
-    logits = x64 @ params["gate.weight"].t() + params["gate.bias"]
+    T = 17
+    gate = KTop1Gate(D, E, 1, k, capacity=0.5)
     rows = -(-T * k // (2 * E))  # ceil(0.5 * T * K / E)
-    want_ids, want_weights, want_loss = ktop1_gate(logits, k, rows)
-    assert torch.equal(ids.cpu(), want_ids)
+    ids, _ = check_values(gate, lambda logits: ktop1_gate(logits, k, rows), dtype, device, T)
     assert (ids == -1).any()
-    assert_close(weights, want_weights, router_type, "weights")
-    assert_close(loss, want_loss, router_type, "loss")
-
-    factors = torch.randn(T, k, dtype=torch.float64)
-    ((weights * factors.to(weights)).sum() + 3 * loss).backward()
-    ((want_weights * factors).sum() + 3 * want_loss).backward()
-    assert_gradient(x.grad, x64.grad, dtype, "gradient of x")
-    for name, parameter in gate.named_parameters():
-        assert_gradient(parameter.grad, params[name].grad, dtype, f"gradient of {name}")
 
 
 def test_one_expert_per_prototype_and_nothing_dropped_by_default():
@@ -74,20 +53,8 @@ def test_no_tokens(device):
     assert float(gate.get_loss().detach()) == 0
 
 
-LIMITED = partial(KTop1Gate, capacity=1.0)
-
-
-def test_compile(device):
-    check_compile(LIMITED, device, "inductor")
-
-
-@pytest.mark.parametrize("strict", [True, False], ids=["strict", "non_strict"])
-def test_export(strict, device):
-    check_export(LIMITED, device, strict, training=True)
-
-
-def test_checkpoint():
-    check_checkpoint(LIMITED, compile_it=False)
+class TestCapture(CaptureTests):
+    build = staticmethod(partial(KTop1Gate, capacity=1.0))
 
 
 @pytest.mark.parametrize(

@@ -6,15 +6,12 @@ from functools import partial
 
 import pytest
 import torch
+from choice_checks import check_values
 from gate_checks import (
+    CaptureTests,
     D,
     E,
-    assert_gradient,
-    check_checkpoint,
-    check_compile,
-    check_export,
     gradcheck,
-    parameters_float64,
 )
 
 from moeops.gates import SAMGate
@@ -38,25 +35,7 @@ def test_values_and_gradients(experts, k, groups, alignment, compat, dtype, devi
     T = 13
     options = {"num_groups": groups, "alignment": alignment, "compat": compat}
     gate = SAMGate(D, experts, 1, k, **options).to(device, dtype)
-    x = torch.randn(T, D, device=device).to(dtype).requires_grad_()
-    router_type = torch.float64 if dtype == torch.float64 else torch.float32
-    ids, weights = gate(x)
-    loss = gate.get_loss()
-
-    params = parameters_float64(gate)
-    x64 = x.detach().cpu().double().requires_grad_()
-    logits = x64 @ params["gate.weight"].t() + params["gate.bias"]
-    want_ids, want_weights, want_loss = sam_gate(logits, k, **options)
-    assert torch.equal(ids.cpu(), want_ids)
-    assert_close(weights, want_weights, router_type, "weights")
-    assert_close(loss, want_loss, router_type, "loss")
-
-    factors = torch.randn(T, k, dtype=torch.float64)
-    ((weights * factors.to(weights)).sum() + 3 * loss).backward()
-    ((want_weights * factors).sum() + 3 * want_loss).backward()
-    assert_gradient(x.grad, x64.grad, dtype, "gradient of x")
-    for name, parameter in gate.named_parameters():
-        assert_gradient(parameter.grad, params[name].grad, dtype, f"gradient of {name}")
+    check_values(gate, lambda logits: sam_gate(logits, k, **options), dtype, device, T)
 
 
 def test_compat_is_the_default_where_hetumoe_reads_the_right_width():
@@ -129,20 +108,8 @@ def test_no_tokens(device):
     assert float(gate.get_loss().detach()) == 0
 
 
-GROUPED = partial(SAMGate, num_groups=2, capacity=1.0)
-
-
-def test_compile(device):
-    check_compile(GROUPED, device, "inductor")
-
-
-@pytest.mark.parametrize("strict", [True, False], ids=["strict", "non_strict"])
-def test_export(strict, device):
-    check_export(GROUPED, device, strict, training=True)
-
-
-def test_checkpoint():
-    check_checkpoint(GROUPED, compile_it=False)
+class TestCapture(CaptureTests):
+    build = staticmethod(partial(SAMGate, num_groups=2, capacity=1.0))
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,10 @@ from functools import partial
 import pytest
 import torch
 from gate_checks import (
+    CaptureTests,
     D,
     E,
     assert_gradient,
-    check_checkpoint,
-    check_compile,
-    check_export,
     gradcheck,
     parameters_float64,
 )
@@ -148,20 +146,8 @@ def test_zero_tokens_and_zero_projections(device):
     assert all(bool(p.grad.isfinite().all()) for p in gate.parameters())
 
 
-BUILD = partial(XMoEGate, proj_dim=P, balance=True)
-
-
-def test_compile(device):
-    check_compile(BUILD, device, "inductor")
-
-
-@pytest.mark.parametrize("strict", [True, False], ids=["strict", "non_strict"])
-def test_export(strict, device):
-    check_export(BUILD, device, strict, training=True)
-
-
-def test_checkpoint():
-    check_checkpoint(BUILD, compile_it=False)
+class TestCapture(CaptureTests):
+    build = staticmethod(partial(XMoEGate, proj_dim=P, balance=True))
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,14 @@ CASES = {
         "logits[5, 3] = float('nan'); moeops.topk_route(logits, 2)",
         "topk_route: logits must be finite, got NaN or infinity in 1 places",
     ),
+    "nan logit of a balanced route": (
+        "logits[5, 3] = float('nan'); moeops.topk_route_balance(logits, 2)",
+        "topk_route_balance: logits must be finite, got NaN or infinity in 1 places",
+    ),
+    "infinite noise": (
+        "n = logits.clone(); n[5, 3] = float('inf'); moeops.noisy_topk_route(logits, logits, n, 2)",
+        "noisy_topk_route: logits must be finite, got NaN or infinity in 1 places",
+    ),
 }
 
 
