@@ -8,6 +8,7 @@ by rank 0, that holds the whole model as one rank would write it, so that any nu
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import os
 from collections.abc import Iterator
@@ -121,6 +122,8 @@ def start_ranks(device: str | None) -> Iterator[tuple[Ranks, str | None]]:
     dist.init_process_group(backend)
     # Not in a finally: a rank that fails must not wait for the others here.
     yield Ranks(dist.get_rank(), size), device
+    # What still holds the group must go first: threads of a group that outlives this call would run while Python ends.
+    gc.collect()
     dist.destroy_process_group()
 
 
