@@ -90,12 +90,13 @@ STABLE_TORCH_LIBRARY(moeops, m) {
   m.def("grouped_linear_weight_grad(Tensor grad, Tensor rows, Tensor expert_offsets) -> Tensor");
   m.def("grouped_sum(Tensor rows, Tensor expert_offsets) -> Tensor");
 
-  // expert block: x [T, D] -> y [T, D]; pre_activation [R, 2H or H] is what the backward needs
+  // expert block: x [T, D] -> y [T, D]; pre_activation [R, 2H or H] is what the backward needs, and
+  // has no rows without keep_pre
   m.def(
       "moe_mlp(Tensor x, Tensor topk_weights, Tensor w_up, Tensor w_down, Tensor? b_up, Tensor? "
       "b_down, "
-      "Tensor row_to_pair, Tensor pair_to_row, Tensor expert_offsets, str activation) "
-      "-> (Tensor y, Tensor pre_activation)");
+      "Tensor row_to_pair, Tensor pair_to_row, Tensor expert_offsets, str activation, bool "
+      "keep_pre=True) -> (Tensor y, Tensor pre_activation)");
   m.def(
       "moe_mlp_backward(Tensor grad_y, Tensor x, Tensor topk_weights, Tensor w_up, Tensor w_down, "
       "Tensor? b_up, Tensor? b_down, Tensor pre_activation, Tensor row_to_pair, "

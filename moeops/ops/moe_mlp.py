@@ -31,6 +31,7 @@ def _moe_mlp_fake(
     pair_to_row,
     expert_offsets,
     activation,
+    keep_pre=True,
 ):
     fake_check(
         x.shape[0] == pair_to_row.shape[0],
@@ -40,7 +41,7 @@ def _moe_mlp_fake(
         x.shape[1] == w_up.shape[2],
         "moe_mlp: w_up must have as many inputs as x has columns. Check w_up.shape[2].",
     )
-    pre_activation = x.new_empty((row_to_pair.shape[0], w_up.shape[1]))
+    pre_activation = x.new_empty((row_to_pair.shape[0] if keep_pre else 0, w_up.shape[1]))
     return x.new_empty((x.shape[0], w_down.shape[1])), pre_activation
 
 
@@ -77,17 +78,21 @@ def _moe_mlp_backward_fake(
 
 
 def _moe_mlp_setup(ctx, inputs, output):
-    *tensors, activation = inputs
+    *tensors, activation, keep_pre = inputs
     _, pre_activation = output
     ctx.mark_non_differentiable(pre_activation)
     ctx.set_materialize_grads(False)  # or pre_activation's gradient would be a buffer of zeros
     ctx.save_for_backward(*tensors, pre_activation)
-    ctx.activation = activation
+    ctx.activation, ctx.keep_pre = activation, keep_pre
 
 
 def _moe_mlp_grad(ctx, grad_y, _grad_pre_activation):
     if grad_y is None:
-        return (None,) * 10
+        return (None,) * 11
+    if not ctx.keep_pre:
+        raise RuntimeError(
+            "moe_mlp: keep_pre must be True where a gradient is wanted, got False. Drop the argument."
+        )
     *block, row_to_pair, pair_to_row, expert_offsets, pre_activation = ctx.saved_tensors
     needs = ctx.needs_input_grad[:6]
     need_w_up, need_w_down = needs[2] or needs[4], needs[3] or needs[5]
@@ -105,7 +110,7 @@ def _moe_mlp_grad(ctx, grad_y, _grad_pre_activation):
         need_w_down,
     )
     picked = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
-    return (*picked, None, None, None, None)
+    return (*picked, None, None, None, None, None)
 
 
 torch.library.register_autograd("moeops::moe_mlp", _moe_mlp_grad, setup_context=_moe_mlp_setup)
@@ -145,7 +150,8 @@ def moe_mlp(
     Raises:
         ValueError: a shape, device or ``activation`` does not fit.  TypeError: a dtype is wrong.
     Gradients: ``x``, ``topk_weights``, ``w_up``, ``w_down``, ``b_up``, ``b_down``.  Host sync: none.
-    Deterministic: yes.  Memory: keeps ``x`` and the pre-activation ``[R, 2H or H]`` for the backward, nothing else.
+    Deterministic: yes.  Memory: keeps ``x`` and the pre-activation ``[R, 2H or H]`` for the backward, nothing else;
+    where autograd does not record, not even those.
     Under ``torch.autocast`` the float arguments but ``topk_weights`` are cast to the autocast type.
     Source: recomputation scheme of SonicMoE, arXiv:2512.14080.
 
@@ -161,8 +167,14 @@ def moe_mlp(
     if not torch.compiler.is_compiling():
         _check_moe_mlp(x, topk_weights, plan, w_up, w_down, b_up, b_down, activation)
     topk_weights = topk_weights.to(_checks.accumulate_dtype(x.dtype))
-    y, _ = torch.ops.moeops.moe_mlp(x, topk_weights, w_up, w_down, b_up, b_down, *plan, activation)
+    block = (x, topk_weights, w_up, w_down, b_up, b_down)
+    y, _ = torch.ops.moeops.moe_mlp(*block, *plan, activation, _gradient_is_wanted(block))
     return y
+
+
+def _gradient_is_wanted(tensors) -> bool:
+    """Whether autograd records: without it the pre-activation need not be written to memory."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _check_moe_mlp(x, topk_weights, plan, w_up, w_down, b_up, b_down, activation):

@@ -185,7 +185,7 @@ std::tuple<Tensor, Tensor> moe_mlp(const Tensor& x, const Tensor& topk_weights, 
                                    const Tensor& w_down, const std::optional<Tensor>& b_up,
                                    const std::optional<Tensor>& b_down, const Tensor& row_to_pair,
                                    const Tensor& pair_to_row, const Tensor& expert_offsets,
-                                   const std::string& activation) {
+                                   const std::string& activation, bool keep_pre) {
   constexpr const char* kOp = "moe_mlp";
   const NoGradGuard no_grad;
   check_dim(kOp, "x", x, 2);
@@ -203,6 +203,7 @@ std::tuple<Tensor, Tensor> moe_mlp(const Tensor& x, const Tensor& topk_weights, 
                       width);
     });
   });
+  if (!keep_pre) pre = torch::stable::new_empty(x, {0, w_up.size(1)});
   const Tensor out = linear_rows(hidden, w_down, plan.offsets, b_down);
   return {sum_rows(out, topk_weights, plan), pre};
 }

@@ -4,7 +4,9 @@
 #include "aten.h"
 #include "device_dispatch.h"
 #include "grouped_linear.h"
+#include "hopper/hopper.h"
 #include "kernels/grouped_gemm.cuh"
+#include "kernels/plan_rows.cuh"
 
 namespace moeops::cuda {
 
@@ -69,18 +71,41 @@ void launch_gemm(const Tensor& a, const Tensor& b, Tensor& c, const GroupedGemmS
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-}  // namespace
-
-Tensor safe_offsets(const Tensor& offsets, int64_t num_rows, cudaStream_t stream) {
-  Tensor safe = empty_on(offsets, {offsets.size(0)}, ScalarType::Int);
-  safe_offsets_kernel<<<1, kWarpSize, 0, stream>>>(offsets_data(offsets),
-                                                   static_cast<int>(offsets.size(0) - 1), num_rows,
-                                                   static_cast<int32_t*>(safe.data_ptr()));
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-  return safe;
+void add_bias(Tensor& rows, const Tensor& bias, const Tensor& safe, cudaStream_t stream) {
+  if (rows.numel() == 0) return;
+  MOEOPS_DISPATCH_DEVICE_FLOAT(rows.scalar_type(), "grouped_linear", [&] {
+    add_bias_kernel<scalar_t>
+        <<<grid_blocks(rows.size(0), kThreads / kWarpSize), kThreads, 0, stream>>>(
+            static_cast<scalar_t*>(rows.data_ptr()), static_cast<const scalar_t*>(bias.data_ptr()),
+            offsets_data(safe), static_cast<int>(safe.size(0) - 1), rows.size(0), rows.size(1));
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  });
 }
 
-Tensor grouped_matmul(const Tensor& rows, const Tensor& weight, const Tensor& safe,
+}  // namespace
+
+RowPlan plan_rows(const Tensor& offsets, int64_t num_rows, const Tensor& like,
+                  cudaStream_t stream) {
+  const int64_t num_experts = offsets.size(0) - 1;
+  RowPlan plan;
+  plan.offsets = empty_on(offsets, {num_experts + 1}, ScalarType::Int);
+  if (hopper::refusal(like) == nullptr) {
+    plan.tiles = empty_on(offsets, {num_rows / kTileRows + num_experts, 4}, ScalarType::Int);
+    plan.num_tiles = empty_on(offsets, {1}, ScalarType::Int);
+  }
+  plan_rows_kernel<<<1, kPlanThreads, 0, stream>>>(
+      offsets_data(offsets), static_cast<int>(num_experts), num_rows,
+      static_cast<int32_t*>(plan.offsets.data_ptr()),
+      plan.tiles.defined() ? static_cast<int4*>(plan.tiles.data_ptr()) : nullptr,
+      plan.tiles.defined() ? static_cast<int32_t*>(plan.num_tiles.data_ptr()) : nullptr);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return plan;
+}
+
+namespace {
+
+// Everywhere but on Hopper, and for what its kernels do not take.
+Tensor general_matmul(const Tensor& rows, const Tensor& weight, const Tensor& safe,
                       cudaStream_t stream) {
   const int64_t num_rows = rows.size(0), in = rows.size(1), out = weight.size(1);
   if (num_rows == 0 || out == 0) return empty_on(rows, {num_rows, out}, rows.scalar_type());
@@ -113,12 +138,32 @@ Tensor grouped_matmul(const Tensor& rows, const Tensor& weight, const Tensor& sa
   return result;
 }
 
-Tensor grouped_weight_grad(const Tensor& grad, const Tensor& rows, const Tensor& safe,
-                           cudaStream_t stream) {
+}  // namespace
+
+Tensor grouped_matmul(const char* op, const Tensor& rows, const Tensor& weight, const RowPlan& plan,
+                      const std::optional<Tensor>& bias, cudaStream_t stream) {
+  if (hopper::takes(op, {hopper::refusal(rows), hopper::rows_refusal(rows),
+                         hopper::weight_refusal(weight), hopper::bias_refusal(bias)})) {
+    return hopper::matmul(op, rows, weight, plan, bias, stream);
+  }
+  Tensor out = general_matmul(rows, weight, plan.offsets, stream);
+  if (bias) add_bias(out, *bias, plan.offsets, stream);
+  return out;
+}
+
+Tensor grouped_weight_grad(const char* op, const Tensor& grad, const Tensor& rows,
+                           const RowPlan& plan, cudaStream_t stream) {
+  const Tensor& safe = plan.offsets;
   const int64_t num_rows = rows.size(0), in = rows.size(1), out = grad.size(1);
   const int64_t num_experts = safe.size(0) - 1;
   if (num_rows == 0 || in == 0 || out == 0) {
     return torch::stable::new_zeros(rows, {num_experts, out, in});
+  }
+  if (hopper::takes(
+          op, {hopper::refusal(rows), hopper::rows_refusal(rows), hopper::rows_refusal(grad)})) {
+    Tensor result = empty_on(rows, {num_experts, out, in}, rows.scalar_type());
+    hopper::weight_grad(op, grad, rows, hopper::Operand::kNone, nullptr, plan, result, stream);
+    return result;
   }
   if (torch_grouped_mm_applies(rows) && aligned_elements(in) && aligned_elements(out) &&
       address_aligned(rows) && address_aligned(grad)) {
@@ -212,17 +257,6 @@ void zero_tail(Tensor& rows, const Tensor& safe, cudaStream_t stream) {
 
 namespace {
 
-void add_bias(Tensor& rows, const Tensor& bias, const Tensor& safe, cudaStream_t stream) {
-  if (rows.numel() == 0) return;
-  MOEOPS_DISPATCH_DEVICE_FLOAT(rows.scalar_type(), "grouped_linear", [&] {
-    add_bias_kernel<scalar_t>
-        <<<grid_blocks(rows.size(0), kThreads / kWarpSize), kThreads, 0, stream>>>(
-            static_cast<scalar_t*>(rows.data_ptr()), static_cast<const scalar_t*>(bias.data_ptr()),
-            offsets_data(safe), static_cast<int>(safe.size(0) - 1), rows.size(0), rows.size(1));
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
-  });
-}
-
 Tensor grouped_linear(const Tensor& rows, const Tensor& weight, const Tensor& expert_offsets,
                       const std::optional<Tensor>& bias) {
   constexpr auto kOp = "grouped_linear";
@@ -243,10 +277,11 @@ Tensor grouped_linear(const Tensor& rows, const Tensor& weight, const Tensor& ex
   }
   DeviceGuard guard(rows.get_device_index());
   const cudaStream_t stream = current_stream(rows);
-  const Tensor safe = safe_offsets(as_contiguous(expert_offsets), rows.size(0), stream);
-  Tensor out = grouped_matmul(as_contiguous(rows), weight, safe, stream);
-  if (bias) add_bias(out, as_contiguous(*bias), safe, stream);
-  zero_tail(out, safe, stream);
+  const RowPlan plan = plan_rows(as_contiguous(expert_offsets), rows.size(0), rows, stream);
+  std::optional<Tensor> dense_bias;
+  if (bias) dense_bias = as_contiguous(*bias);
+  Tensor out = grouped_matmul(kOp, as_contiguous(rows), weight, plan, dense_bias, stream);
+  zero_tail(out, plan.offsets, stream);
   return out;
 }
 
@@ -262,8 +297,8 @@ Tensor grouped_linear_weight_grad(const Tensor& grad, const Tensor& rows,
   check_offsets(kOp, expert_offsets, rows);
   DeviceGuard guard(rows.get_device_index());
   const cudaStream_t stream = current_stream(rows);
-  const Tensor safe = safe_offsets(as_contiguous(expert_offsets), rows.size(0), stream);
-  return grouped_weight_grad(as_contiguous(grad), as_contiguous(rows), safe, stream);
+  const RowPlan plan = plan_rows(as_contiguous(expert_offsets), rows.size(0), rows, stream);
+  return grouped_weight_grad(kOp, as_contiguous(grad), as_contiguous(rows), plan, stream);
 }
 
 Tensor grouped_sum(const Tensor& rows, const Tensor& expert_offsets) {
@@ -273,8 +308,8 @@ Tensor grouped_sum(const Tensor& rows, const Tensor& expert_offsets) {
   check_offsets(kOp, expert_offsets, rows);
   DeviceGuard guard(rows.get_device_index());
   const cudaStream_t stream = current_stream(rows);
-  const Tensor safe = safe_offsets(as_contiguous(expert_offsets), rows.size(0), stream);
-  return grouped_row_sum(as_contiguous(rows), safe, stream);
+  const RowPlan plan = plan_rows(as_contiguous(expert_offsets), rows.size(0), rows, stream);
+  return grouped_row_sum(as_contiguous(rows), plan.offsets, stream);
 }
 
 }  // namespace

@@ -2,21 +2,28 @@
 // the callers.
 #pragma once
 
+#include <optional>
+
 #include "common.h"
 
 namespace moeops::cuda {
 
-// Expert boundaries that are safe to index with, whatever the caller passed: [E + 1] int32.
-Tensor safe_offsets(const Tensor& offsets, int64_t num_rows, cudaStream_t stream);
+// Which rows are whose, on the device. offsets [E + 1] int32 are safe to index with, whatever the
+// caller passed. tiles [at most R / 128 + E, 4] and num_tiles [1] cut the rows for the Hopper
+// kernels (kernels/plan_rows.cuh), and are undefined where those do not run.
+struct RowPlan {
+  Tensor offsets, tiles, num_tiles;
+};
+RowPlan plan_rows(const Tensor& offsets, int64_t num_rows, const Tensor& like, cudaStream_t stream);
 
-// rows [R, D] (contiguous), weight [E, H, D] (any strides) -> [R, H]; rows past the last offset are
-// not written.
-Tensor grouped_matmul(const Tensor& rows, const Tensor& weight, const Tensor& safe_offsets,
-                      cudaStream_t stream);
+// rows [R, D] (contiguous), weight [E, H, D] (any strides), bias [E, H] (contiguous) -> [R, H];
+// rows past the last offset are not written. `op` is for errors.
+Tensor grouped_matmul(const char* op, const Tensor& rows, const Tensor& weight, const RowPlan& plan,
+                      const std::optional<Tensor>& bias, cudaStream_t stream);
 
 // grad [R, H], rows [R, D] (both contiguous) -> [E, H, D]
-Tensor grouped_weight_grad(const Tensor& grad, const Tensor& rows, const Tensor& safe_offsets,
-                           cudaStream_t stream);
+Tensor grouped_weight_grad(const char* op, const Tensor& grad, const Tensor& rows,
+                           const RowPlan& plan, cudaStream_t stream);
 
 // rows [R, H] -> [E, H]
 Tensor grouped_row_sum(const Tensor& rows, const Tensor& safe_offsets, cudaStream_t stream);

@@ -2,14 +2,13 @@
 //
 // Forward: gather rows, up projection, activation, down projection, weighted sum. Only x and the
 // pre-activation are kept; the backward gathers x and grad_y again and folds the routing weight
-// into the pointwise pass, so the down projection's output is never needed: d weight = <d hidden,
-// hidden>.
+// into the activation's gradient, so the down projection's output is never needed: d weight =
+// <d hidden, hidden>. On Hopper the products gather and activate by themselves (hopper/).
 #include <torch/csrc/stable/library.h>
 
 #include "common.h"
 #include "device_dispatch.h"
-#include "grouped_linear.h"
-#include "kernels/activation.cuh"
+#include "expert_block.h"
 #include "permute.h"
 
 namespace moeops::cuda {
@@ -47,21 +46,6 @@ void dispatch_activation(Activation activation, const F& f) {
       return f(std::integral_constant<Activation, Activation::kReluSquared>{});
   }
 }
-
-// What both directions take, checked, contiguous, with boundaries that are safe to index with.
-struct Block {
-  Tensor x, topk_weights, w_up, w_down;
-  std::optional<Tensor> b_up, b_down;
-  Tensor row_to_pair, pair_to_row, offsets;
-  Activation activation;
-  cudaStream_t stream;
-
-  int64_t num_rows() const { return row_to_pair.size(0); }
-  int64_t hidden_width() const { return w_down.size(2); }
-  int64_t out_width() const { return w_down.size(1); }
-  int num_experts() const { return static_cast<int>(offsets.size(0) - 1); }
-  const int32_t* offsets_data() const { return static_cast<const int32_t*>(offsets.data_ptr()); }
-};
 
 void check_expert_weight(const char* op, const char* name, const Tensor& weight, const Tensor& x,
                          int64_t num_experts) {
@@ -113,7 +97,7 @@ Block make_block(const char* op, const Tensor& x, const Tensor& topk_weights, co
           check_bias(op, "b_down", b_down, w_down),
           as_contiguous(row_to_pair),
           as_contiguous(pair_to_row),
-          safe_offsets(as_contiguous(expert_offsets), row_to_pair.size(0), stream),
+          plan_rows(as_contiguous(expert_offsets), row_to_pair.size(0), x, stream),
           kind,
           stream};
 }
@@ -134,7 +118,7 @@ bool vectors_fit(const Block& block, std::initializer_list<const Tensor*> buffer
 
 Tensor gather(const Tensor& x, const Block& block) {
   Tensor rows = empty_on(x, {block.num_rows(), x.size(1)}, x.scalar_type());
-  permute(x, block.pair_to_row, block.offsets, rows, block.stream);
+  permute(x, block.pair_to_row, block.plan.offsets, rows, block.stream);
   return rows;
 }
 
@@ -183,21 +167,38 @@ void add_down_bias(const Block& block, Tensor& y) {
   });
 }
 
+// The general path: rows gathered, multiplied, activated and multiplied in passes of their own.
+Tensor general_rows(const Block& block, Tensor& pre) {
+  constexpr auto kOp = "moe_mlp";
+  pre = grouped_matmul(kOp, gather(block.x, block), block.w_up, block.plan, std::nullopt,
+                       block.stream);
+  const Tensor hidden = activate_rows(block, pre);
+  return grouped_matmul(kOp, hidden, block.w_down, block.plan, std::nullopt, block.stream);
+}
+
 std::tuple<Tensor, Tensor> moe_mlp(const Tensor& x, const Tensor& topk_weights, const Tensor& w_up,
                                    const Tensor& w_down, const std::optional<Tensor>& b_up,
                                    const std::optional<Tensor>& b_down, const Tensor& row_to_pair,
                                    const Tensor& pair_to_row, const Tensor& expert_offsets,
-                                   std::string activation) {
+                                   std::string activation, bool keep_pre) {
+  constexpr auto kOp = "moe_mlp";
   DeviceGuard guard(x.get_device_index());
-  const Block block = make_block("moe_mlp", x, topk_weights, w_up, w_down, b_up, b_down,
-                                 row_to_pair, pair_to_row, expert_offsets, activation);
+  const Block block = make_block(kOp, x, topk_weights, w_up, w_down, b_up, b_down, row_to_pair,
+                                 pair_to_row, expert_offsets, activation);
   Tensor y = empty_on(x, {x.size(0), block.out_width()}, x.scalar_type());
-  Tensor pre = grouped_matmul(gather(block.x, block), w_up, block.offsets, block.stream);
-  Tensor hidden = activate_rows(block, pre);
-  zero_tail(pre, block.offsets, block.stream);
-  Tensor rows = grouped_matmul(hidden, w_down, block.offsets, block.stream);
-  hidden = Tensor();
-  unpermute(rows, block.topk_weights, block.pair_to_row, block.offsets, y, block.stream);
+  Tensor pre, rows;
+  if (hopper::takes_block(kOp, block, {})) {
+    if (keep_pre) pre = empty_on(x, {block.num_rows(), w_up.size(1)}, x.scalar_type());
+    rows = hopper::expert_rows(block, pre);
+  } else {
+    rows = general_rows(block, pre);
+  }
+  if (keep_pre) {
+    zero_tail(pre, block.plan.offsets, block.stream);
+  } else {
+    pre = empty_on(x, {0, w_up.size(1)}, x.scalar_type());
+  }
+  unpermute(rows, block.topk_weights, block.pair_to_row, block.plan.offsets, y, block.stream);
   add_down_bias(block, y);
   return {y, pre};
 }
@@ -262,6 +263,47 @@ ActivationGrads activation_backward(const Block& block, const Tensor& pre,
   return out;
 }
 
+// The general path of the backward: grad_y and x gathered again, the products and the pointwise
+// pass one by one.
+void general_backward(const Block& block, const Tensor& grad_y, const Tensor& pre,
+                      const Needed& needed, BlockGrads& grads) {
+  constexpr auto kOp = "moe_mlp_backward";
+  if (needed.topk_weights) {
+    // With as many rows as pairs the kernel meets every pair.
+    const bool every_pair_has_a_row = block.num_rows() == block.pair_to_row.numel();
+    grads.topk_weights =
+        every_pair_has_a_row
+            ? empty_on(block.topk_weights, block.topk_weights.sizes(),
+                       block.topk_weights.scalar_type())
+            : torch::stable::new_zeros(block.topk_weights, block.topk_weights.sizes());
+  }
+  Tensor grad_pre, scores = needed.topk_weights ? grads.topk_weights : Tensor();
+  {
+    const Tensor grad_rows = gather(grad_y, block);
+    const Tensor grad_hidden =
+        grouped_matmul(kOp, grad_rows, torch::stable::transpose(block.w_down, 1, 2), block.plan,
+                       std::nullopt, block.stream);
+    ActivationGrads pointwise = activation_backward(block, pre, grad_hidden, grad_y,
+                                                    needed.x || needed.w_up, needed.w_down, scores);
+    grad_pre = pointwise.grad_pre;
+    if (needed.w_down) {
+      grads.w_down =
+          grouped_weight_grad(kOp, grad_rows, pointwise.weighted_hidden, block.plan, block.stream);
+    }
+  }
+  if (needed.w_up) {
+    grads.w_up =
+        grouped_weight_grad(kOp, grad_pre, gather(block.x, block), block.plan, block.stream);
+    if (block.b_up) grads.b_up = grouped_row_sum(grad_pre, block.plan.offsets, block.stream);
+  }
+  if (needed.x) {
+    const Tensor rows = grouped_matmul(kOp, grad_pre, torch::stable::transpose(block.w_up, 1, 2),
+                                       block.plan, std::nullopt, block.stream);
+    grads.x = empty_on(block.x, block.x.sizes(), block.x.scalar_type());
+    unpermute(rows, std::nullopt, block.pair_to_row, block.plan.offsets, grads.x, block.stream);
+  }
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(
     const Tensor& grad_y, const Tensor& x, const Tensor& topk_weights, const Tensor& w_up,
     const Tensor& w_down, const std::optional<Tensor>& b_up, const std::optional<Tensor>& b_down,
@@ -283,47 +325,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(
   check_type(kOp, "pre_activation", pre_activation, x.scalar_type(), "the type of x");
   check_same_device(kOp, "pre_activation", pre_activation, x);
 
-  // Outputs must not alias each other, so what is not needed is an empty tensor of its own.
-  auto none = [&] { return empty_on(x, {0}, x.scalar_type()); };
-  Tensor grad_x = none(), grad_topk_weights = none(), grad_w_up = none(), grad_w_down = none(),
-         grad_b_up = none(), grad_b_down = none();
-  const Tensor gy = as_contiguous(grad_y);
-  if (need_topk_weights) {
-    // With as many rows as pairs the kernel meets every pair.
-    const bool every_pair_has_a_row = block.num_rows() == block.pair_to_row.numel();
-    grad_topk_weights =
-        every_pair_has_a_row
-            ? empty_on(topk_weights, block.topk_weights.sizes(), topk_weights.scalar_type())
-            : torch::stable::new_zeros(topk_weights, block.topk_weights.sizes());
-  }
-  Tensor grad_pre, scores = need_topk_weights ? grad_topk_weights : Tensor();
-  {
-    const Tensor grad_rows = gather(gy, block);
-    const Tensor grad_hidden = grouped_matmul(grad_rows, torch::stable::transpose(w_down, 1, 2),
-                                              block.offsets, block.stream);
-    ActivationGrads grads = activation_backward(block, as_contiguous(pre_activation), grad_hidden,
-                                                gy, need_x || need_w_up, need_w_down, scores);
-    grad_pre = grads.grad_pre;
-    if (need_w_down) {
-      grad_w_down =
-          grouped_weight_grad(grad_rows, grads.weighted_hidden, block.offsets, block.stream);
-    }
+  const Tensor gy = as_contiguous(grad_y), pre = as_contiguous(pre_activation);
+  const Needed needed{need_x, need_topk_weights, need_w_up, need_w_down};
+  const auto none = [&] { return empty_on(x, {0}, x.scalar_type()); };
+  BlockGrads grads{none(), none(), none(), none(), none(), none()};
+  if (hopper::takes_block(kOp, block, {&gy, &pre})) {
+    hopper::expert_rows_backward(block, gy, pre, needed, grads);
+  } else {
+    general_backward(block, gy, pre, needed, grads);
   }
   if (need_w_down && block.b_down) {
-    grad_b_down = grouped_weighted_sum(gy, block.topk_weights, block.row_to_pair, block.offsets,
-                                       block.stream);
+    grads.b_down = grouped_weighted_sum(gy, block.topk_weights, block.row_to_pair,
+                                        block.plan.offsets, block.stream);
   }
-  if (need_w_up) {
-    grad_w_up = grouped_weight_grad(grad_pre, gather(block.x, block), block.offsets, block.stream);
-    if (block.b_up) grad_b_up = grouped_row_sum(grad_pre, block.offsets, block.stream);
-  }
-  if (need_x) {
-    const Tensor rows =
-        grouped_matmul(grad_pre, torch::stable::transpose(w_up, 1, 2), block.offsets, block.stream);
-    grad_x = empty_on(x, block.x.sizes(), x.scalar_type());
-    unpermute(rows, std::nullopt, block.pair_to_row, block.offsets, grad_x, block.stream);
-  }
-  return {grad_x, grad_topk_weights, grad_w_up, grad_w_down, grad_b_up, grad_b_down};
+  return {grads.x, grads.topk_weights, grads.w_up, grads.w_down, grads.b_up, grads.b_down};
 }
 
 }  // namespace

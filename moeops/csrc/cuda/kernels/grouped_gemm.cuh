@@ -282,28 +282,6 @@ __global__ void __launch_bounds__(256)
   }
 }
 
-// safe[0] = 0, safe[e] = the largest of offsets[1..e], inside [0, num_rows]: equal to the offsets
-// of any valid plan, harmless for any other. One warp.
-__global__ void safe_offsets_kernel(const int32_t* __restrict__ offsets, int num_experts,
-                                    int64_t num_rows, int32_t* __restrict__ safe) {
-  const int lane = threadIdx.x;
-  const int limit = static_cast<int>(num_rows);
-  int carry = 0;
-  if (lane == 0) safe[0] = 0;
-  for (int first = 1; first <= num_experts; first += kWarpSize) {
-    const int e = first + lane;
-    int value = e <= num_experts ? min(max(offsets[e], 0), limit) : 0;
-#pragma unroll
-    for (int offset = 1; offset < kWarpSize; offset *= 2) {
-      const int below = __shfl_up_sync(kFullMask, value, offset);
-      if (lane >= offset) value = max(value, below);
-    }
-    value = max(value, carry);
-    if (e <= num_experts) safe[e] = value;
-    carry = __shfl_sync(kFullMask, value, kWarpSize - 1);
-  }
-}
-
 // Rows past the last offset become zero. A small grid: usually there is nothing to do.
 template <typename T>
 __global__ void zero_tail_kernel(T* __restrict__ rows, const int32_t* __restrict__ offsets,

@@ -1,0 +1,126 @@
+// What the two kernel bodies share: the plan of shared memory, conversions, division by top_k, the
+// walk over stages, the launch.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "common.h"
+#include "hopper/layouts.cuh"
+#include "hopper/ptx.cuh"
+#include "hopper/wgmma.cuh"
+#include "kernels/vector.cuh"
+
+namespace moeops::hopper {
+
+constexpr int kWarpgroup = 128;  // threads
+constexpr int kDepth = 64;       // values of k in a stage: one 128-byte line
+constexpr int kRowTile = 128;    // rows of a tile of ragged rows
+constexpr int kMaxSharedBytes = 232448;
+constexpr int kAlignBytes = 1024;  // of operand tiles, for the swizzle
+
+// Two neighbouring values as one 32-bit word, and back.
+template <typename T>
+__device__ __forceinline__ uint32_t pack(float a, float b) {
+  uint32_t word;
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    const __nv_bfloat162 v = __floats2bfloat162_rn(a, b);
+    word = *reinterpret_cast<const uint32_t*>(&v);
+  } else {
+    const __half2 v = __floats2half2_rn(a, b);
+    word = *reinterpret_cast<const uint32_t*>(&v);
+  }
+  return word;
+}
+template <typename T>
+__device__ __forceinline__ float2 unpack(uint32_t word) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&word));
+  } else {
+    return __half22float2(*reinterpret_cast<const __half2*>(&word));
+  }
+}
+
+// Division of 0 <= n < 2^31 by a number that the host knows, as a multiplication.
+struct Divider {
+  uint32_t multiplier = 0, shift = 0;
+
+  explicit Divider(int divisor) {
+    if (divisor == 1) return;
+    uint32_t bits = 0;
+    while ((int64_t{1} << bits) < divisor) ++bits;
+    const uint64_t power = uint64_t{1} << (31 + bits);
+    multiplier = static_cast<uint32_t>((power + divisor - 1) / divisor);
+    shift = bits - 1;
+  }
+  __device__ __forceinline__ int operator()(int n) const {
+    return multiplier == 0 ? n : static_cast<int>(__umulhi(n, multiplier) >> shift);
+  }
+};
+
+// Which rows of x the rows in expert order are. A plan with values out of range must not lead
+// outside x.
+struct RowSource {
+  const int32_t* row_to_pair;
+  Divider top_k;
+  int num_pairs;
+
+  __device__ __forceinline__ int pair(int row) const {
+    return static_cast<int>(min(static_cast<unsigned>(row_to_pair[row]), num_pairs - 1u));
+  }
+  __device__ __forceinline__ int token(int row) const { return top_k(pair(row)); }
+};
+
+// Stages of operands, buffers for the epilogue of each of the two consumer warpgroups, barriers.
+template <int kRows, int kColumns, int kEpilogueBytes>
+struct SharedPlan {
+  static constexpr int kA = kRows * kDepth * 2, kB = kColumns * kDepth * 2;
+  static constexpr int kBarrierBytes = 256;
+  static constexpr int kStages =
+      (kMaxSharedBytes - kAlignBytes - kBarrierBytes - 2 * kEpilogueBytes) / (kA + kB);
+  static constexpr int kOffsetB = kStages * kA;
+  static constexpr int kOffsetEpilogue = kOffsetB + kStages * kB;
+  static constexpr int kOffsetBarriers = kOffsetEpilogue + 2 * kEpilogueBytes;
+  static constexpr int kBytes = kOffsetBarriers + kBarrierBytes + kAlignBytes;
+  static_assert(kStages >= 3, "fewer stages would leave the tensor cores waiting for copies");
+  static_assert(16 * kStages + 16 + 48 <= kBarrierBytes, "two barriers per stage and eight more");
+};
+
+// Position in the ring of stages, and the parity of the phase there.
+template <int kStages>
+struct Ring {
+  int stage = 0, parity = 0;
+
+  __device__ __forceinline__ void next() {
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+  __device__ __forceinline__ void skip(int count) {
+    stage += count;
+    parity ^= (stage / kStages) & 1;
+    stage %= kStages;
+  }
+};
+
+// Grid of one CTA per multiprocessor, in clusters of `cluster`.
+template <typename... Args>
+void launch_persistent(void (*kernel)(Args...), int cluster, int num_sms, int threads, int bytes,
+                       cudaStream_t stream, const Args&... args) {
+  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = cluster;
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(num_sms / cluster * cluster));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = cluster > 1 ? 1 : 0;
+  STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args...));
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+}  // namespace moeops::hopper

@@ -1,0 +1,354 @@
+// What becomes of the sums of a tile of rows: stored, or put through the activation or its
+// backward.
+//
+// A consumer warpgroup writes blocks of 64 rows in chunks of 32 columns through small buffers in
+// shared memory. In a gated activation gate and up column c of a token sit in the same thread.
+#pragma once
+
+#include "hopper/common.cuh"
+#include "kernels/activation.cuh"
+
+namespace moeops::hopper {
+
+enum class Epilogue {
+  kStore,               // out = sum + bias
+  kActivation,          // out = pre = sum + bias, rounded; hidden = act(pre)
+  kActivationBackward,  // sum is the gradient of hidden; out = grad_pre, hidden = weighted hidden
+};
+
+constexpr int kPreSlots = 3;       // chunks of the pre-activation in flight
+constexpr int kHiddenBuffers = 2;  // of the backward
+
+// Pointers may be null where an output or a bias is not wanted.
+struct EpilogueArgs {
+  void* out;                  // [R, n], [R, parts * n] for activations
+  void* hidden;               // [R, n]
+  const void* bias;           // [E, n] or [E, parts * n]
+  const float* topk_weights;  // of the backward: weight of each pair
+  RowSource source;           // of the backward: the pair of each row
+  float* partial;             // of the backward: <sum, act(pre)> of each row and tile, [R, n_tiles]
+};
+
+// A consumer's blocks of a tile: `live` blocks of 64 rows, `rows` rows from `row` on, tile n.
+struct OutputSpot {
+  int expert, row, rows, live, n;
+};
+
+template <Epilogue kEpilogue, Activation kActivation, int kTileColumns, bool kPingpong>
+struct EpilogueShape {
+  static constexpr bool kGated = kActivation == Activation::kSwiglu;
+  // Pieces of a row of out side by side: gate and up, or one.
+  static constexpr int kParts = kEpilogue != Epilogue::kStore && kGated ? 2 : 1;
+  // Columns of hidden, or of out, that a tile makes.
+  static constexpr int kColumns =
+      kEpilogue == Epilogue::kActivation && kGated ? kTileColumns / 2 : kTileColumns;
+  // Chunks under way at a time. A cooperative tile needs the memory for a fourth stage.
+  static constexpr int kChunks = kEpilogue == Epilogue::kActivation && !kPingpong ? 1 : 2;
+  static constexpr int kBuffers = kEpilogue == Epilogue::kActivation ? kParts + 1 : 1;
+  static constexpr int kBytes = kEpilogue == Epilogue::kActivationBackward
+                                    ? (kPreSlots * kParts + kHiddenBuffers) * kOutputChunkBytes
+                                    : kChunks * kBuffers * kOutputChunkBytes;
+};
+
+// Words of four accumulator pairs: rows r and r + 8 of one block of 8 columns, then of the next.
+struct Quad {
+  uint32_t word[4];
+};
+
+template <typename T, Epilogue kEpilogue, Activation kActivation, int kTileColumns, bool kPingpong>
+struct Writer {
+  using Shape = EpilogueShape<kEpilogue, kActivation, kTileColumns, kPingpong>;
+  static constexpr int kBlocks = kPingpong ? 2 : 1, kParts = Shape::kParts;
+  static constexpr int kAcross = Shape::kColumns / 32;  // chunks of a block of rows
+  static constexpr int kSlotBytes = kParts * kOutputChunkBytes;
+
+  const EpilogueArgs& args;
+  const uint32_t buffers, pre_full;
+  const int consumer, n, n_tiles;
+  const int thread, lane, warp;
+  int slot = 0, pre_parity = 0, hidden_buffer = 0;  // of the backward
+
+  __device__ __forceinline__ Writer(const EpilogueArgs& args, uint32_t buffers, uint32_t pre_full,
+                                    int consumer, int n, int n_tiles)
+      : args(args),
+        buffers(buffers),
+        pre_full(pre_full),
+        consumer(consumer),
+        n(n),
+        n_tiles(n_tiles),
+        thread(threadIdx.x % kWarpgroup),
+        lane(threadIdx.x % kWarpSize),
+        warp(threadIdx.x % kWarpgroup / kWarpSize) {}
+
+  __device__ __forceinline__ void warpgroup_barrier() const {
+    named_barrier(1 + consumer, kWarpgroup);
+  }
+
+  // --- the pre-activation of the backward, loaded ahead in a ring of slots
+
+  // Chunk i of the tile: rows 64 (i / kAcross), columns 32 (i % kAcross).
+  __device__ __forceinline__ void load_pre(const CUtensorMap& map, const OutputSpot& spot, int i,
+                                           int to) const {
+    const uint32_t barrier = pre_full + 8 * to;
+    barrier_arrive_expect(barrier, kSlotBytes);
+    const int column = spot.n * Shape::kColumns + i % kAcross * 32;
+    tensor_load(buffers + to * kSlotBytes, &map, barrier, column, spot.row + i / kAcross * 64, 0);
+  }
+
+  __device__ __forceinline__ void begin_tile(const OutputSpot& spot, const CUtensorMap& pre) {
+    if constexpr (kEpilogue == Epilogue::kActivationBackward) {
+      fence_shared();
+      warpgroup_barrier();  // nobody still reads the last tile's buffers
+      if (thread == 0) {
+        store_wait_read<0>();
+        const int chunks = min(kPreSlots, spot.live * kAcross);
+        for (int i = 0, to = slot; i < chunks; ++i, to = to + 1 == kPreSlots ? 0 : to + 1) {
+          load_pre(pre, spot, i, to);
+        }
+      }
+      __syncwarp();
+    }
+  }
+
+  // --- all kinds
+
+  __device__ __forceinline__ void write_tile(const float (&sum)[kBlocks][kTileColumns / 2],
+                                             const OutputSpot& spot, const CUtensorMap& out,
+                                             const CUtensorMap& hidden, const CUtensorMap& pre) {
+#pragma unroll
+    for (int m = 0; m < kBlocks; ++m) {
+      if (m >= spot.live) continue;
+      if constexpr (kEpilogue == Epilogue::kActivationBackward) {
+        backward_block(sum[m], spot, m, out, hidden, pre);
+      } else {
+#pragma unroll
+        for (int chunk = 0; chunk < kAcross; ++chunk) {
+          forward_chunk(sum[m], spot, m, chunk, out, hidden);
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void stage(uint32_t buffer, uint32_t at, const Quad& quad) const {
+    store_matrices(buffer + at, quad.word[0], quad.word[1], quad.word[2], quad.word[3]);
+  }
+
+  // sum + bias, rounded: 8 sums from column `column` of part `part` on. The sums themselves must
+  // stay as the products left them, or ptxas serialises the products.
+  __device__ __forceinline__ Quad with_bias(const float* sum, int expert, int part,
+                                            int column) const {
+    float2 bias[2] = {};
+    if (args.bias != nullptr) {
+      const T* own = static_cast<const T*>(args.bias) +
+                     (static_cast<int64_t>(expert) * kParts + part) * n + column + lane % 4 * 2;
+#pragma unroll
+      for (int block = 0; block < 2; ++block) {
+        if (column + block * 8 >= n) continue;
+        bias[block] = unpack<T>(*reinterpret_cast<const uint32_t*>(own + block * 8));
+      }
+    }
+    Quad out;
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+      out.word[q] = pack<T>(sum[2 * q] + bias[q >> 1].x, sum[2 * q + 1] + bias[q >> 1].y);
+    }
+    return out;
+  }
+
+  // act(pre) of rounded values, so that the backward sees the same.
+  __device__ __forceinline__ Quad activated(const Quad& gate, const Quad& up) const {
+    Quad out;
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+      const float2 z = unpack<T>(gate.word[q]), u = unpack<T>(up.word[q]);
+      float2 value;
+      float slope;
+      activate<T, kActivation>(z.x, value.x, slope);
+      activate<T, kActivation>(z.y, value.y, slope);
+      if constexpr (Shape::kGated) {
+        value.x *= u.x;
+        value.y *= u.y;
+      }
+      out.word[q] = pack<T>(value.x, value.y);
+    }
+    return out;
+  }
+
+  __device__ __forceinline__ void forward_chunk(const float (&sum)[kTileColumns / 2],
+                                                const OutputSpot& spot, int m, int chunk,
+                                                const CUtensorMap& out, const CUtensorMap& hidden) {
+    constexpr int kChunks = Shape::kChunks;
+    const int column = spot.n * Shape::kColumns + chunk * 32;
+    const uint32_t buffer =
+        buffers + (m * kAcross + chunk) % kChunks * Shape::kBuffers * kOutputChunkBytes;
+    if (thread == 0) {
+      if (m == 0 && chunk == 0) {
+        store_wait_read<0>();
+      } else {
+        store_wait_read<kChunks - 1>();
+      }
+    }
+    warpgroup_barrier();  // the buffer is free
+#pragma unroll
+    for (int j = 0; j < 4; j += 2) {
+      const float* own = sum + (chunk * 4 + j) * 4;
+      const uint32_t at = output_lane(warp, lane, j);
+      const Quad first = with_bias(own, spot.expert, 0, column + j * 8);
+      stage(buffer, at, first);
+      if constexpr (kEpilogue == Epilogue::kActivation) {
+        Quad second{};
+        if constexpr (kParts == 2) {
+          second = with_bias(own + kTileColumns / 4, spot.expert, 1, column + j * 8);
+          stage(buffer + kOutputChunkBytes, at, second);
+        }
+        stage(buffer + kParts * kOutputChunkBytes, at, activated(first, second));
+      }
+    }
+    fence_shared();
+    warpgroup_barrier();
+    send(buffer, buffer + kParts * kOutputChunkBytes, spot, m, column, out, hidden);
+    if (thread == 0) store_commit();  // also an empty group: store_wait_read counts groups
+  }
+
+  // A chunk from its buffers to global memory.
+  __device__ __forceinline__ void send(uint32_t out_buffer, uint32_t hidden_buffer,
+                                       const OutputSpot& spot, int m, int column,
+                                       const CUtensorMap& out, const CUtensorMap& hidden) const {
+    constexpr bool kHidden = kEpilogue != Epilogue::kStore;
+    const int row = spot.row + m * 64, rows = spot.rows - m * 64;
+    if (rows >= 64) {
+      if (thread == 0) {
+        if (args.out != nullptr) {
+          // The backward moves gate and up as one box, the forward made them one by one.
+          tensor_store(&out, out_buffer, column, row, 0);
+          if constexpr (kEpilogue == Epilogue::kActivation && kParts == 2) {
+            tensor_store(&out, out_buffer + kOutputChunkBytes, column, row, 1);
+          }
+        }
+        if (kHidden && args.hidden != nullptr) tensor_store(&hidden, hidden_buffer, column, row, 0);
+      }
+      return;
+    }
+#pragma unroll 1
+    for (int i = thread; i < 64 * 4; i += kWarpgroup) {
+      const int r = i >> 2, c = column + (i & 3) * 8;
+      if (r >= rows || c >= n) continue;
+      const uint32_t at = output_chunk(r, i & 3);
+      if (args.out != nullptr) {
+        T* to = static_cast<T*>(args.out) + static_cast<int64_t>(row + r) * kParts * n + c;
+        *reinterpret_cast<uint4*>(to) = load_shared_16(out_buffer + at);
+        if constexpr (kParts == 2) {
+          *reinterpret_cast<uint4*>(to + n) = load_shared_16(out_buffer + kOutputChunkBytes + at);
+        }
+      }
+      if (kHidden && args.hidden != nullptr) {
+        T* to = static_cast<T*>(args.hidden) + static_cast<int64_t>(row + r) * n + c;
+        *reinterpret_cast<uint4*>(to) = load_shared_16(hidden_buffer + at);
+      }
+    }
+  }
+
+  // --- backward: the gradients of gate and up overwrite them in their slot
+
+  struct RowPair {
+    float weight[2], dot[2];  // of this thread's rows r and r + 8
+  };
+
+  __device__ __forceinline__ void backward_block(const float (&sum)[kTileColumns / 2],
+                                                 const OutputSpot& spot, int m,
+                                                 const CUtensorMap& out, const CUtensorMap& hidden,
+                                                 const CUtensorMap& pre) {
+    const int mine = m * 64 + warp * 16 + lane / 4;
+    RowPair rows{};
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int r = mine + 8 * i;
+      if (r < spot.rows) rows.weight[i] = args.topk_weights[args.source.pair(spot.row + r)];
+    }
+#pragma unroll
+    for (int chunk = 0; chunk < kAcross; ++chunk) {
+      backward_chunk(sum, spot, m, chunk, rows, out, hidden, pre);
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float dot = rows.dot[i];  // over the four lanes that share the row
+      dot += __shfl_xor_sync(kFullMask, dot, 1);
+      dot += __shfl_xor_sync(kFullMask, dot, 2);
+      const int r = mine + 8 * i;
+      if (args.partial != nullptr && lane % 4 == 0 && r < spot.rows && spot.n < n_tiles) {
+        args.partial[static_cast<int64_t>(spot.row + r) * n_tiles + spot.n] = dot;
+      }
+    }
+  }
+
+  __device__ __forceinline__ void backward_chunk(const float (&sum)[kTileColumns / 2],
+                                                 const OutputSpot& spot, int m, int chunk,
+                                                 RowPair& rows, const CUtensorMap& out,
+                                                 const CUtensorMap& hidden,
+                                                 const CUtensorMap& pre) {
+    const int i = m * kAcross + chunk;
+    barrier_wait(pre_full + 8 * slot, pre_parity, Waiting::kForPreActivation, slot);
+    warpgroup_barrier();  // the hidden buffer is free: thread 0 waited for its store below
+    const uint32_t buffer = buffers + slot * kSlotBytes;
+    const uint32_t weighted = buffers + kPreSlots * kSlotBytes + hidden_buffer * kOutputChunkBytes;
+#pragma unroll
+    for (int j = 0; j < 4; j += 2) {
+      const uint32_t at = output_lane(warp, lane, j);
+      Quad gate, up{}, value;
+      load_matrices(buffer + at, gate.word);
+      if constexpr (kParts == 2) load_matrices(buffer + kOutputChunkBytes + at, up.word);
+      differentiate(sum + (chunk * 4 + j) * 4, gate, up, value, rows);
+      stage(buffer, at, gate);
+      if constexpr (kParts == 2) stage(buffer + kOutputChunkBytes, at, up);
+      stage(weighted, at, value);
+    }
+    fence_shared();
+    warpgroup_barrier();
+    send(buffer, weighted, spot, m, spot.n * Shape::kColumns + chunk * 32, out, hidden);
+    if (thread == 0) {
+      store_commit();
+      store_wait_read<1>();  // the chunk before this one has left: its slot takes the next load
+      if (i > 0 && i + kPreSlots - 1 < spot.live * kAcross) {
+        load_pre(pre, spot, i + kPreSlots - 1, slot == 0 ? kPreSlots - 1 : slot - 1);
+      }
+    }
+    __syncwarp();
+    if (++slot == kPreSlots) {
+      slot = 0;
+      pre_parity ^= 1;
+    }
+    hidden_buffer ^= 1;
+  }
+
+  // In: the gradient of hidden, gate and up. Out: their gradients, and the weighted hidden value.
+  __device__ __forceinline__ void differentiate(const float* grad, Quad& gate, Quad& up,
+                                                Quad& value, RowPair& rows) const {
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+      const float weight = rows.weight[q & 1];
+      const float2 z = unpack<T>(gate.word[q]), u = unpack<T>(up.word[q]);
+      float grad_gate[2], grad_up[2], weighted[2];
+#pragma unroll
+      for (int x = 0; x < 2; ++x) {
+        const float g = grad[2 * q + x];
+        float act, slope;
+        activate<T, kActivation>(x == 0 ? z.x : z.y, act, slope);
+        float hidden = act;
+        if constexpr (Shape::kGated) {
+          const float other = x == 0 ? u.x : u.y;
+          hidden = act * other;
+          slope *= other;
+          grad_up[x] = weight * g * act;
+        }
+        rows.dot[q & 1] += g * hidden;
+        weighted[x] = weight * hidden;
+        grad_gate[x] = weight * g * slope;
+      }
+      gate.word[q] = pack<T>(grad_gate[0], grad_gate[1]);
+      if constexpr (Shape::kGated) up.word[q] = pack<T>(grad_up[0], grad_up[1]);
+      value.word[q] = pack<T>(weighted[0], weighted[1]);
+    }
+  }
+};
+
+}  // namespace moeops::hopper

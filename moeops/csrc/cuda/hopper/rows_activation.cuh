@@ -1,0 +1,64 @@
+#pragma once
+
+#include "hopper/launch_rows.cuh"
+
+namespace moeops::cuda::hopper {
+
+template <typename T>
+void launch_gated_up(const RowsLaunch& problem, const RowsChoice& choice) {
+  constexpr auto kUp = Epilogue::kActivation;
+  constexpr auto kGated = Activation::kSwiglu;
+  auto* launch = problem.weight.across()
+                     ? &launch_chosen<T, kUp, kGated, true, true, Cooperative256Pair>
+                     : &launch_chosen<T, kUp, kGated, true, false, Pingpong192, Pingpong192Pair,
+                                      Cooperative256, Cooperative256Pair>;
+  launch(problem, choice);
+}
+
+template <typename T>
+void launch_gated_backward(const RowsLaunch& problem, const RowsChoice& choice) {
+  constexpr auto kBackward = Epilogue::kActivationBackward;
+  constexpr auto kGated = Activation::kSwiglu;
+  auto* launch = problem.weight.across()
+                     ? &launch_chosen<T, kBackward, kGated, true, true, Pingpong192,
+                                      Pingpong192Pair, Pingpong128Pair>
+                     : &launch_chosen<T, kBackward, kGated, true, false, Pingpong192Pair>;
+  launch(problem, choice);
+}
+
+// One tile: these activations are used in older models, whose sizes suit it.
+template <typename T, Epilogue kEpilogue>
+void launch_plain(const RowsLaunch& problem, Activation activation, const RowsChoice& choice) {
+  const auto run = [&](auto kind) {
+    constexpr Activation kActivation = decltype(kind)::value;
+    auto* launch = problem.weight.across()
+                       ? &launch_chosen<T, kEpilogue, kActivation, true, true, Pingpong192Pair>
+                       : &launch_chosen<T, kEpilogue, kActivation, true, false, Pingpong192Pair>;
+    launch(problem, choice);
+  };
+  switch (activation) {
+    case Activation::kGelu:
+      return run(std::integral_constant<Activation, Activation::kGelu>{});
+    case Activation::kRelu:
+      return run(std::integral_constant<Activation, Activation::kRelu>{});
+    case Activation::kSilu:
+      return run(std::integral_constant<Activation, Activation::kSilu>{});
+    case Activation::kReluSquared:
+      return run(std::integral_constant<Activation, Activation::kReluSquared>{});
+    case Activation::kSwiglu:
+      STD_TORCH_CHECK(false, "moeops: a gated activation reached the kernels of plain ones.");
+  }
+}
+
+template <typename T>
+void launch_plain_up(const RowsLaunch& problem, Activation activation, const RowsChoice& choice) {
+  launch_plain<T, Epilogue::kActivation>(problem, activation, choice);
+}
+
+template <typename T>
+void launch_plain_backward(const RowsLaunch& problem, Activation activation,
+                           const RowsChoice& choice) {
+  launch_plain<T, Epilogue::kActivationBackward>(problem, activation, choice);
+}
+
+}  // namespace moeops::cuda::hopper

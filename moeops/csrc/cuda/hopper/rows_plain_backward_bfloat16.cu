@@ -1,0 +1,7 @@
+// The backward of the down product with an activation of one variable, for bfloat16.
+#include "hopper/rows_activation.cuh"
+
+namespace moeops::cuda::hopper {
+template void launch_plain_backward<__nv_bfloat16>(const RowsLaunch&, Activation,
+                                                   const RowsChoice&);
+}
