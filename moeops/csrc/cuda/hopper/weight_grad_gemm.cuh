@@ -232,18 +232,20 @@ struct WeightGradGemm {
       const int left_p = args.m - column_p, left_q = args.n - column_q;
       const bool inside = kGathered == Gathered::kP ? (spot.m + 1) * Tile::kRows <= args.m
                                                     : (spot.n + 1) * Tile::kColumns <= args.n;
-      const auto row_number = [&](int b) {
+      // Pairs, and not yet tokens: nothing may wait for the load before the blocks until then are
+      // done.
+      const auto load_pair = [&](int b) {
         const int row =
             begin + (b + lane / kRowsPerWarp) * kDepth + kRowsPerWarp * warp + lane % kRowsPerWarp;
-        return args.source.token(min(row, end - 1));
+        return args.source.row_to_pair[min(row, end - 1)];
       };
       int numbers = 0, ahead = 0;
-      if (kGather && blocks > 0) ahead = row_number(0);
+      if (kGather && blocks > 0) ahead = load_pair(0);
 #pragma unroll 1
       for (int b0 = 0; b0 < blocks; b0 += kAhead) {
         if constexpr (kGather) {
-          numbers = ahead;
-          ahead = row_number(b0 + kAhead);
+          numbers = args.source.token_of_pair(ahead);
+          ahead = load_pair(b0 + kAhead);
         }
 #pragma unroll 1
         for (int b = b0; b < min(b0 + kAhead, blocks); ++b) {
