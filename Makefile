@@ -25,7 +25,7 @@ help:
 	@echo "make train        train the example language model; ARGS=\"--help\" lists its options"
 	@echo "make test         run every test that this machine can run"
 	@echo "make build        build and install moeops in $(VENV), with TORCH=\"$(TORCH)\""
-	@echo "make lint         ruff, clang-format and mypy"
+	@echo "make lint         ruff, clang-format, mypy and the floors of the layout"
 	@echo "make format       apply ruff and clang-format"
 	@echo "make bench        measure; ARGS=\"--help\" lists its options"
 	@echo "make cuda-check   compile every CUDA source and check the libraries' symbols; needs nvcc, no GPU"
@@ -77,6 +77,7 @@ lint: build
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CPP_SOURCES)
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: build
 	$(BIN)/ruff check --fix .
@@ -96,5 +97,5 @@ dist-check: build
 	$(BIN)/python scripts/check_dist.py
 
 clean:
-	rm -rf "$(VENV)" build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf "$(VENV)" build dist .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

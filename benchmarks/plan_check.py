@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from benchmarks.bench_parallel import CAPACITY, ONE_RANK
 from benchmarks.report import table
 from benchmarks.shapes import SHAPES
-from moeops.distributed.cost_model import CostModel
+from moeops.cost.model import CostModel
 from moeops.planner.memory import layer_memory
 from moeops.planner.predict import Choice, Configuration, predict
 

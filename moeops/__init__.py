@@ -5,18 +5,20 @@ from moeops import _extension
 _extension.load()
 
 from moeops import (  # noqa: E402  (the ops register themselves on the loaded libraries)
+    dispatch,
+    distributed,
     gates,
+    layers,
     losses,
 )
+from moeops.comm import all_to_all_rows, exchange_counts  # noqa: E402
 from moeops.gates.base import auxiliary_loss  # noqa: E402
 from moeops.layers import FMoE, FMoELinear, FMoETransformerMLP  # noqa: E402
 from moeops.monitor import LayerLoad, LoadMonitor  # noqa: E402
 from moeops.ops import (  # noqa: E402
     alignment_sum,
-    all_to_all_rows,
     chosen_weights,
     count_tokens,
-    exchange_counts,
     grouped_linear,
     limit_capacity,
     moe_mlp,
@@ -54,9 +56,12 @@ __all__ = [
     "auxiliary_loss",
     "chosen_weights",
     "count_tokens",
+    "dispatch",
+    "distributed",
     "exchange_counts",
     "gates",
     "grouped_linear",
+    "layers",
     "limit_capacity",
     "losses",
     "moe_mlp",

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moeops.ops import _checks
+from moeops import _checks
+from moeops.comm.collectives import all_reduce_sum
 from moeops.ops.routing import topk_route
 from moeops.ops.scores import score_sums
 from moeops.ops.sorting import count_tokens
@@ -81,8 +82,6 @@ def balance_of_route(route: BalancedRoute, *, group: Any = None) -> Tensor:
     """``balance_loss`` of what ``topk_route_balance`` counted; with ``group`` over its ranks."""
     if group is None:
         return route.balance_loss
-    from moeops.distributed import all_reduce_sum
-
     counts = all_reduce_sum(route.tokens_per_expert.to(torch.int64), group)  # [E]
     num_tokens, num_experts = route.topk_ids.shape[0], counts.shape[0]
     means = (counts * route.score_sums).sum() / (num_tokens * (1 / num_experts) + TINY)
@@ -91,8 +90,6 @@ def balance_of_route(route: BalancedRoute, *, group: Any = None) -> Tensor:
 
 def _sum_counts(counts: Tensor, topk_ids: Tensor, group: Any) -> tuple[Tensor, Tensor]:
     """Sum the pairs of each expert, and of all, over the ranks."""
-    from moeops.distributed import all_reduce_sum
-
     pairs = torch.ones_like(topk_ids, dtype=torch.int64).sum()
     sums = all_reduce_sum(torch.cat((counts.to(torch.int64), pairs[None])), group)  # [E + 1]
     return sums[:-1], sums[-1].to(torch.float64)  # exact, where float32 ends at 2 ** 24

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moeops._layer_hooks import LayerHook, add_hook, find_layers, remove_hook
 from moeops.gates.base import records
 from moeops.gates.functional import expert_loads
 from moeops.layers.moe import FMoE
+from moeops.layers.walk import LayerHook, add_hook, find_layers, remove_hook
 from moeops.types import Routing, SlotRouting
 
 MODES = ("training", "evaluation", "all")

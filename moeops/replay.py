@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeops._layer_hooks import LayerHook, add_hook, find_layers, remove_hook
+from moeops import _checks
 from moeops.gates.base import BaseGate, exporting, records
 from moeops.layers.moe import FMoE
-from moeops.ops import _checks
+from moeops.layers.walk import LayerHook, add_hook, find_layers, remove_hook
 from moeops.types import Routing, SlotRouting
 
 WEIGHTS = ("recorded", "gate")

@@ -15,8 +15,7 @@ import torch
 import moeops
 from benchmarks import plan_check
 from moeops.__main__ import main
-from moeops.distributed import CostModel
-from moeops.distributed.cost_laws import (
+from moeops.cost.laws import (
     BytesLaw,
     Direction,
     ExpertLaw,
@@ -25,7 +24,8 @@ from moeops.distributed.cost_laws import (
     LinkLaw,
     RouterLaw,
 )
-from moeops.distributed.static import StaticDispatcher
+from moeops.dispatch.static import StaticDispatcher
+from moeops.distributed import CostModel
 from moeops.planner.memory import gate_parameters, layer_memory
 from moeops.planner.plan import make_plan
 from moeops.planner.predict import CHUNKS, Choice, Configuration, choices, predict, recommend

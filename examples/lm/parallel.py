@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lm.errors import UsageError
-from moeops.distributed.tensor_parallel import ShardSpan, join_shards, take_shard
+from moeops.dispatch.shards import ShardSpan, join_shards, take_shard
 from moeops.gates import BaseGate
 from moeops.layers import FusedExperts
 

@@ -1,30 +1,27 @@
-"""Expert parallelism on torch.distributed: groups of ranks, collectives, dispatchers, gradients.
+"""What a program with experts on several ranks calls: groups, collectives, options, gradients, checkpoints.
 
-Importing this package neither initialises torch.distributed nor needs a torch that has it.
+Importing this package neither initialises torch.distributed nor needs a torch that has it. The library itself never
+imports it: see ``moeops.comm``, ``moeops.dispatch`` and ``moeops.cost`` for the parts below the layers.
 """
 
-from moeops.distributed.checkpoint import (
-    load_checkpoint,
-    merge_checkpoint,
-    save_checkpoint,
-)
-from moeops.distributed.collectives import all_gather_counts, all_reduce_sum
-from moeops.distributed.cost_model import CostModel
-from moeops.distributed.failures import explain_failures
-from moeops.distributed.grad_sync import (
-    DistributedGroupedDataParallel,
-    clip_grad_norm_,
-    scale_expert_gradients,
-)
-from moeops.distributed.groups import RankGroup, expert_range, rank_group
-from moeops.distributed.hierarchical import (
+from moeops.comm.collectives import all_gather_counts, all_reduce_sum
+from moeops.comm.failures import explain_failures
+from moeops.comm.groups import RankGroup, expert_range, rank_group
+from moeops.comm.hierarchical import (
     Hierarchy,
     build_hierarchy,
     hierarchical_all_to_all,
     hierarchical_counts,
 )
-from moeops.distributed.placement import Placement
-from moeops.distributed.shadowing import ShadowPolicy
+from moeops.cost.model import CostModel
+from moeops.dispatch.replicas import Placement
+from moeops.dispatch.shadowing import ShadowPolicy
+from moeops.distributed.checkpoint import load_checkpoint, merge_checkpoint, save_checkpoint
+from moeops.distributed.grad_sync import (
+    DistributedGroupedDataParallel,
+    clip_grad_norm_,
+    scale_expert_gradients,
+)
 
 __all__ = [
     "CostModel",

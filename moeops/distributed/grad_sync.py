@@ -10,22 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from moeops.ops import _checks
-from moeops.ops._groups import RankGroup
+from moeops import _checks
+from moeops.comm.groups import RankGroup
+from moeops.layers.walk import named_layers
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Work
 
 _DEFAULT_TAGS = ("dp", "gate", "moe", "world")
-
-
-def _expert_layers(model: nn.Module) -> Iterator[Any]:
-    """Layers whose experts are spread over ranks."""
-    from moeops.layers.moe import FMoE
-
-    for module in model.modules():
-        if isinstance(module, FMoE) and module.moe_group is not None:
-            yield module
 
 
 def scale_expert_gradients(model: nn.Module) -> list[RemovableHandle]:
@@ -47,7 +39,9 @@ def scale_expert_gradients(model: nn.Module) -> list[RemovableHandle]:
         ValueError: the experts are sharded together with other modules.
     """
     handles = []
-    for layer in _expert_layers(model):
+    for _, layer in named_layers(model):
+        if layer.moe_group is None:
+            continue
         ranks = layer.moe_group.size
         sharded = _set_divide_factors(layer.experts, ranks)
         for name, parameter in layer.experts.named_parameters():
@@ -370,8 +364,9 @@ def clip_grad_norm_(
     Host sync: none without ``error_if_nonfinite``.
     """
     holders: dict[nn.Parameter, RankGroup] = {}
-    for layer in _expert_layers(model):
-        holders.update(dict.fromkeys(layer.experts.parameters(), layer.moe_group))
+    for _, layer in named_layers(model):
+        if layer.moe_group is not None:
+            holders.update(dict.fromkeys(layer.experts.parameters(), layer.moe_group))
     # DTensors of different meshes do not mix; neither do experts of different groups.
     classes: dict[Any, list[nn.Parameter]] = {}
     for parameter in model.parameters():

@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from moeops import _checks
+from moeops.comm.groups import RankGroup, rank_group
 from moeops.losses import GATE_LOSSES
-from moeops.ops import _checks
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-    from moeops.distributed import RankGroup
 
 GateLoss = Callable[[Tensor, Tensor], Tensor]
 
@@ -113,11 +112,7 @@ class BaseGate(nn.Module):
 
     @group.setter
     def group(self, group: ProcessGroup | RankGroup | None) -> None:
-        if group is not None:
-            from moeops.distributed import rank_group
-
-            group = rank_group(group)
-        self._group = group
+        self._group = rank_group(group)
 
     def _expert_group(self, why: str) -> RankGroup | None:
         """The ranks that hold the other experts; ``None`` if all experts are here."""

@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor, nn
 
+from moeops import _checks
 from moeops.gates.functional import expert_loads, router_logits
 from moeops.gates.naive import NaiveGate
 from moeops.losses import TINY
-from moeops.ops import _checks
 from moeops.ops.routing import topk_route
 from moeops.ops.sorting import limit_capacity
 

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moeops import _checks
+from moeops.comm.collectives import all_reduce_sum
 from moeops.gates.base import exporting
 from moeops.gates.functional import check_scale, router_logits
 from moeops.gates.naive import NaiveGate
 from moeops.gates.topk import expert_probs
 from moeops.losses import sequence_loss
-from moeops.ops import _checks
 from moeops.ops.routing import chosen_weights, topk_route
 from moeops.ops.sorting import count_tokens
 
@@ -177,8 +178,6 @@ class DeepSeekV3Gate(NaiveGate):
             group = self.group
         loads = self.loads
         if group is not None:
-            from moeops.distributed import all_reduce_sum
-
             loads = all_reduce_sum(loads, group)
         elif self.world_size > 1:
             raise ValueError(

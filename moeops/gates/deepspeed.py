@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moeops import _checks
 from moeops.gates.functional import (
     apply_capacity,
     expert_capacity,
@@ -13,7 +14,6 @@ from moeops.gates.functional import (
 )
 from moeops.gates.naive import NaiveGate
 from moeops.losses import score_balance_loss
-from moeops.ops import _checks
 from moeops.ops.balance import topk_route_balance
 from moeops.ops.routing import chosen_weights
 

@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor
 
+from moeops import _checks
 from moeops.gates.functional import router_logits
 from moeops.gates.naive import NaiveGate
 from moeops.losses import TINY
-from moeops.ops import _checks
 from moeops.ops.balance import topk_route_balance
 
 

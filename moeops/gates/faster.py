@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from moeops import _checks
 from moeops.gates.functional import router_logits
 from moeops.gates.naive import NaiveGate
 from moeops.losses import gshard_loss
-from moeops.ops import _checks
 from moeops.ops.routing import topk_route
 from moeops.ops.sorting import limit_capacity
 

@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moeops import _checks
+from moeops.comm.collectives import all_gather_counts
+from moeops.comm.groups import rank_group
 from moeops.gates.base import exporting
 from moeops.losses import balance_of_route
-from moeops.ops import _checks
 from moeops.ops.balance import topk_route_balance
 from moeops.ops.routing import topk_route
 from moeops.ops.sorting import count_tokens, limit_capacity, sort_tokens
@@ -293,8 +295,6 @@ def local_queues(
     if group is None:
         sizes = sizes[None]
     else:
-        from moeops.distributed import all_gather_counts, rank_group
-
         group = rank_group(group)
         sizes = all_gather_counts(sizes, group)  # [W, queues + 1]
         rank = group.rank

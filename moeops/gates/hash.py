@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moeops import _checks
 from moeops.gates.base import BaseGate, check_top_k
-from moeops.ops import _checks
 
 KEYS = ("token", "position", "feature")
 # The multiplier of Knuth's multiplicative hash: 2 ** 32 divided by the golden ratio.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from moeops import _checks
 from moeops.gates.base import BaseGate, check_top_k
 from moeops.gates.functional import router_logits
-from moeops.ops import _checks
 from moeops.ops.routing import chosen_weights, topk_route
 
 

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moeops import _checks
+from moeops.comm.collectives import all_reduce_sum
 from moeops.gates._variable import VariableGate
 from moeops.gates.base import exporting
 from moeops.gates.functional import router_logits
 from moeops.losses import TINY
-from moeops.ops import _checks
 from moeops.ops.balance import relu_route
 from moeops.types import Routing
 
@@ -219,20 +220,11 @@ def _update(gates: list[ReMoEGate], rate: float, group: Any) -> None:
     above = torch.zeros((), dtype=torch.int64, device=device)
     for gate, own in zip(gates, groups, strict=True):
         more = gate.active - gate.top_k * gate.tokens
-        above = above + (more if together else _sum_over(more, own)).to(device)
+        above = above + (more if together else all_reduce_sum(more, own)).to(device)
     if together:
-        above = _sum_over(above, groups[0])
+        above = all_reduce_sum(above, groups[0])
     step = math.log(rate) * torch.sign(above).to(torch.float32)
     for gate in gates:
         gate.coefficient.mul_(step.to(gate.coefficient.device).exp()).clamp_(*_RANGE)
         gate.active.zero_()
         gate.tokens.zero_()
-
-
-def _sum_over(counts: Tensor, group: Any) -> Tensor:
-    """Sum counts over the ranks of a group, if there is one."""
-    if group is None:
-        return counts
-    from moeops.distributed import all_reduce_sum
-
-    return all_reduce_sum(counts, group)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moeops import _checks
 from moeops.gates.functional import (
     apply_capacity,
     check_capacity,
@@ -13,7 +14,6 @@ from moeops.gates.functional import (
 )
 from moeops.gates.naive import NaiveGate
 from moeops.losses import TINY, score_balance_loss
-from moeops.ops import _checks
 from moeops.ops.balance import topk_route_balance
 from moeops.ops.routing import chosen_weights, topk_route
 from moeops.ops.scores import alignment_sum

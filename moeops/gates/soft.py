@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moeops import _checks
 from moeops._token_groups import join_groups, split_groups
 from moeops.gates._variable import check_finite
 from moeops.gates.base import BaseGate
-from moeops.ops import _checks
 from moeops.types import SlotRouting
 
 _EPS = 1e-6

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moeops import _checks
 from moeops.gates.base import check_top_k
 from moeops.gates.functional import apply_capacity, balanced_route, router_logits
 from moeops.gates.naive import NaiveGate
 from moeops.losses import cv_squared
-from moeops.ops import _checks
 from moeops.ops.routing import topk_route
 from moeops.ops.scores import score_sums
 

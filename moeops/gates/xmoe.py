@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moeops import _checks
 from moeops.gates.base import BaseGate, check_top_k
 from moeops.gates.functional import balanced_route, check_balance, exact_linear, router_logits
-from moeops.ops import _checks
 from moeops.ops.routing import SCORES
 
 _MAX_SCALE = 100.0

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moeops import _checks
 from moeops.gates.base import BaseGate
-from moeops.ops import _checks
 
 
 class ZeroGate(BaseGate):

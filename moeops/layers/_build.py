@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from moeops import _checks
 from moeops.gates.base import BaseGate
 from moeops.gates.naive import NaiveGate
-from moeops.ops import _checks
 
 
 def build_gate(

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from moeops.ops import _checks
+from moeops import _checks
 from moeops.types import Routing, SlotRouting
 
 

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moeops.distributed.tensor_parallel import ShardSpan, take_shard
+from moeops import _checks
+from moeops.dispatch.shards import ShardSpan, take_shard
 from moeops.layers.linear import init_linear_
-from moeops.ops import _checks
 from moeops.ops.grouped_linear import grouped_linear
 from moeops.ops.moe_mlp import ACTIVATIONS, moe_mlp, up_width
 from moeops.ops.permute import permute_tokens, unpermute_tokens

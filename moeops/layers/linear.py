@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moeops.ops import _checks
+from moeops import _checks
 from moeops.ops.grouped_linear import grouped_linear
 
 

@@ -10,17 +10,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from moeops.distributed.expert_weights import (
+from moeops import _checks
+from moeops.comm.agreement import agreement
+from moeops.comm.groups import expert_group, slice_group_of
+from moeops.comm.hierarchical import Hierarchy
+from moeops.comm.slicing import join_tokens, slice_tokens
+from moeops.dispatch.base import Block, Dispatcher
+from moeops.dispatch.build import build_sharing_dispatcher
+from moeops.dispatch.replicas import place_replicas
+from moeops.dispatch.shadowing import ShadowPolicy
+from moeops.dispatch.weights import (
     ExpertWeights,
     SharingDispatcher,
     check_modules,
     module_weights,
 )
-from moeops.distributed.groups import agreement, expert_group, slice_group_of
-from moeops.distributed.hierarchical import Hierarchy
-from moeops.distributed.placement import place_replicas
-from moeops.distributed.shadowing import ShadowPolicy, build_sharing_dispatcher
-from moeops.distributed.slicing import join_tokens, slice_tokens
 from moeops.gates.naive import NaiveGate
 from moeops.layers import _layer_checks
 from moeops.layers._build import build_expert, build_gate, set_expert_shards
@@ -32,8 +36,6 @@ from moeops.layers._routings import (
     sum_copies,
     without_masked,
 )
-from moeops.layers.dispatch import Block, Dispatcher
-from moeops.ops import _checks
 from moeops.types import Routing, SlotRouting
 
 if TYPE_CHECKING:
@@ -69,7 +71,7 @@ class FMoE(nn.Module):
             num_expert`` to ``(r + 1) * num_expert``; the gate chooses among all ``E``.
         mp_group: FastMoE's old name of ``slice_group``.
         slice_group: ranks that hold the same tokens: each works on its slice, and the outputs are joined. See
-            ``moeops.distributed.slicing`` for the gradients.
+            ``moeops.comm.slicing`` for the gradients.
         moe_group: the ``W`` ranks; ``None`` means the whole job where ``world_size`` is above 1.
         top_k: experts per token ``K`` that the gate is built for.
         gate: class or function called as ``gate(d_model, num_expert, world_size, top_k)``, with ``gate_bias=`` if it

@@ -8,19 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeops.distributed.cost_model import CostModel
-from moeops.distributed.expert_weights import (
+from moeops import _checks
+from moeops.comm.agreement import agreement
+from moeops.cost.model import CostModel
+from moeops.dispatch.base import Block
+from moeops.dispatch.shadowing import ShadowPolicy
+from moeops.dispatch.weights import (
     ExpertWeights,
     SharingDispatcher,
     check_fused,
     fused_weights,
 )
-from moeops.distributed.groups import agreement
-from moeops.distributed.shadowing import ShadowPolicy
-from moeops.layers.dispatch import Block
 from moeops.layers.experts import Activation, FusedExperts
 from moeops.layers.moe import FMoE
-from moeops.ops import _checks
 
 
 class FMoETransformerMLP(FMoE):

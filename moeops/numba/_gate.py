@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from moeops import _checks
 from moeops.gates.base import BaseGate, check_top_k
 from moeops.gates.functional import router_logits
 from moeops.numba._row_op import RowOp
 from moeops.numba._signature import TensorArg
-from moeops.ops import _checks
 
 InputFunction = Callable[[BaseGate, Tensor], Tensor]
 LossFunction = Callable[[BaseGate, Tensor, Tensor, Tensor], Tensor]

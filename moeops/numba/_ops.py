@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moeops import _checks
+from moeops._checks import fake_check
 from moeops.numba import _cpu, _cuda
 from moeops.numba._backward import backward_signature
 from moeops.numba._rules import Rule
 from moeops.numba._signature import Output, ScalarArg, Signature, TensorArg
-from moeops.ops import _checks
-from moeops.ops._checks import fake_check
 
 _REGISTERED: dict[str, Op] = {}
 

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from moeops import _checks
 from moeops.numba import _cpu, _cuda
 from moeops.numba._ops import Op
 from moeops.numba._rules import Rule, with_compiled_callees
 from moeops.numba._signature import Signature, TensorArg
-from moeops.ops import _checks
 
 _HALVES = (torch.bfloat16, torch.float16)
 _MAX_PLANS = 256  # per op

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeops.ops import _checks
+from moeops import _checks
 
 KINDS: dict[str, tuple[torch.dtype, ...]] = {
     "float": _checks.FLOAT_DTYPES,

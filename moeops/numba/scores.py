@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moeops.ops import _checks
+from moeops import _checks
 
 SCORES = ("softmax", "sigmoid", "softmax_topk", "sigmoid_topk", "relu")
 

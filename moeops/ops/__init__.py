@@ -1,7 +1,6 @@
 """The ops of ``torch.ops.moeops``: one file per family, with fakes, gradients and public functions side by side."""
 
 from moeops.ops.balance import prototype_route, relu_route, topk_route_balance
-from moeops.ops.exchange import all_to_all_rows, exchange_counts
 from moeops.ops.grouped_linear import grouped_linear
 from moeops.ops.moe_mlp import moe_mlp
 from moeops.ops.noisy import noisy_topk_route
@@ -13,10 +12,8 @@ from moeops.ops.sorting import count_tokens, limit_capacity, sort_tokens
 
 __all__ = [
     "alignment_sum",
-    "all_to_all_rows",
     "chosen_weights",
     "count_tokens",
-    "exchange_counts",
     "grouped_linear",
     "limit_capacity",
     "moe_mlp",

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moeops.ops import _checks
+from moeops import _checks
+from moeops._checks import fake_check
 from moeops.ops._autocast import cast_for_autocast
-from moeops.ops._checks import fake_check
 from moeops.ops.permute import check_topk_weights
 from moeops.types import TokenPlan
 

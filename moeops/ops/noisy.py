@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from moeops.ops import _checks
-from moeops.ops._checks import fake_check
+from moeops import _checks
+from moeops._checks import fake_check
 from moeops.types import NoisyRoute
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moeops.ops import _checks
+from moeops import _checks
 
 
 @torch.library.register_fake("moeops::pad_rows")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moeops.ops import _checks
-from moeops.ops._checks import fake_check
+from moeops import _checks
+from moeops._checks import fake_check
 
 SCORES = ("softmax", "sigmoid")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moeops.distributed.cost_model import CostModel
+from moeops.cost.model import CostModel
 from moeops.planner.predict import Configuration
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from moeops.distributed.cost_laws import (
+from moeops.cost.laws import (
     ITEM_BYTES,
     BytesLaw,
     Direction,
@@ -20,7 +20,7 @@ from moeops.distributed.cost_laws import (
     expert_features,
     router_features,
 )
-from moeops.distributed.cost_model import CostModel
+from moeops.cost.model import CostModel
 
 Rows = Sequence[Mapping[str, Any]]
 

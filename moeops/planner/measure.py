@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import moeops
-from moeops.distributed.cost_laws import permute_bytes
+from moeops.cost.laws import permute_bytes
 from moeops.gates.naive import NaiveGate
 from moeops.layers.experts import FusedExperts
 from moeops.planner.clock import Clock

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from moeops.distributed.cost_laws import ITEM_BYTES
+from moeops.cost.laws import ITEM_BYTES
 from moeops.planner.predict import OPTIMIZER_BYTES, Choice, Configuration
 
 

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from moeops.distributed.cost_laws import ITEM_BYTES, LinkLaw
-from moeops.distributed.cost_model import MODES, CostModel
+from moeops.cost.laws import ITEM_BYTES, LinkLaw
+from moeops.cost.model import MODES, CostModel
 from moeops.ops.moe_mlp import ACTIVATIONS
 from moeops.planner.assumptions import assumptions
 from moeops.planner.memory import Memory, layer_memory

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple
 
-from moeops.distributed.cost_laws import ITEM_BYTES, HostCost, permute_bytes
-from moeops.distributed.cost_model import MODES, CostModel
+from moeops.cost.laws import ITEM_BYTES, HostCost, permute_bytes
+from moeops.cost.model import MODES, CostModel
 from moeops.ops.moe_mlp import ACTIVATIONS
 
 DISPATCHERS = ("exact", "static")

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 import moeops
-from moeops.distributed.cost_laws import ITEM_BYTES
-from moeops.distributed.cost_model import CostModel
+from moeops.cost.laws import ITEM_BYTES
+from moeops.cost.model import CostModel
 from moeops.planner import measure, measure_ranks
 from moeops.planner.clock import Clock, Ranks
 from moeops.planner.fit import fit_model

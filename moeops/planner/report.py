@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from moeops.distributed.cost_laws import Direction, HostCost
-from moeops.distributed.cost_model import CostModel
+from moeops.cost.laws import Direction, HostCost
+from moeops.cost.model import CostModel
 
 MIB = 1 << 20
 

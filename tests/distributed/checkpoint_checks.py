@@ -19,8 +19,8 @@ from processes import Ranks, start_rank
 from torch import nn
 
 from moeops import FMoE, FMoETransformerMLP
-from moeops.distributed import _checkpoint_files as files
 from moeops.distributed import load_checkpoint, merge_checkpoint, save_checkpoint
+from moeops.distributed.checkpoint import files
 
 E, D, H = 4, 6, 5
 SHARDED_H = 4

@@ -14,8 +14,8 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from moeops.comm.exchange import Exchange, all_to_all_rows, exchange_counts
 from moeops.distributed import all_gather_counts, all_reduce_sum, rank_group
-from moeops.ops.exchange import Exchange, all_to_all_rows, exchange_counts
 
 DTYPES = (
     *(torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64),

@@ -18,14 +18,14 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from moeops.comm.exchange import all_to_all_rows, exchange_counts
+from moeops.dispatch.build import build_dispatcher
 from moeops.distributed import (
     Hierarchy,
     build_hierarchy,
     hierarchical_all_to_all,
     hierarchical_counts,
 )
-from moeops.distributed.dispatcher import build_dispatcher
-from moeops.ops.exchange import all_to_all_rows, exchange_counts
 
 _built: dict[int, Hierarchy] = {}
 

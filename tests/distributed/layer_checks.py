@@ -37,9 +37,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moeops import LoadMonitor, RoutingReplay
+from moeops.dispatch.local import LocalDispatcher
 from moeops.distributed import expert_range
 from moeops.gates import ExpertChoiceGate, Llama4Gate, SoftMoEGate
-from moeops.layers.dispatch import LocalDispatcher
 
 # A capacity with room for every pair, so that nothing is dropped.
 DISPATCHES = (

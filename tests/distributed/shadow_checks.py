@@ -33,8 +33,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from moeops import FMoE, FMoETransformerMLP, LoadMonitor
+from moeops.cost.model import CostModel
 from moeops.distributed import DistributedGroupedDataParallel, ShadowPolicy, build_hierarchy
-from moeops.distributed.cost_model import CostModel
 from moeops.gates import Llama4Gate, SoftMoEGate
 
 # Weights cost nothing, so an expert is taken where it makes the slowest rank any faster.

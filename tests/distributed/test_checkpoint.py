@@ -17,8 +17,8 @@ from processes import Ranks, launch
 from torch import nn
 
 from moeops import FMoETransformerMLP
-from moeops.distributed import _checkpoint_files as files
 from moeops.distributed import load_checkpoint, merge_checkpoint, save_checkpoint
+from moeops.distributed.checkpoint import files
 
 ALONE = Ranks(0, 1, "cpu")
 

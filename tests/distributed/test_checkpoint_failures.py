@@ -17,8 +17,8 @@ import torch
 from checkpoint_checks import assert_loads, build, save
 from processes import Ranks, launch, start_rank
 
-from moeops.distributed import _checkpoint_files as files
 from moeops.distributed import save_checkpoint
+from moeops.distributed.checkpoint import files
 
 pytestmark = pytest.mark.distributed
 

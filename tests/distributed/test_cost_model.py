@@ -9,8 +9,7 @@ import pytest
 import torch
 from processes import run_checks
 
-from moeops.distributed import CostModel
-from moeops.distributed.cost_laws import (
+from moeops.cost.laws import (
     BytesLaw,
     Direction,
     ExpertLaw,
@@ -22,6 +21,7 @@ from moeops.distributed.cost_laws import (
     permute_bytes,
     router_features,
 )
+from moeops.distributed import CostModel
 from moeops.planner.fit import fit_model, fit_nonnegative
 
 EXPERT = ExpertLaw(2e-5, 3e-13, 2.5e-15, 2e-13)

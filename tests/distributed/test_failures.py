@@ -14,8 +14,8 @@ import torch
 from parallel_cases import batch, make
 from processes import launch, start_rank
 
+from moeops.comm import exchange
 from moeops.distributed import explain_failures
-from moeops.ops import exchange
 
 pytestmark = pytest.mark.distributed
 

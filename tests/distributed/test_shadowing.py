@@ -8,11 +8,11 @@ import pytest
 import torch
 from processes import run_checks
 
+from moeops.comm.groups import RankGroup
+from moeops.cost.model import CostModel
+from moeops.dispatch.replicas import place_replicas, route_to_holders
+from moeops.dispatch.shadowing import choose_shadows
 from moeops.distributed import ShadowPolicy
-from moeops.distributed.cost_model import CostModel
-from moeops.distributed.placement import place_replicas, route_to_holders
-from moeops.distributed.shadowing import choose_shadows
-from moeops.ops._groups import RankGroup
 from moeops.types import Routing
 
 

@@ -7,7 +7,7 @@ import torch
 from processes import run_checks
 
 from moeops import FMoETransformerMLP
-from moeops.distributed.tensor_parallel import join_shards, take_shard
+from moeops.dispatch.shards import join_shards, take_shard
 from moeops.layers import FusedExperts
 
 D, H = 7, 12

@@ -11,9 +11,9 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from moeops import FMoE, FMoELinear, Routing, SlotRouting
+from moeops.dispatch.local import Dispatcher, LocalDispatcher
 from moeops.gates import ExpertChoiceGate, Llama4Gate, ReMoEGate, SoftMoEGate, ThresholdGate
 from moeops.layers import FusedExperts
-from moeops.layers.dispatch import Dispatcher, LocalDispatcher
 from moeops.reference import gates_variable as reference
 from tolerances import assert_close
 

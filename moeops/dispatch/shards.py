@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moeops.layers.dispatch import Block, Dispatcher, Experts
+from moeops.dispatch.base import Block, Dispatcher, Experts
 from moeops.types import Routing, SlotRouting
 
 __all__ = ["ShardSpan", "ShardedDispatcher", "join_shards", "route_to_shards", "take_shard"]

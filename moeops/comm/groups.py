@@ -2,20 +2,85 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from moeops.ops import _checks
-from moeops.ops._groups import RankGroup, describe_group, rank_group
+from moeops import _checks
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["RankGroup", "agreement", "expert_group", "expert_range", "rank_group", "slice_group_of"]
+if torch.distributed.is_available():
+    # Registers the fakes and gradients of torch.ops._c10d_functional; it starts nothing.
+    import torch.distributed._functional_collectives
+
+
+class RankGroup(NamedTuple):
+    """A process group in plain numbers: what ops, graphs, ``deepcopy`` and pickle can hold.
+
+    Attributes:
+        name: the group's name in torch.distributed, equal on all its ranks.
+        size: ``W``.
+        rank: this process's place in the group, from 0 to ``W - 1``.
+    """
+
+    name: str
+    size: int
+    rank: int
+
+
+def rank_group(group: ProcessGroup | RankGroup | None) -> RankGroup | None:
+    """Describe a process group in plain numbers. Call it where a layer or gate is built, and keep the result.
+
+    Args:
+        group: a process group that holds this rank, what this function returned for one, or ``None``.
+
+    Returns:
+        The group's RankGroup, ``None`` for ``None`` (this rank alone).
+
+    Raises:
+        TypeError: ``group`` is no process group.  ValueError: it does not hold this rank.
+
+    Example:
+        >>> rank_group(None) is None
+        True
+    """
+    if group is None or isinstance(group, RankGroup):
+        return group
+    # Dynamo knows the methods of a process group, and hasattr of none.
+    if not torch.compiler.is_compiling() and not hasattr(group, "group_name"):
+        # new_group returns this int, and not a group, on ranks that are not in the list.
+        if isinstance(group, int):
+            raise ValueError(
+                "rank_group: group must hold this rank, got GroupMember.NON_GROUP_MEMBER. Use it on its ranks only."
+            )
+        raise TypeError(
+            f"rank_group: group must be a torch.distributed.ProcessGroup or None, got {_checks.describe(group)}. "
+            "Pass what new_group or DeviceMesh.get_group returned."
+        )
+    return RankGroup(group.group_name, group.size(), group.rank())
+
+
+def describe_group(group: RankGroup) -> str:
+    """``group '0' (rank 1 of 4)`` for error messages."""
+    return f"group {group.name!r} (rank {group.rank} of {group.size})"
+
+
+def process_group(name: str) -> ProcessGroup:
+    """Return the process group of this name."""
+    return torch.distributed.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
+
+
+def timeout_of(group: RankGroup) -> str:
+    """Seconds after which the group gives a collective up, as text for error messages."""
+    resolved = process_group(group.name)
+    try:
+        backend = resolved._get_backend(resolved._device_types[0])
+        return f"{backend.options._timeout.total_seconds():g} s"
+    except (AttributeError, IndexError, RuntimeError):  # a backend without such options
+        return "an unknown time"
 
 
 def expert_group(
@@ -120,59 +185,3 @@ def expert_range(num_experts: int, group: ProcessGroup | RankGroup | None) -> ra
         )
     share = num_experts // group.size
     return range(group.rank * share, (group.rank + 1) * share)
-
-
-@contextlib.contextmanager
-def agreement(
-    op: str, group: RankGroup | None, settings: dict[str, Any], device: Any = None
-) -> Iterator[None]:
-    """Run the block on every rank of a group; raise on all of them if it fails on one, or if settings differ.
-
-    Args:
-        op: the layer's name, for error messages.
-        group: the ranks; nothing is compared for ``None``.
-        settings: what must be equal on all ranks. The block may add to it.
-        device: where NCCL may put a few bytes; torch's current device if it is not a CUDA device.
-
-    Raises:
-        ValueError: a setting differs between ranks.  RuntimeError: the block failed on another rank.
-    """
-    failure: BaseException | None = None
-    try:
-        yield
-    except Exception as err:
-        if group is None:
-            raise
-        failure = err
-    if group is None:
-        return
-    answers = _all_gather(group, (settings, None if failure is None else str(failure)), device)
-    if failure is not None:
-        raise failure
-    for rank, (theirs, error) in enumerate(answers):
-        if error is not None:
-            raise RuntimeError(
-                f"{op}: every rank of {describe_group(group)} must build the layer, got an error on rank {rank}: "
-                f"{error}"
-            )
-        for name, mine in settings.items():
-            if theirs.get(name) != mine:
-                raise ValueError(
-                    f"{op}: {name} must be the same on every rank of group {group.name!r}, got {mine} on rank "
-                    f"{group.rank} of {group.size} and {theirs.get(name)} on rank {rank}. Build the layer with the "
-                    "same arguments everywhere."
-                )
-
-
-def _all_gather(group: RankGroup, value: Any, device: Any) -> list[Any]:
-    """Every rank's value, by rank."""
-    from torch.distributed import all_gather_object, distributed_c10d, get_backend
-
-    process_group = distributed_c10d._resolve_process_group(group.name)  # type: ignore[arg-type]
-    if get_backend(process_group) == "fake":  # torch's stand-in for a group, which sends nothing
-        return [value] * group.size
-    answers: list[Any] = [None] * group.size
-    place = torch.device(device) if device is not None else torch.device("cpu")
-    with torch.cuda.device(place) if place.type == "cuda" else contextlib.nullcontext():
-        all_gather_object(answers, value, group=process_group)
-    return answers

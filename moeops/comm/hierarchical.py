@@ -12,18 +12,19 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from moeops.distributed.groups import agreement
-from moeops.ops import _checks
-from moeops.ops._groups import RankGroup, describe_group, rank_group
-from moeops.ops.exchange import (
+from moeops import _checks
+from moeops.comm.agreement import agreement
+from moeops.comm.exchange import (
     Exchange,
-    _check_splits,
-    _pack,
-    _unpack,
+    Splits,
     all_to_all_rows,
+    check_splits,
     exchange_counts,
     exchange_detached,
+    pack_rows,
+    unpack_rows,
 )
+from moeops.comm.groups import RankGroup, describe_group, rank_group
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -180,7 +181,7 @@ def hierarchical_all_to_all(
             )
         input_splits = output_splits = [rows.shape[0] // group.size] * group.size
     elif not torch.compiler.is_compiling():
-        _check_splits(op, rows, input_splits, output_splits, group)
+        check_splits(op, rows, input_splits, output_splits, group)
     if hierarchy.is_flat:
         return all_to_all_rows(rows, input_splits, output_splits, group)
     if equal:
@@ -222,7 +223,7 @@ def hierarchical_counts(counts: Tensor, hierarchy: Hierarchy) -> tuple[Tensor, T
         return exchange_counts(counts, hierarchy.group), counts[:0].clone()
     ones = [1] * hierarchy.group.size
     if not torch.compiler.is_compiling():
-        _check_splits(op, counts, ones, ones, hierarchy.group)
+        check_splits(op, counts, ones, ones, hierarchy.group)
     middles = []
     for step in _steps(Splits(ones, ones, [1] * hierarchy.num_middle, True), hierarchy):
         if isinstance(step, _Swap):
@@ -233,21 +234,6 @@ def hierarchical_counts(counts: Tensor, hierarchy: Hierarchy) -> tuple[Tensor, T
             )
             middles.append(counts)
     return counts, torch.cat(middles[:-1])
-
-
-class Splits(NamedTuple):
-    """Sizes of an exchange's blocks on one rank, in rows.
-
-    Attributes:
-        input_splits, output_splits: ``W`` each, as for ``all_to_all_rows``.
-        middle_splits: ``num_middle``, as from ``hierarchical_counts``.
-        equal: all blocks of all ranks have the same size.
-    """
-
-    input_splits: Sequence[int]
-    output_splits: Sequence[int]
-    middle_splits: Sequence[int]
-    equal: bool = False
 
 
 class HierarchicalExchange:
@@ -271,7 +257,7 @@ class HierarchicalExchange:
         if back:
             steps = [step.back() for step in reversed(steps)]
         self._dtype = rows.dtype
-        rows = _pack(rows)
+        rows = pack_rows(rows)
         self._begun: Exchange | None = None
         # Ranks that are no leaders have no stage between nodes. They too must end the gather here and leave the
         # scatter to finish: where chunks are in flight, the order of a node's collectives depends on it.
@@ -291,7 +277,7 @@ class HierarchicalExchange:
         rows = self._rows if self._begun is None else self._begun.finish()
         for step in self._rest:
             rows = step.apply(rows)
-        return _unpack(rows, self._dtype)
+        return unpack_rows(rows, self._dtype)
 
 
 def start_exchange(

@@ -15,18 +15,16 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-from moeops.distributed.collectives import all_gather_counts
-from moeops.distributed.dispatcher import ExactDispatcher, build_dispatcher
-from moeops.distributed.expert_weights import Broadcast, ExpertWeights, SharingDispatcher
-from moeops.distributed.placement import Placement, ReplicaDispatcher
-from moeops.layers.dispatch import Block, Dispatcher, Experts, combine_leaf, permute_leaf
-from moeops.ops import _checks
-from moeops.ops._groups import RankGroup
+from moeops import _checks
+from moeops.comm.collectives import all_gather_counts
+from moeops.dispatch.base import Block, Experts, combine_leaf, permute_leaf
+from moeops.dispatch.exact import ExactDispatcher
+from moeops.dispatch.weights import Broadcast, ExpertWeights, SharingDispatcher
 from moeops.ops.sorting import count_tokens, sort_tokens
 from moeops.types import Routing, SlotRouting
 
 if TYPE_CHECKING:
-    from moeops.distributed.cost_model import CostModel
+    from moeops.cost.model import CostModel
 
 
 @dataclass(frozen=True)
@@ -285,70 +283,3 @@ class ShadowDispatcher(SharingDispatcher):
         counts = counts if torch.compiler.is_compiling() else counts[:num_experts]
         out = weights.run(arrived, rows, plan.expert_offsets, counts)
         return _pytree.tree_map(lambda leaf: combine_leaf(leaf, plan, routing.topk_weights), out)
-
-
-def build_sharing_dispatcher(
-    op: str,
-    dispatch: str,
-    num_expert: int,
-    group: RankGroup | None,
-    *,
-    shadowing: ShadowPolicy | None,
-    placement: Placement | None,
-    expert_tensor_parallel_size: int = 1,
-    **options: Any,
-) -> Dispatcher:
-    """Build the dispatcher of a layer whose experts' weights may travel; without any of that, the plain one.
-
-    Args:
-        op: the layer's name, for error messages.
-        dispatch: as for ``build_dispatcher``.
-        num_expert: ``E_local``.
-        group: the ranks that hold the experts; ``None`` for one rank.
-        shadowing: when experts travel to all ranks.
-        placement: experts that other ranks hold too.
-        expert_tensor_parallel_size: as for ``build_dispatcher``.
-        **options: for ``build_dispatcher``.
-    """
-    _checks_of_options(op, shadowing, placement, expert_tensor_parallel_size)
-    if group is None or (shadowing is None and placement is None):
-        return build_dispatcher(
-            op,
-            dispatch,
-            num_expert,
-            group,
-            expert_tensor_parallel_size=expert_tensor_parallel_size,
-            **options,
-        )
-    if placement is not None:
-        slots, capacity = placement.num_slots, options.pop("capacity", None)
-        if isinstance(capacity, float):
-            capacity *= slots / num_expert  # a share of the experts, not of the slots
-        inner = build_dispatcher(op, dispatch, slots, group, capacity=capacity, **options)
-        return ReplicaDispatcher(inner, placement, group)
-    assert shadowing is not None
-    inner = build_dispatcher(op, dispatch, num_expert, group, **options)
-    if not isinstance(inner, ExactDispatcher):
-        raise NotImplementedError(
-            f"{op}: shadowing must be None for dispatch={dispatch!r}, whose buffers have the same size whatever stays "
-            'on a rank, so that nothing would be saved. Use dispatch="exact".'
-        )
-    return ShadowDispatcher(inner, shadowing)
-
-
-def _checks_of_options(op: str, shadowing: Any, placement: Any, num_shards: int) -> None:
-    if shadowing is not None and not isinstance(shadowing, ShadowPolicy):
-        raise TypeError(
-            f"{op}: shadowing must be a ShadowPolicy or None, got {_checks.describe(shadowing)}. Pass "
-            "moeops.distributed.ShadowPolicy(...), or ShadowPolicy.from_cost_model(...)."
-        )
-    if shadowing is not None and placement is not None:
-        raise NotImplementedError(
-            f"{op}: replicas must be None with shadowing, got both. Choose one of them."
-        )
-    name = "replicas" if shadowing is None else "shadowing"
-    if num_shards > 1 and (shadowing is not None or placement is not None):
-        raise NotImplementedError(
-            f"{op}: {name} must be None with expert_tensor_parallel_size={num_shards}: a rank has no use for another "
-            "rank's shard. Choose one of them."
-        )

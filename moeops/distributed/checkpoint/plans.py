@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from moeops.distributed._checkpoint_state import Piece
+from moeops.distributed.checkpoint.state import Piece
 
 
 def _chunk(piece: Piece) -> ChunkStorageMetadata:

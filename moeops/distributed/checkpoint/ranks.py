@@ -8,13 +8,14 @@ from typing import Any, TypeVar
 
 import torch
 
-from moeops.ops._groups import RankGroup, rank_group
-from moeops.ops.exchange import guarded
+from moeops.comm.exchange import guarded
+from moeops.comm.groups import RankGroup, rank_group
 
 T = TypeVar("T")
 
 
 def is_distributed() -> bool:
+    """Whether this process is one of a job's ranks."""
     dist = torch.distributed
     return dist.is_available() and dist.is_initialized()
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moeops.distributed.cost_laws import (
+from moeops.cost.laws import (
     ITEM_BYTES,
     BytesLaw,
     Direction,

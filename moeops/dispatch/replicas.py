@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-from moeops.distributed.expert_weights import (
+from moeops import _checks
+from moeops.comm.groups import RankGroup
+from moeops.dispatch.base import Block, Dispatcher, Experts
+from moeops.dispatch.weights import (
     ExpertWeights,
     Held,
     SharingDispatcher,
     send_experts,
     tie,
 )
-from moeops.layers.dispatch import Block, Dispatcher, Experts
-from moeops.ops import _checks
-from moeops.ops._groups import RankGroup
 from moeops.ops.sorting import sort_tokens
 from moeops.types import Routing, SlotRouting
 

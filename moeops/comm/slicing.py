@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree
 
-from moeops.ops._groups import RankGroup
-from moeops.ops.exchange import guarded
+from moeops.comm.exchange import guarded
+from moeops.comm.groups import RankGroup
 
 
 def _bounds(num_tokens: int, group: RankGroup) -> tuple[int, int]:

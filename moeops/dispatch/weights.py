@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from moeops.layers.dispatch import Block, Dispatcher
-from moeops.ops._groups import RankGroup
-from moeops.ops.exchange import Exchange
+from moeops.comm.exchange import Exchange
+from moeops.comm.groups import RankGroup
+from moeops.dispatch.base import Block, Dispatcher
 
 
 class ExpertWeights(NamedTuple):

@@ -11,35 +11,28 @@ digests find damage, not forgery: whoever can write the folder can write an inde
 
 from __future__ import annotations
 
-import contextlib
 import os
-import warnings
-import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moeops.distributed import _checkpoint_files as files
-from moeops.distributed import _checkpoint_layouts as layouts
-from moeops.distributed._checkpoint_ranks import (
+from moeops.distributed.checkpoint import files, layouts
+from moeops.distributed.checkpoint.ranks import (
     check_fit,
     check_plain,
-    everyone,
     everywhere,
     is_distributed,
     join_groups,
     must_agree,
     place,
 )
-from moeops.distributed._checkpoint_state import LocalState, ModelState, Piece
-from moeops.ops.exchange import explained
+from moeops.distributed.checkpoint.sources import VALUES, Folder, explain_dcp, open_source
+from moeops.distributed.checkpoint.state import LocalState, ModelState, Piece
 
 __all__ = ["load_checkpoint", "merge_checkpoint", "save_checkpoint"]
 
-_VALUES = "values"  # the key of all that is no tensor
 LAYOUTS = ("fused", "per_expert")
 
 
@@ -100,8 +93,8 @@ def save_checkpoint(
     def begin() -> str | None:
         if rank != 0:
             return None
-        state[_VALUES] = {"objects": objects, "groups": groups, "extra": extra}
-        check_plain(op, state[_VALUES])
+        state[VALUES] = {"objects": objects, "groups": groups, "extra": extra}
+        check_plain(op, state[VALUES])
         return files.new_data_folder(op, folder)
 
     try:
@@ -164,7 +157,7 @@ def load_checkpoint(
         does not fit the model.  RuntimeError: loading failed on another rank.
     """
     op = "load_checkpoint"
-    source = everywhere(op, lambda: _open(op, Path(path)))[0]
+    source = everywhere(op, lambda: open_source(op, Path(path)))[0]
     assert source is not None
     rank, size = place()
     everywhere(op, lambda: source.check(op, rank, size))
@@ -237,7 +230,7 @@ def merge_checkpoint(
     op = "merge_checkpoint"
     if layout not in LAYOUTS:
         raise ValueError(f"{op}: layout must be one of {LAYOUTS}, got {layout!r}. Pick one.")
-    source = _Folder(op, Path(path))
+    source = Folder(op, Path(path))
     source.check(op, 0, 1)
     wanted = {}
     for key, (shape, dtype) in source.tensors.items():
@@ -278,152 +271,16 @@ def merge_checkpoint(
     files.replace_file(part, out)
 
 
-class _Folder:
-    """A checkpoint of many files."""
-
-    def __init__(self, op: str, path: Path) -> None:
-        self.path = path
-        self.index = files.read_index(op, path)
-        self.layers: list[dict[str, Any]] = self.index["layers"]
-        self.groups: list[list[str]] | None = self.index["groups"]
-        self.tensors: dict[str, tuple[tuple[int, ...], str]] = {
-            key: (tuple(entry["shape"]), entry["dtype"])
-            for key, entry in self.index["tensors"].items()
-        }
-
-    def check(self, op: str, rank: int, size: int) -> None:
-        """Compare this rank's share of the files with the index."""
-        files.check_files(op, self.path, self.index, rank, size)
-
-    def fit(self, op: str, state: ModelState) -> None:
-        """A folder has one layout."""
-
-    def read(self, op: str, wanted: dict[str, list[Piece]], alone: bool = False) -> dict[str, Any]:
-        """Fill tensors; return the values that are none."""
-        import torch.distributed.checkpoint as dcp
-
-        from moeops.distributed._checkpoint_plans import LoadPieces, Reader
-
-        state: dict[str, Any] = {**wanted, _VALUES: None}
-        with _explained(op, self.path):
-            dcp.load(
-                state,
-                storage_reader=Reader(str(self.path / self.index["folder"]), self.index),
-                planner=LoadPieces(),
-                no_dist=alone or not is_distributed(),
-            )
-        return state[_VALUES]
-
-
-class _File:
-    """A merged checkpoint."""
-
-    def __init__(self, op: str, path: Path) -> None:
-        self.path = path
-        self.groups: list[list[str]] | None = None
-        self.tensors: dict[str, tuple[tuple[int, ...], str]] = {}
-        self.layers: list[dict[str, Any]] = []
-
-    def check(self, op: str, rank: int, size: int) -> None:
-        """Compare the file with the checksums that torch.save put into it; on one rank, since there is one file."""
-        if rank != 0:
-            return
-        try:
-            with zipfile.ZipFile(self.path) as archive:
-                bad = archive.testzip()
-        except (zipfile.BadZipFile, OSError, EOFError) as err:
-            raise ValueError(
-                f"{op}: {self.path} is damaged or no checkpoint: {err}. Load another one."
-            ) from err
-        if bad is not None:
-            raise ValueError(
-                f"{op}: {self.path} is damaged: {bad} does not fit its checksum. Load another checkpoint."
-            )
-
-    def fit(self, op: str, state: ModelState) -> None:
-        """Open the file and name its tensors as the model does."""
-        merged = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
-        if not isinstance(merged, dict) or (merged.get("format"), merged.get("version")) != (
-            files.FORMAT,
-            files.VERSION,
-        ):
-            raise ValueError(
-                f"{op}: path must be a file of merge_checkpoint, version {files.VERSION}, got {self.path}. Load other "
-                "files with torch.load."
-            )
-        self.parts: layouts.Parts = {f"model/{name}": [t] for name, t in merged["model"].items()}
-        groups, optimizer = None, merged["optimizer"]
-        if optimizer is not None:
-            groups = optimizer["param_groups"]
-            for name, entries in optimizer["state"].items():
-                for key, tensor in entries.items():
-                    self.parts[f"optimizer/{name}/{key}"] = [tensor]
-        fused = {layer.prefix: layer.names is not None for layer in state.layers}
-        for layer in merged["layers"]:
-            is_fused = layer["names"] is not None
-            if fused.get(layer["prefix"], is_fused) != is_fused:
-                change = layouts.to_experts if is_fused else layouts.to_fused
-                layer = change(op, self.parts, groups, layer)
-            self.layers.append(layer)
-        for key, parts in self.parts.items():
-            dtype = str(parts[0].dtype).removeprefix("torch.")
-            self.tensors[key] = (layouts.shape_of(parts), dtype)
-        self.groups = None if groups is None else [group["params"] for group in groups]
-        self.values = {"objects": merged["objects"], "groups": groups, "extra": merged["extra"]}
-
-    def read(self, op: str, wanted: dict[str, list[Piece]]) -> dict[str, Any]:
-        """Fill tensors; return the values that are none."""
-
-        def copy() -> None:
-            for key, pieces in wanted.items():
-                for piece in pieces:
-                    layouts.copy_rows(self.parts[key], piece)
-
-        everywhere(op, copy)
-        return self.values
-
-
-def _open(op: str, path: Path) -> _Folder | _File | None:
-    """Rank 0 looks what there is, and the others read no index of another save."""
-    if place()[0] != 0:
-        return None
-    return _File(op, path) if path.is_file() else _Folder(op, path)
-
-
 def _write(op: str, data: Path, state: dict[str, Any]) -> dict[str, Any]:
     """Write the data of all ranks; return where everything went, on rank 0."""
     import torch.distributed.checkpoint as dcp
 
-    from moeops.distributed._checkpoint_plans import SavePieces, Writer
+    from moeops.distributed.checkpoint.plans import SavePieces, Writer
 
     writer = Writer(str(data))
-    with _explained(op, data):
+    with explain_dcp(op, data):
         dcp.save(state, storage_writer=writer, planner=SavePieces(), no_dist=not is_distributed())
     return getattr(writer, "entries", {})
-
-
-@contextlib.contextmanager
-def _explained(op: str, path: Path) -> Iterator[None]:
-    """Turn the errors of torch.distributed.checkpoint, which every rank gets, into ours."""
-    from torch.distributed.checkpoint.api import CheckpointException
-
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            yield
-    except CheckpointException as err:
-        rank, (cause, _) = min(err.failures.items())
-        if not isinstance(cause, Exception):
-            raise cause from err  # an interrupt
-        raise RuntimeError(
-            f"{op}: torch.distributed.checkpoint failed in {path} on rank {rank} of {place()[1]}: "
-            f"{type(cause).__name__}: {cause}"
-        ) from err
-    except RuntimeError as err:
-        if not is_distributed():
-            raise
-        # What fails on a rank is a CheckpointException on all; this is a collective's, for want of a rank.
-        raise explained(op, everyone().name, err) from err
 
 
 def _match_groups(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeops.distributed._checkpoint_state import Piece
+from moeops.distributed.checkpoint.state import Piece
 
 # FastMoE's names; an expert of its own has weights [1, H, D] and biases [1, H].
 EXPERT_NAMES = {

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-from moeops.distributed.hierarchical import Hierarchy, Splits, start_exchange
-from moeops.layers.dispatch import Block, Dispatcher, Experts, LocalDispatcher
-from moeops.ops import _checks
-from moeops.ops._groups import RankGroup
+from moeops import _checks
+from moeops.comm.exchange import Splits
+from moeops.comm.groups import RankGroup
+from moeops.comm.hierarchical import Hierarchy, start_exchange
+from moeops.dispatch.base import Block, Dispatcher, Experts
+from moeops.dispatch.local import LocalDispatcher
 from moeops.ops.padding import pad_rows, unpad_rows
 from moeops.types import Routing, SlotRouting, TokenPlan
 

@@ -9,92 +9,20 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-from moeops.distributed.hierarchical import (
+from moeops import _checks
+from moeops.comm.exchange import Exchange, Splits, exchange_counts
+from moeops.comm.groups import RankGroup
+from moeops.comm.hierarchical import (
     HierarchicalExchange,
     Hierarchy,
-    Splits,
-    check_hierarchy,
     hierarchical_counts,
     start_exchange,
 )
-from moeops.distributed.static import StaticDispatcher, check_capacity, chunk_bounds
-from moeops.distributed.tensor_parallel import ShardedDispatcher
-from moeops.layers.dispatch import (
-    Block,
-    Dispatcher,
-    Experts,
-    LocalDispatcher,
-    combine_leaf,
-    permute_leaf,
-)
-from moeops.ops import _checks
-from moeops.ops._groups import RankGroup
-from moeops.ops.exchange import Exchange, exchange_counts
+from moeops.dispatch.base import Block, Dispatcher, Experts, combine_leaf, permute_leaf
+from moeops.dispatch.local import LocalDispatcher
+from moeops.dispatch.static import chunk_bounds
 from moeops.ops.sorting import sort_tokens
 from moeops.types import Routing, SlotRouting, TokenPlan
-
-DISPATCHES = ("exact", "static")
-
-
-def build_dispatcher(
-    op: str,
-    dispatch: str,
-    num_expert: int,
-    group: RankGroup | None,
-    *,
-    capacity: int | float | None = None,
-    n_chunks: int = 1,
-    hierarchy: Hierarchy | None = None,
-    expert_tensor_parallel_size: int = 1,
-) -> Dispatcher:
-    """Build the dispatcher that a layer asks for by name. With one rank, "exact" is the local one.
-
-    Args:
-        op: the layer's name, for error messages.
-        dispatch: one of ``DISPATCHES``.
-        num_expert: ``E_local``.
-        group: the ranks that hold the experts; ``None`` for one rank.
-        capacity: for "static", see ``StaticDispatcher``.
-        n_chunks: parts of the work in flight at a time.
-        hierarchy: how the group's ranks are arranged as nodes; ``None`` for the flat exchange.
-        expert_tensor_parallel_size: ``P``, ranks that hold one expert together; a divisor of the group's size.
-    """
-    if expert_tensor_parallel_size > 1:
-        assert group is not None
-        inner = build_dispatcher(
-            op,
-            dispatch,
-            num_expert,
-            group,
-            capacity=capacity,
-            n_chunks=n_chunks,
-            hierarchy=hierarchy,
-        )
-        expert_ranks = group.size // expert_tensor_parallel_size
-        return ShardedDispatcher(inner, num_expert, expert_ranks, expert_tensor_parallel_size)
-    if dispatch not in DISPATCHES:
-        raise ValueError(
-            f"{op}: dispatch must be one of {DISPATCHES}, got {dispatch!r}. Pick one of them."
-        )
-    _checks.check_int(op, "n_chunks", n_chunks, 1, "Use 1 for no overlap.")
-    check_hierarchy(op, hierarchy, group)
-    if dispatch == "static":
-        check_capacity(op, capacity)
-        return StaticDispatcher(
-            num_expert,
-            group,
-            capacity,  # type: ignore[arg-type]
-            n_chunks=n_chunks,
-            hierarchy=hierarchy,
-        )
-    if capacity is not None:
-        raise ValueError(
-            f'{op}: capacity must be None for dispatch="exact", which drops nothing, got {capacity!r}. Use '
-            'dispatch="static", or a gate with a capacity.'
-        )
-    if group is None or group.size == 1:
-        return LocalDispatcher(num_expert)
-    return ExactDispatcher(num_expert, group, n_chunks=n_chunks, hierarchy=hierarchy)
 
 
 class _Load(NamedTuple):

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from moeops.distributed.tensor_parallel import ShardSpan
+from moeops.dispatch.shards import ShardSpan
+from moeops.distributed.grad_sync import DistributedGroupedDataParallel
+from moeops.layers.experts import FusedExperts
+from moeops.layers.walk import clean_name, named_layers
 
 _FUSED_NAMES = ("w_up", "w_down", "b_up", "b_down")
-_WRAPPERS = (
-    "_orig_mod.",
-    "_checkpoint_wrapped_module.",
-)  # of torch.compile and of checkpoint_wrapper
 
 
 class Piece(NamedTuple):
@@ -93,8 +91,6 @@ def unwrap(model: nn.Module) -> nn.Module:
     """Take data-parallel wrappers and torch.compile's off."""
     from torch.nn.parallel import DistributedDataParallel
 
-    from moeops.distributed.grad_sync import DistributedGroupedDataParallel
-
     while True:
         if isinstance(model, (DistributedDataParallel, DistributedGroupedDataParallel)):
             model = model.module
@@ -132,7 +128,7 @@ class ModelState:
             if isinstance(value, Tensor):
                 self.tensors[raw] = value
             else:
-                layer = self.layer_of(_clean(raw))
+                layer = self.layer_of(clean_name(raw))
                 if layer is not None and layer.is_spread:
                     raise NotImplementedError(
                         f"{op}: experts that are spread over ranks must hold tensors only, got extra state {raw!r}. "
@@ -149,7 +145,7 @@ class ModelState:
 
     def name(self, raw: str) -> str:
         """What a checkpoint calls a tensor."""
-        name = _clean(raw)
+        name = clean_name(raw)
         layer = self.layer_of(name)
         if layer is None or layer.names is not None:
             return name
@@ -158,7 +154,7 @@ class ModelState:
 
     def expert_dim(self, raw: str) -> ExpertLayer | None:
         """The layer of a tensor that has the experts in dimension 0."""
-        name = _clean(raw)
+        name = clean_name(raw)
         layer = self.layer_of(name)
         if layer is None or layer.names is None:
             return None
@@ -177,7 +173,7 @@ class ModelState:
         layer = self.expert_dim(raw)
         if layer is None or layer.spans is None:
             return None
-        return layer.spans[_clean(raw)[len(layer.prefix) :]]
+        return layer.spans[clean_name(raw)[len(layer.prefix) :]]
 
     def pieces(self, raw: str, tensor: Tensor) -> list[Piece]:
         """This rank's parts of a tensor of the model, or of one alike."""
@@ -203,7 +199,7 @@ class ModelState:
 
     def save(self, optimizer: torch.optim.Optimizer | None) -> LocalState:
         """All that is to be saved."""
-        objects = {f"model/{_clean(raw)}": value for raw, value in self.extra_states.items()}
+        objects = {f"model/{clean_name(raw)}": value for raw, value in self.extra_states.items()}
         state = LocalState(
             self.model_pieces(), objects, None if optimizer is None else [], equal={}
         )
@@ -319,27 +315,17 @@ def parts_of(tensor: Tensor, layer: ExpertLayer | None, span: ShardSpan | None) 
     return pieces or [Piece(local.narrow(dim, 0, 0), tuple(offset), tuple(shape))]
 
 
-def _clean(raw: str) -> str:
-    """A name without what wrappers put into it."""
-    for wrapper in _WRAPPERS:
-        raw = raw.replace(wrapper, "")
-    return raw
-
-
 def _expert_layers(op: str, model: nn.Module) -> Iterator[ExpertLayer]:
     """The model's layers of experts, the outer ones first."""
-    from moeops.layers.experts import FusedExperts
-    from moeops.layers.moe import FMoE
-
-    for raw, module in model.named_modules():
-        if not isinstance(module, FMoE) or not hasattr(module, "experts"):
+    for name, module in named_layers(model):
+        if not hasattr(module, "experts"):
             continue
-        prefix = _clean(f"{raw}.experts." if raw else "experts.")
+        prefix = f"{name}.experts." if name else "experts."
         group, names = module.moe_group, None
         if module.experts_fused:
             experts = module.experts
             experts = getattr(experts, "_orig_mod", experts)
-            tensors = {_clean(name): tensor for name, tensor in experts.state_dict().items()}
+            tensors = {clean_name(name): tensor for name, tensor in experts.state_dict().items()}
             # Others of FusedExperts belong to its activation, even if their size happens to be that number.
             names = tuple(
                 name
@@ -362,8 +348,6 @@ def _expert_layers(op: str, model: nn.Module) -> Iterator[ExpertLayer]:
 
 def _spans(op: str, prefix: str, experts: nn.Module, names: Any) -> dict[str, ShardSpan]:
     """What of whole experts the tensors of a shard are."""
-    from moeops.layers.experts import FusedExperts
-
     if not isinstance(experts, FusedExperts):
         raise NotImplementedError(
             f"{op}: experts in shards must be moeops.layers.FusedExperts, got {type(experts).__name__} as "

@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from moeops.ops import _checks
-from moeops.ops._groups import RankGroup, describe_group, process_group, rank_group, timeout_of
+from moeops import _checks
+from moeops.comm.groups import RankGroup, describe_group, process_group, rank_group, timeout_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -39,13 +39,13 @@ def _all_to_all_rows(rows, input_splits, output_splits, group_name):
     if _unobserved(rows):
         group = rank_group(process_group(group_name))
         assert group is not None
-        return _exchange_rows(rows, _Trip(input_splits, output_splits, group))
+        return _exchange_rows(rows, _Wire(input_splits, output_splits, group))
     return _functional(rows, input_splits, output_splits, group_name)
 
 
 def _functional(rows, input_splits, output_splits, group_name):
-    sent = _send(_pack(rows), input_splits, output_splits, group_name)
-    return _unpack(torch.ops._c10d_functional.wait_tensor(sent), rows.dtype)
+    sent = _send(pack_rows(rows), input_splits, output_splits, group_name)
+    return unpack_rows(torch.ops._c10d_functional.wait_tensor(sent), rows.dtype)
 
 
 # Composite: a graph holds this op where Dynamo captured it, and below autograd the functional collectives that
@@ -60,7 +60,7 @@ def _send(packed, input_splits, output_splits, group_name):
     )
 
 
-def _pack(rows: Tensor) -> Tensor:
+def pack_rows(rows: Tensor) -> Tensor:
     """View types that not every backend sends as types that it does."""
     if rows.dtype in _SENT_AS_IS:
         return rows
@@ -69,8 +69,8 @@ def _pack(rows: Tensor) -> Tensor:
     return rows.contiguous().unsqueeze(-1).view(torch.uint8)
 
 
-def _unpack(received: Tensor, dtype: torch.dtype) -> Tensor:
-    """Undo ``_pack``."""
+def unpack_rows(received: Tensor, dtype: torch.dtype) -> Tensor:
+    """Undo ``pack_rows``."""
     if dtype in _SENT_AS_IS:
         return received
     if dtype.is_complex:
@@ -78,7 +78,7 @@ def _unpack(received: Tensor, dtype: torch.dtype) -> Tensor:
     return received.view(dtype).squeeze(-1)
 
 
-class _Trip:
+class _Wire:
     """One exchange: its splits, its group, and in a backward the gradients on their way back."""
 
     def __init__(self, input_splits: list[int], output_splits: list[int], group: RankGroup) -> None:
@@ -86,12 +86,12 @@ class _Trip:
         self.output_splits = output_splits
         self.group = group
         self.grad: Tensor | None = None
-        self._back: _Trip | None = None
+        self._back: _Wire | None = None
 
-    def back(self) -> _Trip:
-        """Return the trip of the gradients, always the same one."""
+    def back(self) -> _Wire:
+        """Return the wire of the gradients, always the same one."""
         if self._back is None:
-            self._back = _Trip(self.output_splits, self.input_splits, self.group)
+            self._back = _Wire(self.output_splits, self.input_splits, self.group)
         return self._back
 
 
@@ -103,28 +103,28 @@ class _Start(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, packed, trip):
-        ctx.trip = trip
-        return _begin(packed, trip)
+    def forward(ctx, packed, wire):
+        ctx.wire = wire
+        return _begin(packed, wire)
 
     @staticmethod
     def backward(ctx, _grad):
-        # Autograd accepts gradients in the shape of the value only, so those in flight travel in the trip.
-        grad, ctx.trip.grad = ctx.trip.grad, None
-        return _Finish.apply(grad, ctx.trip.back()), None
+        # Autograd accepts gradients in the shape of the value only, so those in flight travel in the wire.
+        grad, ctx.wire.grad = ctx.wire.grad, None
+        return _Finish.apply(grad, ctx.wire.back()), None
 
 
 class _Finish(torch.autograd.Function):
     """Wait for what ``_Start`` began; in the backward, begin to send the gradients back."""
 
     @staticmethod
-    def forward(ctx, sent, trip):
-        ctx.trip = trip
-        return _end(sent, trip)
+    def forward(ctx, sent, wire):
+        ctx.wire = wire
+        return _end(sent, wire)
 
     @staticmethod
     def backward(ctx, grad):
-        ctx.trip.grad = _Start.apply(grad, ctx.trip.back())
+        ctx.wire.grad = _Start.apply(grad, ctx.wire.back())
         return grad, None
 
 
@@ -132,25 +132,25 @@ class _AtOnce(torch.autograd.Function):
     """Exchange rows and wait for them; in the backward, their gradients."""
 
     @staticmethod
-    def forward(ctx, packed, trip):
-        ctx.trip = trip
-        return _exchange_at_once("all_to_all_rows", packed, trip)
+    def forward(ctx, packed, wire):
+        ctx.wire = wire
+        return _exchange_at_once("all_to_all_rows", packed, wire)
 
     @staticmethod
     def backward(ctx, grad):
-        return _exchange_rows(grad, ctx.trip.back()), None
+        return _exchange_rows(grad, ctx.wire.back()), None
 
 
-def _exchange_rows(rows: Tensor, trip: _Trip) -> Tensor:
+def _exchange_rows(rows: Tensor, wire: _Wire) -> Tensor:
     """Exchange rows in eager mode."""
-    packed = _pack(rows)
+    packed = pack_rows(rows)
     if not _unobserved(packed):
-        received = _Finish.apply(_Start.apply(packed, trip), trip)
+        received = _Finish.apply(_Start.apply(packed, wire), wire)
     elif _differentiated(packed):
-        received = _AtOnce.apply(packed, trip)
+        received = _AtOnce.apply(packed, wire)
     else:
-        received = _exchange_at_once("all_to_all_rows", packed, trip)
-    return _unpack(received, rows.dtype)
+        received = _exchange_at_once("all_to_all_rows", packed, wire)
+    return unpack_rows(received, rows.dtype)
 
 
 def _unobserved(rows: Tensor) -> bool:
@@ -185,28 +185,28 @@ def _differentiated(rows: Tensor) -> bool:
 without_autograd = torch._C._AutoDispatchBelowAutograd
 
 
-def _exchange_at_once(op: str, packed: Tensor, trip: _Trip) -> Tensor:
-    received = packed.new_empty((sum(trip.output_splits), *packed.shape[1:]))
+def _exchange_at_once(op: str, packed: Tensor, wire: _Wire) -> Tensor:
+    received = packed.new_empty((sum(wire.output_splits), *packed.shape[1:]))
     guarded(
         op,
-        trip.group,
+        wire.group,
         torch.distributed.all_to_all_single,
-        *(received, packed.contiguous(), trip.output_splits, trip.input_splits),
-        process_group(trip.group.name),
+        *(received, packed.contiguous(), wire.output_splits, wire.input_splits),
+        process_group(wire.group.name),
     )
     return received
 
 
-def _begin(packed: Tensor, trip: _Trip) -> Tensor:
-    args = (packed, trip.input_splits, trip.output_splits, trip.group.name)
+def _begin(packed: Tensor, wire: _Wire) -> Tensor:
+    args = (packed, wire.input_splits, wire.output_splits, wire.group.name)
     with without_autograd():
-        return guarded("all_to_all_rows", trip.group, _send, *args)
+        return guarded("all_to_all_rows", wire.group, _send, *args)
 
 
-def _end(sent: Tensor, trip: _Trip) -> Tensor:
+def _end(sent: Tensor, wire: _Wire) -> Tensor:
     wait = torch.ops._c10d_functional.wait_tensor
     with without_autograd():
-        return guarded("all_to_all_rows", trip.group, wait, sent)
+        return guarded("all_to_all_rows", wire.group, wait, sent)
 
 
 def guarded(op: str, group: RankGroup, function: Callable[..., Any], *args: Any) -> Any:
@@ -226,6 +226,21 @@ def explained(op: str, group_name: str, err: RuntimeError) -> RuntimeError:
         f"{timeout_of(group)}, got: {err}. A rank has ended, hangs or runs another program: read the first error of "
         "every rank."
     )
+
+
+class Splits(NamedTuple):
+    """Sizes of an exchange's blocks on one rank, in rows.
+
+    Attributes:
+        input_splits, output_splits: ``W`` each, as for ``all_to_all_rows``.
+        middle_splits: of blocks that pass through this rank in an exchange by stages, see ``hierarchical_counts``.
+        equal: all blocks of all ranks have the same size.
+    """
+
+    input_splits: Sequence[int]
+    output_splits: Sequence[int]
+    middle_splits: Sequence[int]
+    equal: bool = False
 
 
 class Exchange:
@@ -250,21 +265,21 @@ class Exchange:
         # Graphs hold torch's functional collectives, with torch's gradients.
         self._traced = torch.compiler.is_compiling()
         if self._traced:
-            self._sent = _send(_pack(rows), list(input_splits), list(output_splits), group.name)
+            self._sent = _send(pack_rows(rows), list(input_splits), list(output_splits), group.name)
             return
-        self._trip = _Trip(list(input_splits), list(output_splits), group)
+        self._wire = _Wire(list(input_splits), list(output_splits), group)
         if debug_checks():
-            _check_agreement(rows, self._trip)
-        packed = _pack(rows)
+            _check_agreement(rows, self._wire)
+        packed = pack_rows(rows)
         self._differentiated = _differentiated(packed)
-        self._sent = (_Start.apply if self._differentiated else _begin)(packed, self._trip)
+        self._sent = (_Start.apply if self._differentiated else _begin)(packed, self._wire)
 
     def finish(self) -> Tensor:
         """Return the rows that the other ranks sent, ``[sum(output_splits), ...]``."""
         if self._traced:
-            return _unpack(torch.ops._c10d_functional.wait_tensor(self._sent), self._dtype)
+            return unpack_rows(torch.ops._c10d_functional.wait_tensor(self._sent), self._dtype)
         end = _Finish.apply if self._differentiated else _end
-        return _unpack(end(self._sent, self._trip), self._dtype)
+        return unpack_rows(end(self._sent, self._wire), self._dtype)
 
 
 def all_to_all_rows(
@@ -300,12 +315,12 @@ def all_to_all_rows(
     """
     group = rank_group(group) or RankGroup("", 1, 0)
     if not torch.compiler.is_compiling():
-        _check_splits("all_to_all_rows", rows, input_splits, output_splits, group)
+        check_splits("all_to_all_rows", rows, input_splits, output_splits, group)
         if group.size > 1:
-            trip = _Trip(list(input_splits), list(output_splits), group)
+            wire = _Wire(list(input_splits), list(output_splits), group)
             if debug_checks():
-                _check_agreement(rows, trip)
-            return _exchange_rows(rows, trip)
+                _check_agreement(rows, wire)
+            return _exchange_rows(rows, wire)
     return torch.ops.moeops.all_to_all_rows(
         rows, list(input_splits), list(output_splits), group.name
     )
@@ -334,7 +349,7 @@ def exchange_counts(counts: Tensor, group: ProcessGroup | RankGroup | None) -> T
     op = "exchange_counts"
     ones = [1] * group.size
     if not torch.compiler.is_compiling():
-        _check_splits(op, counts, ones, ones, group)
+        check_splits(op, counts, ones, ones, group)
     return exchange_detached(op, counts, ones, ones, group)
 
 
@@ -352,8 +367,8 @@ def exchange_detached(
     if group.size == 1:
         return rows.clone(memory_format=torch.contiguous_format)
     if _unobserved(rows) and not _differentiated(rows):
-        trip = _Trip(sends, receives, group)
-        return _unpack(_exchange_at_once(op, _pack(rows), trip), rows.dtype)
+        wire = _Wire(sends, receives, group)
+        return unpack_rows(_exchange_at_once(op, pack_rows(rows), wire), rows.dtype)
     return guarded(op, group, _functional, rows, sends, receives, group.name)
 
 
@@ -362,7 +377,7 @@ def debug_checks() -> bool:
     return os.environ.get("MOEOPS_DEBUG_CHECKS", "0") not in ("", "0")
 
 
-def _check_splits(op, rows, input_splits, output_splits, group):
+def check_splits(op, rows, input_splits, output_splits, group):
     """The splits are one non-negative int per rank, and those to send add up to the rows."""
     _checks.check_tensor(op, "rows", rows, None)
     if rows.dim() == 0:
@@ -385,12 +400,12 @@ def _check_splits(op, rows, input_splits, output_splits, group):
         )
 
 
-def _check_agreement(rows, trip):
+def _check_agreement(rows, wire):
     """Every rank sends what the others expect: every rank sees all sizes, so all of them fail or none."""
-    op, group = "all_to_all_rows", trip.group
+    op, group = "all_to_all_rows", wire.group
     row = rows.shape[1:].numel()
     dtypes = sorted({d for d in vars(torch).values() if isinstance(d, torch.dtype)}, key=str)
-    mine = torch.tensor([*trip.input_splits, *trip.output_splits, row, dtypes.index(rows.dtype)])
+    mine = torch.tensor([*wire.input_splits, *wire.output_splits, row, dtypes.index(rows.dtype)])
     ops = torch.ops._c10d_functional
     sizes = guarded(
         op,

@@ -1,8 +1,9 @@
-"""What tools that hook into every FMoE layer of a model share: finding the layers, and hooks that stay behind."""
+"""Find the layers of experts in a model, name them without torch's wrappers, and hook into their routing."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,20 +11,34 @@ from torch import Tensor, nn
 from moeops.layers.moe import FMoE
 from moeops.types import Routing, SlotRouting
 
+# What torch.compile, checkpoint_wrapper and FSDP1 put into the names of a module's parameters.
 _WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(?=\.|$)")
 
 
+def clean_name(raw: str) -> str:
+    """A module's or parameter's name without what torch's wrappers put into it.
+
+    Example:
+        >>> clean_name("_orig_mod.blocks.0._checkpoint_wrapped_module.w_up")
+        'blocks.0.w_up'
+    """
+    return _WRAPPERS.sub("", raw).lstrip(".")
+
+
+def named_layers(model: nn.Module) -> Iterator[tuple[str, FMoE]]:
+    """Every ``FMoE`` of a model with its clean name, the outer ones first."""
+    for raw, module in model.named_modules():
+        if isinstance(module, FMoE):
+            yield clean_name(raw), module
+
+
 def find_layers(op: str, model: Any) -> dict[str, FMoE]:
-    """Every ``FMoE`` of a model by its name there, without what torch's wrappers put into names."""
+    """Every ``FMoE`` of a model by its clean name; an error where there is none."""
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"{op}: model must be a torch.nn.Module, got {type(model).__name__}. Pass the model."
         )
-    layers = {
-        _WRAPPERS.sub("", name).lstrip("."): module
-        for name, module in model.named_modules()
-        if isinstance(module, FMoE)
-    }
+    layers = dict(named_layers(model))
     if not layers:
         raise ValueError(
             f"{op}: model must have an FMoE layer, got none in {type(model).__name__}. "

@@ -1,0 +1,8 @@
+"""From tokens to the experts that a gate chose, on whatever rank they are, and back: one dispatcher per file."""
+
+from moeops.dispatch.base import Dispatcher
+from moeops.dispatch.local import LocalDispatcher
+from moeops.dispatch.replicas import Placement
+from moeops.dispatch.shadowing import ShadowPolicy
+
+__all__ = ["Dispatcher", "LocalDispatcher", "Placement", "ShadowPolicy"]

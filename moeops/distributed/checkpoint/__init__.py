@@ -1,0 +1,5 @@
+"""Checkpoints of models with experts on many ranks, for any number of ranks."""
+
+from moeops.distributed.checkpoint.api import load_checkpoint, merge_checkpoint, save_checkpoint
+
+__all__ = ["load_checkpoint", "merge_checkpoint", "save_checkpoint"]
