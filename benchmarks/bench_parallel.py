@@ -28,6 +28,7 @@ from benchmarks.timing import (
     synchronize,
     training_runner,
 )
+from moeops.distributed import Exact, Static
 
 CAPACITY = 1.25  # of the static dispatcher: a factor on T * K / E
 ONE_RANK = "one rank"
@@ -35,9 +36,9 @@ ONE_RANK = "one rank"
 DISPATCHES: tuple[tuple[str, dict[str, Any]], ...] = (
     (ONE_RANK, {}),
     ("exact", {}),
-    ("static", {"dispatch": "static", "capacity": CAPACITY}),
-    ("exact, 2 chunks", {"n_chunks": 2}),
-    ("exact, 4 chunks", {"n_chunks": 4}),
+    ("static", {"dispatch": Static(CAPACITY)}),
+    ("exact, 2 chunks", {"dispatch": Exact(n_chunks=2)}),
+    ("exact, 4 chunks", {"dispatch": Exact(n_chunks=4)}),
 )
 
 
@@ -139,7 +140,7 @@ class LayerProblem:
         """
         if row.label == ONE_RANK:
             return self._run(self.whole) if row.mode == "compiled" else self._loop()
-        static = options.get("dispatch") == "static"
+        static = isinstance(options.get("dispatch"), Static)
         if static not in self._expected:
             layer = self.whole
             if static:
@@ -174,7 +175,7 @@ class LayerProblem:
 
     def dropped(self, options: dict[str, Any]) -> float:
         """Share of this rank's pairs that the static dispatcher drops."""
-        if options.get("dispatch") != "static":
+        if not isinstance(options.get("dispatch"), Static):
             return 0.0
         layer = self._build(self.shape.num_experts, **options)
         capacity = layer.dispatcher.capacity_of(self.shape.num_pairs)

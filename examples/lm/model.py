@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import moeops
 from lm.gates import GATES, Sizes
 from moeops import gates
+from moeops.distributed import Exact, Static
 from moeops.layers import FMoETransformerMLP
 
 BIAS_SPEED = 0.001  # of gates that balance with a bias, per step
@@ -53,6 +54,14 @@ def make_gate(config: ModelConfig) -> Callable[..., nn.Module]:
     spec = GATES[config.gate]
     sizes = Sizes(config.experts, config.top_k, config.d_model, config.context)
     return partial(getattr(gates, spec.cls), **spec.options(sizes))
+
+
+def make_dispatch(config: ModelConfig) -> Exact | Static:
+    """How tokens get to experts, with its options."""
+    if config.dispatch == "static":
+        assert config.capacity is not None
+        return Static(config.capacity)
+    return Exact()
 
 
 class DenseMLP(nn.Module):
@@ -122,8 +131,7 @@ class Block(nn.Module):
                 expert_tensor_parallel_size=num_shards,
                 top_k=config.top_k,
                 gate=make_gate(config),
-                dispatch=config.dispatch,
-                capacity=config.capacity,
+                dispatch=make_dispatch(config),
             )
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,13 +1,19 @@
-"""What all dispatchers share: the contract, and tokens as rows. T tokens, K experts per token, R rows, E experts."""
+"""What all dispatchers share. T tokens, K experts per token, R rows, E experts, E_local on a rank, W ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+from torch.utils import _pytree
 
 from moeops import _checks
+from moeops.comm.exchange import Splits
+from moeops.comm.groups import RankGroup
+from moeops.comm.hierarchical import Hierarchy, start_exchange
 from moeops.ops.permute import permute_tokens, unpermute_tokens
 from moeops.types import Routing, SlotRouting, TokenPlan
 
@@ -23,30 +29,10 @@ class Dispatcher:
     applied that before) or a ``SlotRouting``, and hands rows in expert order to the experts on this rank. Inputs and
     outputs are nests of tensors, tokens or rows in dimension 0 of every leaf.
 
-    Subclasses write ``dispatch`` and ``combine``; one with a schedule of its own (chunks in flight, say) overrides
-    ``run``, which a layer calls. One without rows for slots raises NotImplementedError for a ``SlotRouting``.
+    A layer calls ``run``, and a subclass writes it; one without rows for slots raises NotImplementedError for a
+    ``SlotRouting``. Where all rows are there before the experts run and no schedule is needed, there is a shorter way:
+    write ``dispatch`` and ``combine``, from which the base makes ``run``.
     """
-
-    def dispatch(self, routing: Routing | SlotRouting, inp: Any) -> tuple[Any, Tensor, Any]:
-        """Bring tokens to experts.
-
-        Args:
-            routing: what the gate decided.
-            inp: nest of ``[T, ...]``.
-
-        Returns:
-            Nest of rows ``[R, ...]`` in expert order; expert_offsets ``[E_local + 1]`` int32, rows past the last
-            offset are padding; and the record that ``combine`` needs.
-        """
-        raise NotImplementedError(
-            f"{type(self).__name__}: dispatch must be written by the subclass."
-        )
-
-    def combine(self, out: Any, record: Any) -> Any:
-        """Bring the experts' outputs, a nest of ``[R, ...]``, back: nest of ``[T, ...]``, weighted and summed."""
-        raise NotImplementedError(
-            f"{type(self).__name__}: combine must be written by the subclass."
-        )
 
     def run(
         self,
@@ -55,7 +41,7 @@ class Dispatcher:
         experts: Experts,
         block: Block | None = None,
     ) -> Any:
-        """Dispatch, run the experts, combine.
+        """Bring tokens to their experts, run the experts on this rank, and bring the outputs back.
 
         Args:
             routing: what the gate decided.
@@ -66,10 +52,117 @@ class Dispatcher:
                 dispatchers that leave them on this rank.
 
         Returns:
-            Nest of ``[T, ...]``.
+            Nest of ``[T, ...]``, weighted and summed over each token's experts.
         """
         rows, expert_offsets, record = self.dispatch(routing, inp)
         return self.combine(experts(rows, expert_offsets, None), record)
+
+    def dispatch(self, routing: Routing | SlotRouting, inp: Any) -> tuple[Any, Tensor, Any]:
+        """Bring tokens to experts; with ``combine``, the short way to ``run``.
+
+        Args:
+            routing: what the gate decided.
+            inp: nest of ``[T, ...]``.
+
+        Returns:
+            Nest of rows ``[R, ...]`` in expert order; expert_offsets ``[E_local + 1]`` int32, rows past the last
+            offset are padding; and the record of tensors that ``combine`` needs.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__}: run, or dispatch and combine, must be written by the subclass."
+        )
+
+    def combine(self, out: Any, record: Any) -> Any:
+        """Bring the experts' outputs, a nest of ``[R, ...]``, back: nest of ``[T, ...]``, weighted and summed."""
+        raise NotImplementedError(
+            f"{type(self).__name__}: run, or dispatch and combine, must be written by the subclass."
+        )
+
+
+class ExpertRanks(NamedTuple):
+    """The ranks that hold a layer's experts, as a dispatcher is built for them.
+
+    Attributes:
+        op: the layer's name, for error messages.
+        num_expert: ``E_local``.
+        group: the ranks; ``None`` for one.
+        num_shards: ``P``, neighbouring ranks that hold one expert together; a divisor of the group's size.
+    """
+
+    op: str
+    num_expert: int
+    group: RankGroup | None = None
+    num_shards: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class DispatchOptions:
+    """Base of the records that a layer takes as ``dispatch=``: every option of a dispatcher is a field of its record.
+
+    A record is made anywhere, and its values are read in the layer: there an error on one rank is an error on all.
+    A new record is a frozen dataclass in the file of its dispatcher, and an entry of ``DISPATCHES`` in
+    ``moeops.dispatch.options``.
+    """
+
+    def check(self, ranks: ExpertRanks) -> None:
+        """Raise where an option is wrong, or does not fit the layer's ranks; ``ranks.op`` begins the message."""
+
+    def build(self, ranks: ExpertRanks) -> Dispatcher:
+        """Make the dispatcher, for checked options. With shards, each counts as an expert of its rank here."""
+        raise NotImplementedError(f"{type(self).__name__}: build must be written by the subclass.")
+
+    def settings(self, ranks: ExpertRanks) -> dict[str, Any]:
+        """Say what must be equal on all ranks, by option: values that can be pickled and compared."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {"dispatch": type(self).__name__, **values}
+
+    def for_mlps(
+        self, d_model: int, d_hidden: int, num_projections: int, dtype: torch.dtype
+    ) -> DispatchOptions:
+        """Fill in what depends on the size of experts that are MLPs."""
+        return self
+
+
+class Flight:
+    """A nest of rows on its way to other ranks: construction sends it, ``finish`` waits for what they sent.
+
+    Args:
+        rows: nest of ``[R, ...]``.
+        splits: rows to and from each rank on the way there.
+        group: the ranks; with one, nothing is sent.
+        hierarchy: how they are arranged as nodes; ``None`` for the flat exchange.
+        back: take rows back to where an exchange with these splits brought them from.
+    """
+
+    def __init__(
+        self,
+        rows: Any,
+        splits: Splits,
+        group: RankGroup,
+        hierarchy: Hierarchy | None,
+        *,
+        back: bool = False,
+    ) -> None:
+        leaves, self._spec = _pytree.tree_flatten(rows)
+        self._rows = rows if group.size == 1 else None
+        self._exchanges = [
+            start_exchange(leaf, splits, group, hierarchy, back=back)
+            for leaf in leaves
+            if group.size > 1
+        ]
+
+    def finish(self) -> Any:
+        """Return the rows that arrived, a nest of ``[sum of the splits, ...]``."""
+        if self._rows is not None:
+            return self._rows
+        received = [exchange.finish() for exchange in self._exchanges]
+        return _pytree.tree_unflatten(received, self._spec)
+
+
+def chunk_bounds(total: int, n_chunks: int) -> list[tuple[int, int]]:
+    """Start and length of ``n_chunks`` parts; lengths differ by one at most."""
+    starts = [total * index // n_chunks for index in range(n_chunks + 1)]
+    return [(starts[index], starts[index + 1] - starts[index]) for index in range(n_chunks)]
 
 
 def permute_leaf(leaf: Tensor, plan: TokenPlan) -> Tensor:
@@ -87,10 +180,13 @@ def combine_leaf(leaf: Tensor, plan: TokenPlan, topk_weights: Tensor | None) -> 
 
 
 def as_rows(leaf: Tensor) -> Tensor:
-    """``[T, ...]`` as ``[T, row]``; spelt out because ``reshape(T, -1)`` is undefined for zero tokens."""
-    if leaf.dim() == 2:
-        return leaf
+    """``[T, ...]`` as ``[T, row]``."""
+    return leaf if leaf.dim() == 2 else leaf.reshape(leaf.shape[0], row_size(leaf.shape[1:]))
+
+
+def row_size(shape: Sequence[int]) -> int:
+    """Elements of a row of this shape, spelt out: ``reshape(T, -1)`` is undefined for T = 0, sizes may be symbolic."""
     size = 1
-    for length in leaf.shape[1:]:
+    for length in shape:
         size *= length
-    return leaf.reshape(leaf.shape[0], size)
+    return size

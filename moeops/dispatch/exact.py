@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -10,30 +9,70 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from moeops import _checks
-from moeops.comm.exchange import Exchange, Splits, exchange_counts
+from moeops.comm.exchange import Splits, exchange_counts
 from moeops.comm.groups import RankGroup
-from moeops.comm.hierarchical import (
-    HierarchicalExchange,
-    Hierarchy,
-    hierarchical_counts,
-    start_exchange,
+from moeops.comm.hierarchical import Hierarchy, hierarchical_counts
+from moeops.dispatch.base import (
+    Block,
+    Dispatcher,
+    Experts,
+    Flight,
+    chunk_bounds,
+    combine_leaf,
+    permute_leaf,
+    row_size,
 )
-from moeops.dispatch.base import Block, Dispatcher, Experts, combine_leaf, permute_leaf
-from moeops.dispatch.local import LocalDispatcher
-from moeops.dispatch.static import chunk_bounds
+from moeops.dispatch.local import Chosen, LocalDispatcher, Record
 from moeops.ops.sorting import sort_tokens
 from moeops.types import Routing, SlotRouting, TokenPlan
 
 
 class _Load(NamedTuple):
-    """Rows that a rank sends, in the order of all experts, and what turns the answer into tokens."""
+    """A part of the work before it is sent.
 
-    rows: Any
-    combine: Callable[[Any], Any]
+    Attributes:
+        tokens: nest of ``[T, ...]``; of a gate that mixes tokens, the rows of all slots.
+        record: what brings the answer back; its plan has a row for every pair, dropped ones too.
+        expert_offsets: ``[E + 1]``.
+    """
+
+    tokens: Any
+    record: Record
+    expert_offsets: Tensor
 
 
-# A chunk on its way back, and what waits for it.
-Return = tuple[_Load, Callable[[], Any]]
+class _Counts(NamedTuple):
+    """How many rows of a chunk travel.
+
+    Attributes:
+        splits: on the host, by rank.
+        received: ``[W, E_local]`` on the device, from whom and for which expert.
+        by_expert: their sums over the ranks on the host, where the experts want them.
+    """
+
+    splits: Splits
+    received: Tensor
+    by_expert: list[int] | None
+
+
+class Chunk(NamedTuple):
+    """What is known of a part of the work while it is on its way, until its answer is combined.
+
+    Attributes:
+        record: what brings this rank's own rows back to their tokens.
+        splits: rows to and from each rank.
+        plan: which of the rows that arrive is of which expert.
+        counts: rows per expert, where the host knows them.
+    """
+
+    record: Record
+    splits: Splits
+    plan: TokenPlan
+    counts: list[int] | None
+
+
+# A chunk, and its rows or its answer in flight.
+Sent = tuple[Chunk, Flight]
 
 
 class ExactDispatcher(Dispatcher):
@@ -79,31 +118,8 @@ class ExactDispatcher(Dispatcher):
         block: Block | None = None,
     ) -> Any:
         """Send every chunk, run the experts on each as it arrives, send it back, combine."""
-        trips, _ = self.send(routing, inp, block is None)
-        return self.join(self.run_and_send_back(trips, experts, block))
-
-    def run_and_send_back(
-        self, trips: list[_Trip], experts: Experts, block: Block | None
-    ) -> list[Return]:
-        """Run the experts on each chunk as it arrives, and begin to send it back."""
-        return [self._send_back(trip, _run_received(trip, experts, block)) for trip in trips]
-
-    def join(self, returns: list[Return]) -> Any:
-        """Wait for the chunks, and combine."""
-        return _join([load.combine(answer()) for load, answer in returns])
-
-    def dispatch(self, routing: Routing | SlotRouting, inp: Any) -> tuple[Any, Tensor, Any]:
-        """Send rows to their experts' ranks, and sort what arrives by expert. In one part."""
-        whole = ExactDispatcher(self.num_expert, self.group, hierarchy=self.hierarchy)
-        (trip,), _ = whole.send(routing, inp, False)
-        rows = _pytree.tree_map(lambda leaf: permute_leaf(leaf, trip.plan), trip.receive())
-        return rows, trip.plan.expert_offsets, trip
-
-    def combine(self, out: Any, record: Any) -> Any:
-        """Send rows back and sum those of each token, weighted."""
-        rows = _pytree.tree_map(lambda leaf: combine_leaf(leaf, record.plan, None), out)
-        load, answer = self._send_back(record, rows)
-        return load.combine(answer())
+        sent, _ = self.send(routing, inp, block is None)
+        return self.join(self.run_and_send_back(sent, experts, block))
 
     def send(
         self,
@@ -111,7 +127,7 @@ class ExactDispatcher(Dispatcher):
         inp: Any,
         need_counts: bool,
         extra: Tensor | None = None,
-    ) -> tuple[list[_Trip], list[int]]:
+    ) -> tuple[list[Sent], list[int]]:
         """Begin to send every chunk; there is one copy to the host in here.
 
         Args:
@@ -123,33 +139,63 @@ class ExactDispatcher(Dispatcher):
         Returns:
             The chunks, and the numbers of ``extra``.
         """
-        size, num_experts = self.group.size, self.group.size * self.num_expert
-        loads: list[Callable[[int], _Load]] = []
-        offsets = []
+        loads = self._loads(routing, inp)
+        counts, numbers = self._host_counts(loads, inp, need_counts, extra)
+        return [self._post(load, count) for load, count in zip(loads, counts, strict=True)], numbers
+
+    def run_and_send_back(
+        self, sent: list[Sent], experts: Experts, block: Block | None
+    ) -> list[Sent]:
+        """Run the experts on each chunk as it arrives, and begin to send it back."""
+        returned = []
+        for chunk, flight in sent:
+            out = _run_received(flight.finish(), chunk, experts, block)
+            back = Flight(out, chunk.splits, self.group, self.hierarchy, back=True)
+            returned.append((chunk, back))
+        return returned
+
+    def join(self, returned: list[Sent]) -> Any:
+        """Wait for the chunks' answers, and combine."""
+        local = LocalDispatcher(self.group.size * self.num_expert)
+        outs = [local.combine(flight.finish(), chunk.record) for chunk, flight in returned]
+        if len(outs) == 1:
+            return outs[0]
+        return _pytree.tree_map(lambda *leaves: torch.cat(leaves), *outs)
+
+    def _loads(self, routing: Routing | SlotRouting, inp: Any) -> list[_Load]:
+        """Cut the tokens into chunks, and sort each by expert; slots are mixed, in one chunk."""
+        num_experts = self.group.size * self.num_expert
         if isinstance(routing, SlotRouting):
             if self.n_chunks > 1:
                 raise NotImplementedError(
                     f"ExactDispatcher: n_chunks must be 1 for a gate that mixes tokens, got {self.n_chunks}. A slot "
                     "holds tokens of all chunks."
                 )
-            local = LocalDispatcher(num_experts)
-            mixed, expert_offsets, record = local.dispatch(routing, inp)
-            loads.append(lambda _: _Load(mixed, lambda out: local.combine(out, record)))
-            offsets.append(expert_offsets)
-        else:
-            for ids, weights, part in _chunk_tokens(routing, inp, self.n_chunks):
-                plan = sort_tokens(ids, num_experts)
-                loads.append(_loader(plan, weights, part))
-                offsets.append(plan.expert_offsets)
-        # [W, n_chunks, E_local]: what this rank sends to whom, and what it receives from whom.
-        sends = torch.stack([o.diff().view(size, self.num_expert) for o in offsets], 1)
+            mixed, expert_offsets, record = LocalDispatcher(num_experts).dispatch(routing, inp)
+            return [_Load(mixed, record, expert_offsets)]
+        loads = []
+        for ids, weights, part in _chunk_tokens(routing, inp, self.n_chunks):
+            plan = sort_tokens(ids, num_experts)
+            loads.append(_Load(part, Chosen(plan, weights), plan.expert_offsets))
+        return loads
+
+    def _host_counts(
+        self, loads: list[_Load], inp: Any, need_counts: bool, extra: Tensor | None
+    ) -> tuple[list[_Counts], list[int]]:
+        """Exchange how many rows travel, and copy all that the host needs at once; see ``send``."""
+        size, n_chunks = self.group.size, len(loads)
+        # [W, n_chunks, E_local]: what this rank sends to whom.
+        sends = torch.stack(
+            [load.expert_offsets.diff().view(size, self.num_expert) for load in loads], 1
+        )
+        # Size and type of a row go with the counts, so that ranks that disagree all see it.
         leaves = _pytree.tree_leaves(inp)
-        signature = _signature(leaves)
+        signature = _row_signature(leaves)
         marks = torch.cat(
             [torch.full_like(sends[:, 0, :1], mark) for mark in signature], 1
         )  # [W, 2]
-        n_chunks = len(loads)
         answer, middle = self._exchange_counts(torch.cat((sends.flatten(1), marks), 1))
+        # What this rank receives from whom, and what passes through it on its way between other ranks.
         receives = answer[:, :-2].view_as(sends)
         passing = middle[:, :-2].view(middle.shape[0], n_chunks, self.num_expert)
         by_expert = receives.sum(0) if need_counts else receives[:0]
@@ -162,44 +208,36 @@ class ExactDispatcher(Dispatcher):
             host, [part.numel() for part in parts]
         )
         self._check_signatures(signature, leaves, signatures)
-        trips = []
-        for chunk, load in enumerate(loads):
+        counts = []
+        for chunk in range(n_chunks):
             splits = Splits(
                 send_rows[chunk::n_chunks],
                 receive_rows[chunk::n_chunks],
                 middle_rows[chunk::n_chunks],
             )
             first = chunk * self.num_expert
-            counts = expert_rows[first : first + self.num_expert] if need_counts else None
-            ready = load(sum(splits.input_splits))
-            exchanges, spec = self._exchange(ready.rows, splits)
-            trips.append(_Trip(ready, exchanges, spec, splits, receives[:, chunk], counts))
-        return trips, numbers
+            rows = expert_rows[first : first + self.num_expert] if need_counts else None
+            counts.append(_Counts(splits, receives[:, chunk], rows))
+        return counts, numbers
+
+    def _post(self, load: _Load, counts: _Counts) -> Sent:
+        """Copy tokens into rows and begin to send them; plan what to do with those that arrive."""
+        rows, record = load.tokens, load.record
+        if isinstance(record, Chosen):
+            # The pairs that have an expert come first; dropped ones have no row from here on.
+            num_rows = sum(counts.splits.input_splits)
+            torch._check(num_rows <= record.plan.row_to_pair.shape[0])
+            kept = record.plan._replace(row_to_pair=record.plan.row_to_pair.narrow(0, 0, num_rows))
+            record = Chosen(kept, record.topk_weights)
+            rows = _pytree.tree_map(lambda leaf: permute_leaf(leaf, kept), rows)
+        flight = Flight(rows, counts.splits, self.group, self.hierarchy)
+        return Chunk(record, counts.splits, _plan_received(counts), counts.by_expert), flight
 
     def _exchange_counts(self, counts: Tensor) -> tuple[Tensor, Tensor]:
         """The other ranks' counts, and those that pass through this rank on their way."""
         if self.hierarchy is None:
             return exchange_counts(counts, self.group), counts[:0]
         return hierarchical_counts(counts, self.hierarchy)
-
-    def _exchange(
-        self, rows: Any, splits: Splits, *, back: bool = False
-    ) -> tuple[list[Exchange | HierarchicalExchange], Any]:
-        """Begin to send every leaf."""
-        leaves, spec = _pytree.tree_flatten(rows)
-        started = [
-            start_exchange(leaf, splits, self.group, self.hierarchy, back=back) for leaf in leaves
-        ]
-        return started, spec
-
-    def _send_back(self, trip: _Trip, out: Any) -> Return:
-        """Begin to send outputs back; the function returned waits for this rank's."""
-        exchanges, spec = self._exchange(out, trip.splits, back=True)
-
-        def answer() -> Any:
-            return _pytree.tree_unflatten([exchange.finish() for exchange in exchanges], spec)
-
-        return trip.load, answer
 
     def _check_signatures(
         self, mine: tuple[int, int], leaves: list[Tensor], signatures: list[int]
@@ -219,42 +257,32 @@ class ExactDispatcher(Dispatcher):
                 )
 
 
-class _Trip:
-    """One chunk on its way to the experts, and what it takes to go back."""
+def _plan_received(counts: _Counts) -> TokenPlan:
+    """Sort rows that arrive by rank, and by expert within a rank, by expert: each is a token with one expert.
 
-    def __init__(self, load, exchanges, spec, splits, received, counts):
-        self.load: _Load = load
-        self.exchanges: list[Exchange | HierarchicalExchange] = exchanges
-        self.spec = spec
-        self.splits: Splits = splits
-        self.counts: list[int] | None = counts
-        # [R, 1]: the rows arrive by rank, and by expert within a rank.
-        num_expert = received.shape[1]
-        experts = torch.arange(num_expert, dtype=torch.int32, device=received.device)
-        ids = torch.repeat_interleave(
-            experts.repeat(received.shape[0]),
-            received.flatten(),
-            output_size=sum(splits.output_splits),
-        )
-        self.plan = sort_tokens(ids.unsqueeze(1), num_expert)
-
-    def receive(self) -> Any:
-        """Wait for the rows, nest of ``[R, ...]``."""
-        leaves = [exchange.finish() for exchange in self.exchanges]
-        return _pytree.tree_unflatten(leaves, self.spec)
+    The gate's ids stay with the sender. The counts say as much: rank after rank, so many rows of each expert.
+    """
+    num_ranks, num_expert = counts.received.shape
+    experts = torch.arange(num_expert, dtype=torch.int32, device=counts.received.device)
+    ids = torch.repeat_interleave(
+        experts.repeat(num_ranks),
+        counts.received.flatten(),
+        output_size=sum(counts.splits.output_splits),
+    )  # [R]
+    return sort_tokens(ids.unsqueeze(1), num_expert)
 
 
-def _run_received(trip: _Trip, experts: Experts, block: Block | None) -> Any:
+def _run_received(rows: Any, chunk: Chunk, experts: Experts, block: Block | None) -> Any:
     """The experts' outputs for the rows of a chunk, in the order in which the rows came."""
-    rows = trip.receive()
+    plan = chunk.plan
     if block is not None:
         first = _pytree.tree_leaves(rows)[0]
         dtype = _checks.accumulate_dtype(first.dtype)
         ones = torch.ones(first.shape[0], 1, dtype=dtype, device=first.device)
-        return block(rows, ones, trip.plan)
-    rows = _pytree.tree_map(lambda leaf: permute_leaf(leaf, trip.plan), rows)
-    out = experts(rows, trip.plan.expert_offsets, trip.counts)
-    return _pytree.tree_map(lambda leaf: combine_leaf(leaf, trip.plan, None), out)
+        return block(rows, ones, plan)
+    rows = _pytree.tree_map(lambda leaf: permute_leaf(leaf, plan), rows)
+    out = experts(rows, plan.expert_offsets, chunk.counts)
+    return _pytree.tree_map(lambda leaf: combine_leaf(leaf, plan, None), out)
 
 
 def _cut(values: list[int], lengths: list[int]) -> list[list[int]]:
@@ -264,21 +292,6 @@ def _cut(values: list[int], lengths: list[int]) -> list[list[int]]:
         parts.append(values[start : start + length])
         start += length
     return parts
-
-
-def _loader(plan: TokenPlan, weights: Tensor, inp: Any) -> Callable[[int], _Load]:
-    """What copies tokens into rows once their number is known; dropped pairs have none."""
-
-    def load(num_rows: int) -> _Load:
-        torch._check(num_rows <= plan.row_to_pair.shape[0])
-        kept = plan._replace(row_to_pair=plan.row_to_pair.narrow(0, 0, num_rows))
-        rows = _pytree.tree_map(lambda leaf: permute_leaf(leaf, kept), inp)
-        return _Load(
-            rows,
-            lambda out: _pytree.tree_map(lambda leaf: combine_leaf(leaf, kept, weights), out),
-        )
-
-    return load
 
 
 def _chunk_tokens(routing: Routing, inp: Any, n_chunks: int) -> list[tuple[Tensor, Tensor, Any]]:
@@ -293,31 +306,21 @@ def _chunk_tokens(routing: Routing, inp: Any, n_chunks: int) -> list[tuple[Tenso
     return parts
 
 
-def _join(parts: list[Any]) -> Any:
-    """The chunks' results, nests of ``[T / n_chunks, ...]``, as one."""
-    if len(parts) == 1:
-        return parts[0]
-    return _pytree.tree_map(lambda *leaves: torch.cat(leaves), *parts)
-
-
 _SIGNED = (*_checks.FLOAT_DTYPES, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-def _signature(leaves: list[Tensor]) -> tuple[int, int]:
+def _row_signature(leaves: list[Tensor]) -> tuple[int, int]:
     """Elements per row over all leaves, and their types as digits to base 16."""
     elements = code = 0
     for leaf in leaves:
-        row = 1
-        for length in leaf.shape[1:]:
-            row *= length
-        elements = elements + row
+        elements = elements + row_size(leaf.shape[1:])
         digit = _SIGNED.index(leaf.dtype) + 1 if leaf.dtype in _SIGNED else 15
         code = (code * 16 + digit) % 2**28
     return elements, code
 
 
 def _describe_signature(elements: int, code: int) -> str:
-    """The inverse of ``_signature`` as far as it goes."""
+    """The inverse of ``_row_signature`` as far as it goes."""
     digits = [int(digit, 16) for digit in f"{code:x}"]
     names = [_SIGNED[d - 1] if 0 < d <= len(_SIGNED) else "another type" for d in digits]
     return f"{elements} elements of {names}"

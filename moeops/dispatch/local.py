@@ -15,11 +15,31 @@ from moeops.ops.sorting import sort_tokens
 from moeops.types import Routing, SlotRouting, TokenPlan
 
 
-class _Slots(NamedTuple):
-    """What ``combine`` needs of a ``SlotRouting``."""
+class Chosen(NamedTuple):
+    """What brings the rows of chosen experts back to their tokens.
+
+    Attributes:
+        plan: which row is of which token.
+        topk_weights: ``[T, K]``.
+    """
+
+    plan: TokenPlan
+    topk_weights: Tensor
+
+
+class Mixed(NamedTuple):
+    """What brings slots back to the tokens that they are a mixture of, see ``SlotRouting``.
+
+    Attributes:
+        combine_weights: ``[T, E * S]``.
+        group_size: tokens that are mixed with each other; ``None`` for all.
+    """
 
     combine_weights: Tensor
     group_size: int | None
+
+
+Record = Chosen | Mixed
 
 
 class LocalDispatcher(Dispatcher):
@@ -53,26 +73,24 @@ class LocalDispatcher(Dispatcher):
         return super().run(routing, inp, experts, block)
 
     def _plan(self, routing: Routing) -> TokenPlan:
-        if routing.num_rows is None:
-            return sort_tokens(routing.topk_ids, self.num_experts)
         return sort_tokens(routing.topk_ids, self.num_experts, routing.num_rows)
 
-    def dispatch(self, routing: Routing | SlotRouting, inp: Any) -> tuple[Any, Tensor, Any]:
+    def dispatch(self, routing: Routing | SlotRouting, inp: Any) -> tuple[Any, Tensor, Record]:
         """Sort a copy of each token's leaves by expert, or mix the tokens of each slot."""
         if isinstance(routing, Routing):
             plan = self._plan(routing)
             rows = _pytree.tree_map(lambda leaf: permute_leaf(leaf, plan), inp)
-            return rows, plan.expert_offsets, (plan, routing.topk_weights)
+            return rows, plan.expert_offsets, Chosen(plan, routing.topk_weights)
         weights = split_groups(routing.dispatch_weights, routing.group_size)  # [G, L, E * S]
         rows = _pytree.tree_map(lambda leaf: self._mix_leaf(leaf, weights, routing.group_size), inp)
         rows_per_expert = weights.shape[0] * (weights.shape[2] // self.num_experts)  # G * S
         ends = torch.arange(self.num_experts + 1, dtype=torch.int32, device=weights.device)
-        record = _Slots(routing.combine_weights, routing.group_size)
+        record = Mixed(routing.combine_weights, routing.group_size)
         return rows, ends * rows_per_expert, record
 
-    def combine(self, out: Any, record: Any) -> Any:
+    def combine(self, out: Any, record: Record) -> Any:
         """Sum the outputs of each token's experts, or of all slots of its group, weighted."""
-        if isinstance(record, _Slots):
+        if isinstance(record, Mixed):
             return _pytree.tree_map(lambda leaf: self._unmix_leaf(leaf, record), out)
         plan, topk_weights = record
         return _pytree.tree_map(lambda leaf: combine_leaf(leaf, plan, topk_weights), out)
@@ -91,7 +109,7 @@ class LocalDispatcher(Dispatcher):
         rows = by_expert.transpose(0, 1).reshape(num_groups * num_slots, row)
         return rows.reshape(num_groups * num_slots, *leaf.shape[1:])
 
-    def _unmix_leaf(self, leaf: Tensor, record: _Slots) -> Tensor:
+    def _unmix_leaf(self, leaf: Tensor, record: Mixed) -> Tensor:
         """Mix rows ``[E * G * S, ...]`` back into ``[T, ...]``."""
         num_tokens, num_slots = record.combine_weights.shape
         weights = split_groups(record.combine_weights, record.group_size)  # [G, L, E * S]

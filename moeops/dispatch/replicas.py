@@ -201,6 +201,10 @@ class ReplicaDispatcher(SharingDispatcher):
             len(placement.sends(source)[group.rank]) for source in range(group.size)
         ]
 
+    def table(self) -> Tensor:
+        """Slots of each expert: see ``Placement.table``."""
+        return self.placement.table()
+
     def start(self, weights: ExpertWeights, table: Tensor | None) -> dict[str, Any]:
         """Begin to send and receive replicas."""
         experts = [expert for sends in self._sends for expert in sends]

@@ -224,12 +224,12 @@ class ShadowDispatcher(SharingDispatcher):
         far, near_ids, chosen = self._decide(routing)
         by_owner = chosen.view(self.group.size, self.num_expert).sum(1)
         extra = torch.cat((by_owner, count_tokens(near_ids, self.max_shadows).long()))
-        trips, numbers = self.inner.send(far, inp, block is None, extra)
+        sent, numbers = self.inner.send(far, inp, block is None, extra)
         num_sent, near_counts = numbers[: self.group.size], numbers[self.group.size :]
         compiling = torch.compiler.is_compiling()
         total = sum(num_sent)
         if not compiling and total == 0:
-            return self.inner.join(self.inner.run_and_send_back(trips, experts, block))
+            return self.inner.join(self.inner.run_and_send_back(sent, experts, block))
         torch._check(total <= self.max_shadows)
         padding = 0
         if compiling:
@@ -239,7 +239,7 @@ class ShadowDispatcher(SharingDispatcher):
             weights.parameters, self._order(chosen), num_sent, padding, self.group
         )
         broadcast.spread()
-        returns = self.inner.run_and_send_back(trips, experts, block)
+        returns = self.inner.run_and_send_back(sent, experts, block)
         near = self._run_near(
             Routing(near_ids, routing.topk_weights),
             inp,

@@ -100,14 +100,6 @@ class ShardedDispatcher(Dispatcher):
         """Dispatch, run the shards, combine."""
         return self.inner.run(self._route(routing), inp, experts, block)
 
-    def dispatch(self, routing: Routing | SlotRouting, inp: Any) -> tuple[Any, Tensor, Any]:
-        """Bring tokens to the shards on this rank."""
-        return self.inner.dispatch(self._route(routing), inp)
-
-    def combine(self, out: Any, record: Any) -> Any:
-        """Bring the shards' outputs back and sum them."""
-        return self.inner.combine(out, record)
-
 
 class ShardSpan(NamedTuple):
     """What of a whole tensor a shard holds: some ranges of one dimension, one behind the other.

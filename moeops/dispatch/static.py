@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,18 +13,26 @@ from torch.utils import _pytree
 from moeops import _checks
 from moeops.comm.exchange import Splits
 from moeops.comm.groups import RankGroup
-from moeops.comm.hierarchical import Hierarchy, start_exchange
-from moeops.dispatch.base import Block, Dispatcher, Experts
-from moeops.dispatch.local import LocalDispatcher
+from moeops.comm.hierarchical import Hierarchy
+from moeops.dispatch.base import (
+    Block,
+    Dispatcher,
+    Experts,
+    Flight,
+    as_rows,
+    chunk_bounds,
+    row_size,
+)
+from moeops.dispatch.local import LocalDispatcher, Record
 from moeops.ops.padding import pad_rows, unpad_rows
 from moeops.types import Routing, SlotRouting, TokenPlan
 
 
-def check_capacity(op: str, capacity: Any) -> None:
+def check_row_capacity(op: str, capacity: Any) -> None:
     """``capacity`` is a positive number of rows or factor."""
     if isinstance(capacity, bool) or not isinstance(capacity, (int, float)):
         raise TypeError(
-            f'{op}: capacity must be an int or a float for dispatch="static", got {_checks.describe(capacity)}. Pass '
+            f"{op}: capacity must be an int or a float for static dispatch, got {_checks.describe(capacity)}. Pass "
             "rows per expert and sending rank, or a factor on T * K / E."
         )
     if not 0 < capacity < math.inf:
@@ -35,10 +42,18 @@ def check_capacity(op: str, capacity: Any) -> None:
         )
 
 
-def chunk_bounds(total: int, n_chunks: int) -> list[tuple[int, int]]:
-    """Start and length of ``n_chunks`` parts of equal size, but for one."""
-    starts = [total * index // n_chunks for index in range(n_chunks + 1)]
-    return [(starts[index], starts[index + 1] - starts[index]) for index in range(n_chunks)]
+class _Filled(NamedTuple):
+    """What turns the buffers that come back into tokens.
+
+    Attributes:
+        record: what brings rows in expert order back to their tokens.
+        expert_offsets: ``[E + 1]``, of these rows; ``None`` where every buffer is full, and they lie in it in order.
+        num_rows: how many there are, those that did not fit included.
+    """
+
+    record: Record
+    expert_offsets: Tensor | None
+    num_rows: int
 
 
 class StaticDispatcher(Dispatcher):
@@ -48,7 +63,7 @@ class StaticDispatcher(Dispatcher):
     their rank are dropped, last tokens first, and add nothing; slots without a pair hold zeros, and experts compute
     on them too.
 
-    Chunks are parts of the capacity: see ``n_chunks`` of ``FMoE``. They do not change what is dropped.
+    Chunks are parts of the capacity: see ``n_chunks`` of ``ExchangeOptions``. They do not change what is dropped.
 
     Args:
         num_expert: ``E_local``, the same on every rank.
@@ -71,7 +86,7 @@ class StaticDispatcher(Dispatcher):
         n_chunks: int = 1,
         hierarchy: Hierarchy | None = None,
     ) -> None:
-        check_capacity("StaticDispatcher", capacity)
+        check_row_capacity("StaticDispatcher", capacity)
         self.num_expert = num_expert
         self.group = group or RankGroup("", 1, 0)
         self.capacity = capacity
@@ -96,80 +111,65 @@ class StaticDispatcher(Dispatcher):
         block: Block | None = None,
     ) -> Any:
         """Send every part of the buffers, run the experts on each as it arrives, send it back, combine."""
-        buffers, finish = self._fill(routing, inp)
-        first = _pytree.tree_leaves(buffers)[0]
-        parts = chunk_bounds(first.shape[1], self.n_chunks)
-        waits = [self._start(_part(buffers, start, length)) for start, length in parts]
-        returns = []
-        for wait, (_, length) in zip(waits, parts, strict=True):
-            out = self._run_buffers(wait(), length, experts, block)
-            returns.append(self._start(out, back=True))
-        outs = [wait() for wait in returns]
+        buffers, filled = self._fill(routing, inp)
+        parts = chunk_bounds(_pytree.tree_leaves(buffers)[0].shape[1], self.n_chunks)
+        flights = [self._send(_part(buffers, start, length)) for start, length in parts]
+        returned = []
+        for flight, (_, length) in zip(flights, parts, strict=True):
+            out = self._run_buffers(self._receive(flight, length), length, experts, block)
+            returned.append(self._send(out, back=True))
+        outs = [
+            self._receive(flight, length)
+            for flight, (_, length) in zip(returned, parts, strict=True)
+        ]
         if len(outs) == 1:
-            return finish(outs[0])
-        return finish(_pytree.tree_map(lambda *leaves: torch.cat(leaves, 1), *outs))
+            return self._drain(outs[0], filled)
+        return self._drain(_pytree.tree_map(lambda *leaves: torch.cat(leaves, 1), *outs), filled)
 
-    def dispatch(self, routing: Routing | SlotRouting, inp: Any) -> tuple[Any, Tensor, Any]:
-        """Exchange the buffers, in one part; experts get ``W * C`` rows each."""
-        buffers, finish = self._fill(routing, inp)
-        received = self._start(buffers)()
-        capacity = _pytree.tree_leaves(received)[0].shape[1]
-        device = _pytree.tree_leaves(received)[0].device
-        rows = _pytree.tree_map(self._by_expert, received)
-        return rows, self._offsets(capacity, device), (finish, capacity)
-
-    def combine(self, out: Any, record: Any) -> Any:
-        """Send the buffers back and sum the rows of each token, weighted."""
-        finish, capacity = record
-        buffers = _pytree.tree_map(lambda leaf: self._by_rank(leaf, capacity), out)
-        return finish(self._start(buffers, back=True)())
-
-    def _fill(self, routing, inp) -> tuple[Any, Callable[[Any], Any]]:
-        """Buffers ``[E, C, ...]``, and what turns the buffers that come back into tokens."""
+    def _fill(self, routing: Routing | SlotRouting, inp: Any) -> tuple[Any, _Filled]:
+        """Sort tokens by expert, and lay what fits into buffers ``[E, C, ...]``."""
         num_experts = self.group.size * self.num_expert
-        local = LocalDispatcher(num_experts)
-        rows, expert_offsets, record = local.dispatch(routing, inp)
+        rows, expert_offsets, record = LocalDispatcher(num_experts).dispatch(routing, inp)
         num_rows = _pytree.tree_leaves(rows)[0].shape[0]
         if isinstance(routing, SlotRouting):
+            # All experts have as many slots, so that the rows are buffers already.
             buffers = _pytree.tree_map(
                 lambda leaf: leaf.reshape(num_experts, num_rows // num_experts, *leaf.shape[1:]),
                 rows,
             )
-            return buffers, lambda out: local.combine(
-                _pytree.tree_map(lambda leaf: leaf.flatten(0, 1), out), record
-            )
+            return buffers, _Filled(record, None, num_rows)
         capacity = self.capacity_of(routing.topk_ids.shape[0] * routing.topk_ids.shape[1])
         buffers = _pytree.tree_map(lambda leaf: _pad_leaf(leaf, expert_offsets, capacity), rows)
+        return buffers, _Filled(record, expert_offsets, num_rows)
 
-        def finish(out: Any) -> Any:
-            kept = _pytree.tree_map(lambda leaf: _unpad_leaf(leaf, expert_offsets, num_rows), out)
-            return local.combine(kept, record)
+    def _drain(self, buffers: Any, filled: _Filled) -> Any:
+        """Take rows out of buffers ``[E, C, ...]``, and sum those of each token, weighted: ``[T, ...]``."""
+        record, offsets, num_rows = filled
+        if offsets is None:
+            rows = _pytree.tree_map(lambda leaf: leaf.flatten(0, 1), buffers)
+        else:
+            rows = _pytree.tree_map(lambda leaf: _unpad_leaf(leaf, offsets, num_rows), buffers)
+        return LocalDispatcher(self.group.size * self.num_expert).combine(rows, record)
 
-        return buffers, finish
-
-    def _start(self, buffers: Any, *, back: bool = False) -> Callable[[], Any]:
-        """Begin to send buffers ``[E, C, ...]``; the function returned waits for ``[W * E_local, C, ...]``."""
+    def _send(self, buffers: Any, *, back: bool = False) -> Flight:
+        """Begin to send buffers ``[E, C, ...]``, as many to each rank; with one rank they stay as they are."""
         size = self.group.size
-        if size == 1:
-            return lambda: buffers
-        leaves, spec = _pytree.tree_flatten(buffers)
-        shapes = [leaf.shape for leaf in leaves]
-        block = self.num_expert * shapes[0][1]
+        block = self.num_expert * _pytree.tree_leaves(buffers)[0].shape[1]
         num_middle = 0 if self.hierarchy is None else self.hierarchy.num_middle
         splits = Splits([block] * size, [block] * size, [block] * num_middle, equal=True)
-        exchanges = [
-            start_exchange(leaf.flatten(0, 1), splits, self.group, self.hierarchy, back=back)
-            for leaf in leaves
-        ]
+        if size > 1:
+            buffers = _pytree.tree_map(lambda leaf: leaf.flatten(0, 1), buffers)
+        return Flight(buffers, splits, self.group, self.hierarchy, back=back)
 
-        def finish() -> Any:
-            received = [
-                exchange.finish().view(shape)
-                for exchange, shape in zip(exchanges, shapes, strict=True)
-            ]
-            return _pytree.tree_unflatten(received, spec)
-
-        return finish
+    def _receive(self, flight: Flight, capacity: int) -> Any:
+        """Wait for buffers ``[W * E_local, C, ...]``."""
+        received = flight.finish()
+        if self.group.size == 1:
+            return received
+        num_buffers = self.group.size * self.num_expert
+        return _pytree.tree_map(
+            lambda leaf: leaf.view(num_buffers, capacity, *leaf.shape[1:]), received
+        )
 
     def _run_buffers(self, received, capacity, experts, block) -> Any:
         """Outputs for ``[W * E_local, C, ...]``, in the same places."""
@@ -218,8 +218,7 @@ def _pad_leaf(leaf: Tensor, expert_offsets: Tensor, capacity: int) -> Tensor:
     """Rows ``[N, ...]`` in expert order into buffers ``[E, C, ...]``."""
     shape = (expert_offsets.shape[0] - 1, capacity, *leaf.shape[1:])
     if leaf.dtype in _checks.FLOAT_DTYPES:
-        flat = leaf if leaf.dim() == 2 else leaf.reshape(leaf.shape[0], _size(leaf.shape[1:]))
-        return pad_rows(flat, expert_offsets, capacity).view(shape)
+        return pad_rows(as_rows(leaf), expert_offsets, capacity).view(shape)
     slot = torch.arange(capacity, device=leaf.device)
     index = expert_offsets[:-1, None] + slot  # [E, C]
     padding = leaf.new_zeros(1, *leaf.shape[1:])
@@ -229,13 +228,5 @@ def _pad_leaf(leaf: Tensor, expert_offsets: Tensor, capacity: int) -> Tensor:
 
 def _unpad_leaf(leaf: Tensor, expert_offsets: Tensor, num_rows: int) -> Tensor:
     """Buffers ``[E, C, ...]`` into rows ``[N, ...]``; a row that did not fit is zero."""
-    flat = leaf if leaf.dim() == 3 else leaf.reshape(*leaf.shape[:2], _size(leaf.shape[2:]))
+    flat = leaf if leaf.dim() == 3 else leaf.reshape(*leaf.shape[:2], row_size(leaf.shape[2:]))
     return unpad_rows(flat, expert_offsets, num_rows).view(num_rows, *leaf.shape[2:])
-
-
-def _size(shape: Any) -> int:
-    """Elements of one row, spelt out for symbolic sizes and for no rows."""
-    size = 1
-    for length in shape:
-        size *= length
-    return size

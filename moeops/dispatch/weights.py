@@ -49,9 +49,13 @@ class SharingDispatcher(Dispatcher):
 
         Args:
             weights: this rank's experts.
-            table: ``Placement.table`` on the device, if the layer has a placement.
+            table: what ``table`` returned, on the device.
         """
         raise NotImplementedError(f"{type(self).__name__}: start must be written by the subclass.")
+
+    def table(self) -> Tensor | None:
+        """Numbers on the host that the dispatcher wants on the device in every forward: a layer keeps them there."""
+        return None
 
 
 def fused_weights(experts: nn.Module) -> ExpertWeights:
@@ -105,17 +109,17 @@ def check_fused(op: str, option: str, experts: nn.Module) -> None:
 
 def check_modules(op: str, option: str, experts: Sequence[nn.Module]) -> tuple[Any, ...]:
     """The experts can stand in for one another; what must be equal on all ranks is returned."""
-    signatures = [_signature(op, option, index, expert) for index, expert in enumerate(experts)]
-    for index, signature in enumerate(signatures):
-        if signature != signatures[0]:
+    structures = [_structure(op, option, index, expert) for index, expert in enumerate(experts)]
+    for index, structure in enumerate(structures):
+        if structure != structures[0]:
             raise NotImplementedError(
                 f"{op}: {option} needs experts of the same structure, got {experts[0]} as expert 0 and "
                 f"{experts[index]} as expert {index}. Make them alike, or pass {option}=None."
             )
-    return signatures[0]
+    return structures[0]
 
 
-def _signature(op: str, option: str, index: int, expert: nn.Module) -> tuple[Any, ...]:
+def _structure(op: str, option: str, index: int, expert: nn.Module) -> tuple[Any, ...]:
     """What experts must have in common: modules with their printed options, and parameters."""
     parameters = list(expert.named_parameters())
     if not parameters:

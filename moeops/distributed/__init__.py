@@ -14,6 +14,7 @@ from moeops.comm.hierarchical import (
     hierarchical_counts,
 )
 from moeops.cost.model import CostModel
+from moeops.dispatch.options import Exact, Static
 from moeops.dispatch.replicas import Placement
 from moeops.dispatch.shadowing import ShadowPolicy
 from moeops.distributed.checkpoint import load_checkpoint, merge_checkpoint, save_checkpoint
@@ -26,10 +27,12 @@ from moeops.distributed.grad_sync import (
 __all__ = [
     "CostModel",
     "DistributedGroupedDataParallel",
+    "Exact",
     "Hierarchy",
     "Placement",
     "RankGroup",
     "ShadowPolicy",
+    "Static",
     "all_gather_counts",
     "all_reduce_sum",
     "build_hierarchy",

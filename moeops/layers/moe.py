@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,12 +13,9 @@ from torch.utils import _pytree
 from moeops import _checks
 from moeops.comm.agreement import agreement
 from moeops.comm.groups import expert_group, slice_group_of
-from moeops.comm.hierarchical import Hierarchy
 from moeops.comm.slicing import join_tokens, slice_tokens
-from moeops.dispatch.base import Block, Dispatcher
-from moeops.dispatch.build import build_sharing_dispatcher
-from moeops.dispatch.replicas import place_replicas
-from moeops.dispatch.shadowing import ShadowPolicy
+from moeops.dispatch.base import Block, Dispatcher, DispatchOptions, ExpertRanks
+from moeops.dispatch.options import as_options, build_dispatcher
 from moeops.dispatch.weights import (
     ExpertWeights,
     SharingDispatcher,
@@ -87,22 +84,13 @@ class FMoE(nn.Module):
         gate_bias: handed to the gate if its constructor takes it.
         device_mesh: a mesh of one dimension that holds the experts, instead of ``moe_group``; ``world_size`` may then
             be left out.
-        dispatch: how tokens get to other ranks. "exact" sends every row, however many there are, and copies some
-            counts to the host; "static" sends buffers of ``capacity`` rows, drops what does not fit, and copies
-            nothing. With one rank "exact" sends nothing, and "static" drops the same.
-        capacity: for "static": rows per expert and sending rank; or, as a float, a factor on ``T * K / E``.
-        n_chunks: parts of the work: all are sent before the first expert runs, and each goes back while the next is
-            computed.
-        hierarchy: how the ranks of ``moe_group`` are arranged as nodes, from ``moeops.distributed.build_hierarchy``;
-            ``None`` for the flat exchange.
+        dispatch: how tokens get to other ranks: a record with its options, or a name for its defaults.
+            ``moeops.distributed.Exact``, "exact", sends every row, however many there are, and copies some counts to
+            the host; ``moeops.distributed.Static``, "static", sends buffers of fixed size, drops what does not fit,
+            and copies nothing. With one rank "exact" sends nothing, and "static" drops the same.
         expert_tensor_parallel_size: neighbouring ranks ``P`` of ``moe_group`` that hold the same experts, each a shard
             of them whose outputs add up; ``E`` is then ``num_expert * W / P``. For subclasses that set
             ``self.experts``, such as ``FMoETransformerMLP``; 1 where ``expert`` is given.
-        shadowing: a ``moeops.distributed.ShadowPolicy``, or a function of ``world_size`` that returns one: where it
-            pays, the weights of much chosen experts go to all ranks instead of their tokens to them. Experts must have
-            the same structure, and no buffers.
-        replicas: dict of expert, from 0 to ``E``, to ranks of ``moe_group`` that hold it beside its owner; its tokens
-            stay on a rank that holds it, and all others are spread over these. Experts as for ``shadowing``.
         dtype: type of the parameters built here, torch's default if ``None``. Ready modules stay as they are.
         device: device of the parameters built here, torch's default if ``None``.
 
@@ -125,7 +113,7 @@ class FMoE(nn.Module):
 
     experts: nn.Module
     mask: Tensor | None
-    replica_table: Tensor | None
+    dispatch_table: Tensor | None
 
     def __init__(
         self,
@@ -144,13 +132,8 @@ class FMoE(nn.Module):
         gate_bias: bool = True,
         *,
         device_mesh: DeviceMesh | None = None,
-        dispatch: str = "exact",
-        capacity: int | float | None = None,
-        n_chunks: int = 1,
-        hierarchy: Hierarchy | None = None,
+        dispatch: str | DispatchOptions = "exact",
         expert_tensor_parallel_size: int = 1,
-        shadowing: ShadowPolicy | Callable[..., ShadowPolicy] | None = None,
-        replicas: Mapping[int, int | Iterable[int]] | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -166,24 +149,13 @@ class FMoE(nn.Module):
             self._build(
                 num_expert, d_model, top_k, gate, expert, gate_bias, dtype=dtype, device=device
             )
-            if callable(shadowing):
-                shadowing = shadowing(world_size=self.world_size)
-            placement = place_replicas(op, replicas, self.num_expert, self.moe_group)
-            self.dispatcher: Dispatcher = build_sharing_dispatcher(
-                op,
-                dispatch,
-                self.num_expert,
-                self.moe_group,
-                capacity=capacity,
-                n_chunks=n_chunks,
-                hierarchy=hierarchy,
-                expert_tensor_parallel_size=expert_tensor_parallel_size,
-                shadowing=shadowing,
-                placement=placement,
-            )
-            structure = None
+            ranks = ExpertRanks(op, self.num_expert, self.moe_group, expert_tensor_parallel_size)
+            options = as_options(op, dispatch)
+            self.dispatcher: Dispatcher = build_dispatcher(options, ranks)
+            structure = table = None
             if isinstance(self.dispatcher, SharingDispatcher):
                 structure = self._check_sharing(self.dispatcher.option)
+                table = self.dispatcher.table()
             _layer_checks.check_mask(op, mask, None)
             self.mask_dict = _layer_checks.check_mask_dict(op, mask_dict)
             settings.update(
@@ -191,13 +163,8 @@ class FMoE(nn.Module):
                 d_model=d_model,
                 top_k=self.top_k,
                 gate=type(self.gate).__name__,
-                dispatch=dispatch,
-                capacity=capacity,
-                n_chunks=n_chunks,
-                hierarchy=None if hierarchy is None else (hierarchy.node_size, hierarchy.form),
+                **options.settings(ranks),
                 expert_tensor_parallel_size=expert_tensor_parallel_size,
-                shadowing=shadowing,
-                replicas=placement,
                 experts=structure,
                 dtype=str(dtype),
                 slices=1 if self.slice_group is None else self.slice_group.size,
@@ -206,9 +173,8 @@ class FMoE(nn.Module):
         # A plain attribute: a compiler sees it change, which it does not with torch's hooks on the gate.
         self.routing_hooks: tuple[RoutingHook, ...] = ()
         self.register_buffer("mask", mask, persistent=False)
-        self._placement = placement
-        table = None if placement is None else placement.table().to(device)
-        self.register_buffer("replica_table", table, persistent=False)
+        table = None if table is None else table.to(device)
+        self.register_buffer("dispatch_table", table, persistent=False)
         self.expert_dp_comm: str | None = None
 
     def _build(
@@ -289,9 +255,10 @@ class FMoE(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         out = super()._apply(fn, recurse)
-        table = self.replica_table
-        if table is not None and self._placement is not None and not table.is_meta:
-            table.copy_(self._placement.table())  # to_empty leaves anything in it
+        table = self.dispatch_table
+        if table is not None and not table.is_meta:
+            assert isinstance(self.dispatcher, SharingDispatcher)
+            table.copy_(self.dispatcher.table())  # type: ignore[arg-type]  # to_empty leaves anything in it
         self._restore_tags()
         return out
 
@@ -345,7 +312,7 @@ class FMoE(nn.Module):
         sharing: dict[str, Any] = {}
         if isinstance(self.dispatcher, SharingDispatcher):
             # Before the gate: weights may be on their way while it works.
-            sharing = self.dispatcher.start(self._expert_weights(), self.replica_table)
+            sharing = self.dispatcher.start(self._expert_weights(), self.dispatch_table)
         nested = getattr(self.gate, "nested_input", False)
         routing = as_routing(op, self.gate, self.gate(moe_inp if nested else gate_inp))
         if not torch.compiler.is_compiling():

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moeops import _checks
 from moeops.comm.agreement import agreement
-from moeops.cost.model import CostModel
-from moeops.dispatch.base import Block
-from moeops.dispatch.shadowing import ShadowPolicy
+from moeops.dispatch.base import Block, DispatchOptions
 from moeops.dispatch.weights import (
     ExpertWeights,
     SharingDispatcher,
     check_fused,
     fused_weights,
 )
+from moeops.gates.naive import NaiveGate
 from moeops.layers.experts import Activation, FusedExperts
-from moeops.layers.moe import FMoE
+from moeops.layers.moe import FMoE, GateHook
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class FMoETransformerMLP(FMoE):
@@ -42,9 +44,8 @@ class FMoETransformerMLP(FMoE):
         expert_tensor_parallel_size: ``P``, a divisor of ``world_size`` and of ``d_hidden``: each expert is divided
             among that many neighbouring ranks, ``H / P`` hidden units each. Rank ``w * P + p`` holds shard ``p`` of
             the experts ``w * num_expert`` to ``(w + 1) * num_expert``. A token's row goes to all ``P`` of them.
-        **kwargs: world_size, mp_group, slice_group, moe_group, top_k, gate, gate_hook, mask, mask_dict, gate_bias,
-            device_mesh, dispatch, capacity, n_chunks, hierarchy, shadowing, replicas, dtype, device: as for ``FMoE``;
-            ``shadowing`` may also be a ``moeops.distributed.CostModel``, of which the layer makes a policy.
+        world_size, mp_group, slice_group, moe_group, top_k, gate, gate_hook, mask, mask_dict, gate_bias, device_mesh,
+            dispatch, dtype, device: as for ``FMoE``.
 
     Attributes:
         experts: a ``FusedExperts``: ``experts.w_up``, ``experts.w_down``, ``experts.b_up``, ``experts.b_down``.
@@ -70,35 +71,50 @@ class FMoETransformerMLP(FMoE):
         expert_dp_comm: str = "none",
         expert_rank: int = 0,
         *,
+        world_size: int = 1,
+        mp_group: Any = None,
+        slice_group: Any = None,
+        moe_group: Any = None,
+        top_k: int = 2,
+        gate: Callable[..., nn.Module] | nn.Module = NaiveGate,
+        gate_hook: GateHook | None = None,
+        mask: Tensor | None = None,
+        mask_dict: dict[int, Any] | None = None,
+        gate_bias: bool = True,
         bias: bool = True,
+        device_mesh: DeviceMesh | None = None,
+        dispatch: str | DispatchOptions = "exact",
         expert_tensor_parallel_size: int = 1,
-        **kwargs: Any,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
-        expert = kwargs.pop("expert", None)
-        if isinstance(kwargs.get("shadowing"), CostModel):
-            kwargs["shadowing"] = partial(
-                ShadowPolicy.from_cost_model,
-                kwargs["shadowing"],
-                d_model,
-                d_hidden,
-                num_projections=3 if activation == "swiglu" else 2,
-                dtype=kwargs.get("dtype") or torch.get_default_dtype(),
-            )
+        if isinstance(dispatch, DispatchOptions):
+            num_projections = 3 if activation == "swiglu" else 2
+            dtype_of_experts = dtype or torch.get_default_dtype()
+            dispatch = dispatch.for_mlps(d_model, d_hidden, num_projections, dtype_of_experts)
         super().__init__(
-            num_expert=num_expert,
-            d_model=d_model,
+            num_expert,
+            d_model,
+            world_size,
+            mp_group,
+            slice_group,
+            moe_group,
+            top_k,
+            gate,
+            gate_hook=gate_hook,
+            mask=mask,
+            mask_dict=mask_dict,
+            gate_bias=gate_bias,
+            device_mesh=device_mesh,
+            dispatch=dispatch,
             expert_tensor_parallel_size=expert_tensor_parallel_size,
-            **kwargs,
+            dtype=dtype,
+            device=device,
         )
         op = "FMoETransformerMLP"
         num_shards = self.expert_tensor_parallel_size
         settings: dict[str, Any] = {}
-        with agreement(op, self.moe_group, settings, kwargs.get("device")):
-            if expert is not None:
-                raise TypeError(
-                    f"{op}: expert must not be given, the layer builds its own experts, got {expert!r}. Use FMoE for "
-                    "other experts."
-                )
+        with agreement(op, self.moe_group, settings, device):
             _checks.check_int(op, "d_hidden", d_hidden, 1, "Sizes are at least 1.")
             self.d_hidden = d_hidden
             self.expert_rank = expert_rank
@@ -110,8 +126,8 @@ class FMoETransformerMLP(FMoE):
                 bias,
                 num_shards=num_shards,
                 shard=0 if self.moe_group is None else self.moe_group.rank % num_shards,
-                dtype=kwargs.get("dtype"),
-                device=kwargs.get("device"),
+                dtype=dtype,
+                device=device,
             )
             if isinstance(self.dispatcher, SharingDispatcher):
                 check_fused(op, self.dispatcher.option, self.experts)

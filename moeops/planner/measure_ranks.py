@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from moeops.dispatch.base import DispatchOptions
+from moeops.dispatch.options import Exact, Static
 from moeops.gates.naive import NaiveGate
 from moeops.layers.transformer import FMoETransformerMLP
 from moeops.planner.clock import Clock
@@ -161,17 +163,15 @@ def measure_overlap(clock: Clock, sizes: Sizes, dtype: torch.dtype) -> list[Reco
 
 def measure_host(clock: Clock, dtype: torch.dtype, *, compiled: bool) -> list[Record]:
     """Host seconds of tiny layers by dispatcher and number of chunks: gate, first expert, forward, backward."""
-    dispatchers: dict[str, dict[str, Any]] = {"local": {}}
+    dispatchers: dict[str, Callable[..., DispatchOptions]] = {"local": Exact}
     if clock.ranks.size > 1:
-        dispatchers["exact"] = {"world_size": clock.ranks.size}
-        dispatchers["static"] = {
-            "world_size": clock.ranks.size, "dispatch": "static", "capacity": 1.25,
-        }  # fmt: skip
+        dispatchers |= {"exact": Exact, "static": partial(Static, 1.25)}
     records: list[Record] = []
     for dispatcher, options in dispatchers.items():
+        world_size = 1 if dispatcher == "local" else clock.ranks.size
         shares: dict[int, tuple[float, float]] = {}
         for n_chunks in (1,) if dispatcher == "local" else CHUNKS:
-            layer = _tiny_layer(clock, dtype, {**options, "n_chunks": n_chunks})
+            layer = _tiny_layer(clock, dtype, world_size, options(n_chunks=n_chunks))
             values = clock.host_samples(_marked_call(layer, clock, dtype))
             names = ("router", "first", "forward", "backward")
             facts = {"dispatcher": dispatcher, "n_chunks": n_chunks}
@@ -182,7 +182,7 @@ def measure_host(clock: Clock, dtype: torch.dtype, *, compiled: bool) -> list[Re
             continue
         for n_chunks in (1,) if dispatcher == "local" else COMPILED_CHUNKS:
             torch._dynamo.reset()
-            layer = _tiny_layer(clock, dtype, {**options, "n_chunks": n_chunks})
+            layer = _tiny_layer(clock, dtype, world_size, options(n_chunks=n_chunks))
             forward, backward = clock.host_samples(_compiled_call(layer, clock, dtype))
             # No clock runs inside a graph: the parts are shared as in eager mode.
             router, first = (share * forward for share in shares[n_chunks])
@@ -200,10 +200,12 @@ def measure_host(clock: Clock, dtype: torch.dtype, *, compiled: bool) -> list[Re
     return records
 
 
-def _tiny_layer(clock: Clock, dtype: torch.dtype, options: dict[str, Any]) -> FMoETransformerMLP:
+def _tiny_layer(
+    clock: Clock, dtype: torch.dtype, world_size: int, dispatch: DispatchOptions
+) -> FMoETransformerMLP:
     return FMoETransformerMLP(
         TINY_EXPERTS, TINY_WIDTH, TINY_WIDTH, "swiglu", bias=False, top_k=2, gate=NaiveGate,
-        dtype=dtype, device=clock.device, **options,
+        world_size=world_size, dispatch=dispatch, dtype=dtype, device=clock.device,
     )  # fmt: skip
 
 

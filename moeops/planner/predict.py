@@ -173,7 +173,7 @@ class Configuration:
 
 
 class Choice(NamedTuple):
-    """What a layer is asked for: ``dispatch=``, ``n_chunks=``, and the form of ``hierarchy=`` or "flat"."""
+    """What a layer is asked for: the kind of ``dispatch=``, its ``n_chunks``, its hierarchy's form or "flat"."""
 
     dispatcher: str
     n_chunks: int = 1

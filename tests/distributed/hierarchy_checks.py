@@ -12,14 +12,25 @@ import torch
 import torch.distributed as dist
 from exchange_checks import DTYPES, problem, tables
 from layer_checks import HostReads
-from parallel_cases import ROUTINGS, all_to_one, batch, loss_of, make, step, token_counts, uneven
+from parallel_cases import (
+    ROUTINGS,
+    all_to_one,
+    batch,
+    loss_of,
+    make,
+    step,
+    token_counts,
+    uneven,
+    with_record,
+)
 from processes import Ranks
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moeops.comm.exchange import all_to_all_rows, exchange_counts
-from moeops.dispatch.build import build_dispatcher
+from moeops.dispatch.base import ExpertRanks
+from moeops.dispatch.options import build_dispatcher
 from moeops.distributed import (
     Hierarchy,
     build_hierarchy,
@@ -50,11 +61,12 @@ def staged(ranks: Ranks) -> list[Hierarchy]:
     return hierarchies(ranks)[-2:]
 
 
-def in_stages(layer, hierarchy: Hierarchy, dispatch: str, **options):
+def in_stages(layer, hierarchy: Hierarchy, **options):
     """A copy of a layer that exchanges in stages."""
     other = copy.deepcopy(layer)
+    record = with_record({**options, "hierarchy": hierarchy})["dispatch"]
     other.dispatcher = build_dispatcher(
-        "FMoE", dispatch, layer.num_expert, layer.moe_group, hierarchy=hierarchy, **options
+        record, ExpertRanks("FMoE", layer.num_expert, layer.moe_group)
     )
     return other
 

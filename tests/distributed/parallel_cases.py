@@ -13,6 +13,7 @@ from processes import Ranks
 from torch import Tensor, nn
 
 from moeops import FMoE, FMoETransformerMLP
+from moeops.dispatch.options import DISPATCHES
 from moeops.gates import BaseGate
 
 D, H, K = 6, 5, 2
@@ -80,8 +81,20 @@ class Nested(nn.Module):
 KINDS = ("mlp", "composed", "modules", "nested")
 
 
+def with_record(options: dict) -> dict:
+    """Arguments of a layer from a case's options, which are flat so that cases combine: a dispatcher's in a record."""
+    names = ("capacity", "n_chunks", "hierarchy", "shadowing", "replicas")
+    own = {name: options[name] for name in names if name in options}
+    if not own:
+        return options
+    rest = {name: value for name, value in options.items() if name not in own}
+    record = DISPATCHES[rest.get("dispatch", "exact")](**own)
+    return {**rest, "dispatch": record}
+
+
 def make(kind: str, num_expert: int, device: str, dtype=torch.float64, **options) -> FMoE:
     options = {"top_k": K, "gate": TableGate, "dtype": dtype, "device": device, **options}
+    options = with_record(options)
     if kind == "mlp":
         return FMoETransformerMLP(num_expert, D, H, activation="swiglu", **options)
     if kind == "composed":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+from parallel_cases import with_record
 from processes import Ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -39,7 +40,7 @@ def mean_sent(ranks: Ranks, layer: moeops.FMoETransformerMLP) -> float:
 def build(ranks: Ranks, config: Configuration, **options) -> moeops.FMoETransformerMLP:
     return moeops.FMoETransformerMLP(
         config.local_experts, config.d_model, config.d_hidden, config.activation, bias=False,
-        world_size=ranks.size, device=ranks.device, **options,
+        world_size=ranks.size, device=ranks.device, **with_record(options),
     )  # fmt: skip
 
 

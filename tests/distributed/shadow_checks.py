@@ -26,6 +26,7 @@ from parallel_cases import (
     step,
     token_counts,
     uneven,
+    with_record,
 )
 from processes import Ranks
 from torch import nn
@@ -34,7 +35,12 @@ from torch.distributed.fsdp import fully_shard
 
 from moeops import FMoE, FMoETransformerMLP, LoadMonitor
 from moeops.cost.model import CostModel
-from moeops.distributed import DistributedGroupedDataParallel, ShadowPolicy, build_hierarchy
+from moeops.distributed import (
+    DistributedGroupedDataParallel,
+    ShadowPolicy,
+    Static,
+    build_hierarchy,
+)
 from moeops.gates import Llama4Gate, SoftMoEGate
 
 # Weights cost nothing, so an expert is taken where it makes the slowest rank any faster.
@@ -287,12 +293,6 @@ def check_what_is_refused(ranks: Ranks) -> None:
         ("mlp", {**shadowing, **few(ranks)}, NotImplementedError, "replicas must be None with"),
         (
             "mlp",
-            {**shadowing, "dispatch": "static", "capacity": 4},
-            NotImplementedError,
-            "whose buffers have the same size",
-        ),
-        (
-            "mlp",
             {**shadowing, "expert_tensor_parallel_size": 2},
             NotImplementedError,
             "expert_tensor_parallel_size=2",
@@ -301,6 +301,9 @@ def check_what_is_refused(ranks: Ranks) -> None:
     for kind, options, error, message in cases:
         with pytest.raises(error, match=message):
             make(kind, 2, ranks.device, world_size=size, **options)
+    # Buffers have the same size whatever stays on a rank: there is no such option.
+    with pytest.raises(TypeError, match="unexpected keyword argument 'shadowing'"):
+        Static(4, shadowing=FREE)
     double = partial(nn.Linear, dtype=torch.float64)
     layer = partial(FMoE, 2, 6, world_size=size, device=ranks.device)
     cases = [
@@ -310,19 +313,22 @@ def check_what_is_refused(ranks: Ranks) -> None:
     ]
     for expert, options, message in cases:
         with pytest.raises(NotImplementedError, match=message):
-            layer(expert=expert, **options)
+            layer(expert=expert, **with_record(options))
     with pytest.raises(NotImplementedError, match="where a subclass sets"):
-        layer(**shadowing)
+        layer(**with_record(shadowing))
     with pytest.raises(NotImplementedError, match=r"activation without parameters .* 'activation"):
-        FMoETransformerMLP(2, 6, 5, nn.PReLU(), world_size=size, device=ranks.device, **shadowing)
+        FMoETransformerMLP(
+            2, 6, 5, nn.PReLU(), world_size=size, device=ranks.device, **with_record(shadowing)
+        )
     with pytest.raises(ValueError, match="experts must be the same on every rank"):
-        layer(expert=partial(nn.Linear, out_features=3 + mine), **few(ranks))
+        layer(expert=partial(nn.Linear, out_features=3 + mine), **with_record(few(ranks)))
     # Experts that one rank alone has: the others are told.
     error, message = (
         (NotImplementedError, "got 'seen'") if mine else (RuntimeError, "an error on rank")
     )
+    expert = WithBuffer if mine else partial(double, out_features=3)
     with pytest.raises(error, match=message):
-        layer(expert=WithBuffer if mine else partial(double, out_features=3), **few(ranks))
+        layer(expert=expert, **with_record(few(ranks)))
     for options in (shadowing, few(ranks)):
         gate = partial(SoftMoEGate, num_slots=2)
         part, _ = make_pair("mlp", ranks, gate=gate, top_k=1, **options)

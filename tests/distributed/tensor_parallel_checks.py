@@ -22,6 +22,7 @@ from parallel_cases import (
     step,
     token_counts,
     uneven,
+    with_record,
 )
 from processes import Ranks
 from sync_checks import STEPS, TOKENS, automatic, explicit, train
@@ -48,7 +49,7 @@ def shard_counts(ranks: Ranks) -> list[int]:
 def make(num_expert: int, ranks: Ranks, **options) -> FMoETransformerMLP:
     options = {"top_k": K, "gate": TableGate, "dtype": torch.float64, **options}
     options = {"activation": "swiglu", "device": ranks.device, **options}
-    return FMoETransformerMLP(num_expert, D, H, **options)
+    return FMoETransformerMLP(num_expert, D, H, **with_record(options))
 
 
 def make_pair(ranks: Ranks, num_shards: int, **options) -> tuple[FMoE, FMoE]:

@@ -8,6 +8,7 @@ from layer_cases import D, H, make_layer
 from torch import nn
 
 from moeops import FMoE, FMoETransformerMLP
+from moeops.distributed import Exact, Static
 from moeops.gates import NaiveGate
 
 
@@ -169,10 +170,11 @@ def linear(d_model):
         (lambda: FMoE(4, D, moe_group="g", device_mesh="m", expert=linear), ValueError, r"moe_group must be None"),
         (lambda: FMoE(4, D, device_mesh="m", expert=linear), ValueError, r"device_mesh must have 1 dimension"),
         (lambda: FMoE(4, D, dispatch="fast", expert=linear), ValueError, r"dispatch must be one of .* got 'fast'"),
-        (lambda: FMoE(4, D, dispatch="static", expert=linear), TypeError, r"capacity must be an int or a float"),
-        (lambda: FMoE(4, D, dispatch="static", capacity=0, expert=linear), ValueError, r"capacity must be above 0"),
-        (lambda: FMoE(4, D, capacity=2.0, expert=linear), ValueError, r'capacity must be None for dispatch="exact"'),
-        (lambda: FMoE(4, D, n_chunks=0, expert=linear), ValueError, r"FMoE: n_chunks must be at least 1, got 0"),
+        (lambda: FMoE(4, D, dispatch=Static, expert=linear), TypeError, r"or a record such as .* got <class"),
+        (lambda: FMoE(4, D, dispatch=Static(None), expert=linear), TypeError, r"capacity must be an int or a float"),
+        (lambda: FMoE(4, D, dispatch=Static(0), expert=linear), ValueError, r"FMoE: capacity must be above 0"),
+        (lambda: FMoE(4, D, dispatch=Exact(capacity=2.0)), TypeError, r"unexpected keyword argument 'capacity'"),
+        (lambda: FMoE(4, D, dispatch=Exact(n_chunks=0)), ValueError, r"FMoE: n_chunks must be at least 1, got 0"),
         (lambda: FMoE(4, D, gate="naive", expert=linear), TypeError, r"FMoE: gate must be .* got 'naive'"),
         (lambda: FMoE(4, D, gate=lambda *a: 3, expert=linear), TypeError, r"FMoE: gate must be .* got 3 \(int\)"),
         (lambda: FMoE(4, D, expert=nn.Linear(D, D)), TypeError, r"FMoE: expert must be .* ready module Linear"),
@@ -185,7 +187,7 @@ def linear(d_model):
         (lambda: FMoETransformerMLP(4, D, 0), ValueError, r"FMoETransformerMLP: d_hidden must be at least 1, got 0"),
         (lambda: FMoETransformerMLP(4, D, H, "tanh"), ValueError, r"activation must be one of .* got 'tanh'"),
         (lambda: FMoETransformerMLP(4, D, H, 3), TypeError, r"activation must be one of .* got 3"),
-        (lambda: FMoETransformerMLP(4, D, H, expert=linear), TypeError, r"expert must not be given"),
+        (lambda: FMoETransformerMLP(4, D, H, expert=linear), TypeError, r"unexpected keyword argument 'expert'"),
         (lambda: FMoETransformerMLP(4, D, H, bogus=1), TypeError, r"bogus"),
         (lambda: make_layer("mlp", "switch", top_k=2), ValueError, r"SwitchGate: topk must be 1, got 2"),
     ],

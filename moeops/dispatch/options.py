@@ -1,0 +1,225 @@
+"""How a layer dispatches, written down: the records that ``dispatch=`` takes. E_local experts on a rank, W ranks.
+
+``Exact`` and ``Static`` have the same exchange between ranks, which can be cut into chunks, take stages over nodes and
+be spread over replicas. Names, for ``dispatch="exact"``, are in ``DISPATCHES``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+
+from moeops import _checks
+from moeops.comm.hierarchical import Hierarchy, check_hierarchy
+from moeops.cost.model import CostModel
+from moeops.dispatch.base import Dispatcher, DispatchOptions, ExpertRanks
+from moeops.dispatch.exact import ExactDispatcher
+from moeops.dispatch.local import LocalDispatcher
+from moeops.dispatch.replicas import Placement, ReplicaDispatcher, place_replicas
+from moeops.dispatch.shadowing import ShadowDispatcher, ShadowPolicy
+from moeops.dispatch.shards import ShardedDispatcher
+from moeops.dispatch.static import StaticDispatcher, check_row_capacity
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExchangeOptions(DispatchOptions):
+    """What ``Exact`` and ``Static`` have in common.
+
+    Attributes:
+        n_chunks: parts of the work: all are sent before the first expert runs, and each goes back while the next is
+            computed.
+        hierarchy: how the ranks of ``moe_group`` are arranged as nodes, from ``moeops.distributed.build_hierarchy``;
+            ``None`` for the flat exchange.
+        replicas: dict of expert, from 0 to ``E``, to ranks of ``moe_group`` that hold it beside its owner; its tokens
+            stay on a rank that holds it, and all others are spread over these. Experts must have the same structure,
+            and no buffers.
+    """
+
+    n_chunks: int = 1
+    hierarchy: Hierarchy | None = None
+    replicas: Mapping[int, int | Iterable[int]] | None = None
+
+    def check(self, ranks: ExpertRanks) -> None:
+        """Raise ValueError or TypeError for a wrong option, NotImplementedError for two that exclude each other."""
+        _checks.check_int(ranks.op, "n_chunks", self.n_chunks, 1, "Use 1 for no overlap.")
+        check_hierarchy(ranks.op, self.hierarchy, ranks.group)
+        if self._placement(ranks) is not None:
+            _refuse_shards("replicas", ranks)
+
+    def build(self, ranks: ExpertRanks) -> Dispatcher:
+        """Make the dispatcher."""
+        placement = self._placement(ranks)
+        if placement is None or ranks.group is None:
+            return self._build_plain(ranks, ranks.num_expert)
+        return ReplicaDispatcher(
+            self._build_plain(ranks, placement.num_slots), placement, ranks.group
+        )
+
+    def settings(self, ranks: ExpertRanks) -> dict[str, Any]:
+        """The fields; of a hierarchy its sizes and form, since its groups differ between ranks."""
+        hierarchy = self.hierarchy
+        return {
+            **super().settings(ranks),
+            "hierarchy": None if hierarchy is None else (hierarchy.node_size, hierarchy.form),
+            "replicas": self._placement(ranks),
+        }
+
+    def _placement(self, ranks: ExpertRanks) -> Placement | None:
+        return place_replicas(ranks.op, self.replicas, ranks.num_expert, ranks.group)
+
+    def _build_plain(self, ranks: ExpertRanks, num_slots: int) -> Dispatcher:
+        """The dispatcher for so many experts and replicas on each rank."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Exact(ExchangeOptions):
+    """Send every row, however many there are: dropless, with one copy of some counts to the host per forward.
+
+    Attributes:
+        n_chunks, hierarchy, replicas: see ``ExchangeOptions``.
+        shadowing: a ``ShadowPolicy``, or a function of ``world_size`` that returns one: where it pays, the weights of
+            much chosen experts go to all ranks instead of their tokens to them. Experts as for ``replicas``, and not
+            with it. For ``FMoETransformerMLP`` also a ``CostModel``, of which the layer makes a policy.
+
+    Example:
+        >>> Exact(n_chunks=2)
+        Exact(n_chunks=2, hierarchy=None, replicas=None, shadowing=None)
+    """
+
+    shadowing: ShadowPolicy | CostModel | Callable[..., ShadowPolicy] | None = None
+
+    def check(self, ranks: ExpertRanks) -> None:
+        """Raise TypeError where ``shadowing`` is no policy; see ``ExchangeOptions``."""
+        super().check(ranks)
+        policy = self._policy(ranks)
+        if policy is None:
+            return
+        if not isinstance(policy, ShadowPolicy):
+            raise TypeError(
+                f"{ranks.op}: shadowing must be a ShadowPolicy or None, got {_checks.describe(policy)}. Pass "
+                "moeops.distributed.ShadowPolicy(...), or ShadowPolicy.from_cost_model(...)."
+            )
+        if self._placement(ranks) is not None:
+            raise NotImplementedError(
+                f"{ranks.op}: replicas must be None with shadowing, got both. Choose one of them."
+            )
+        _refuse_shards("shadowing", ranks)
+
+    def build(self, ranks: ExpertRanks) -> Dispatcher:
+        """Make the dispatcher; with one rank nothing is sent, and it is the local one."""
+        policy, plain = self._policy(ranks), super().build(ranks)
+        if policy is None or not isinstance(plain, ExactDispatcher):
+            return plain
+        return ShadowDispatcher(plain, policy)
+
+    def settings(self, ranks: ExpertRanks) -> dict[str, Any]:
+        """The fields, and the policy that a function or a cost model came to."""
+        return {**super().settings(ranks), "shadowing": self._policy(ranks)}
+
+    def for_mlps(
+        self, d_model: int, d_hidden: int, num_projections: int, dtype: torch.dtype
+    ) -> Exact:
+        """Let a cost model price these experts."""
+        if not isinstance(self.shadowing, CostModel):
+            return self
+        policy = functools.partial(
+            ShadowPolicy.from_cost_model,
+            self.shadowing,
+            d_model,
+            d_hidden,
+            num_projections=num_projections,
+            dtype=dtype,
+        )
+        return dataclasses.replace(self, shadowing=policy)
+
+    def _policy(self, ranks: ExpertRanks) -> Any:
+        """The policy, or what a user passed in its place."""
+        if callable(self.shadowing):
+            return self.shadowing(world_size=1 if ranks.group is None else ranks.group.size)
+        return self.shadowing
+
+    def _build_plain(self, ranks: ExpertRanks, num_slots: int) -> Dispatcher:
+        if ranks.group is None or ranks.group.size == 1:
+            return LocalDispatcher(num_slots)
+        return ExactDispatcher(
+            num_slots, ranks.group, n_chunks=self.n_chunks, hierarchy=self.hierarchy
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Static(ExchangeOptions):
+    """Send buffers of fixed size: nothing is copied to the host, and rows that do not fit are dropped.
+
+    Attributes:
+        capacity: an int, rows per expert and sending rank; or a float, a factor on ``T * K / E``. It also holds on one
+            rank, which drops what many drop.
+        n_chunks, hierarchy, replicas: see ``ExchangeOptions``.
+
+    Example:
+        >>> Static(1.5, n_chunks=2)
+        Static(n_chunks=2, hierarchy=None, replicas=None, capacity=1.5)
+    """
+
+    capacity: int | float = 1.25
+
+    def check(self, ranks: ExpertRanks) -> None:
+        """Raise ValueError or TypeError for a wrong capacity; see ``ExchangeOptions``."""
+        super().check(ranks)
+        check_row_capacity(ranks.op, self.capacity)
+
+    def _build_plain(self, ranks: ExpertRanks, num_slots: int) -> Dispatcher:
+        capacity = self.capacity
+        if isinstance(capacity, float):
+            capacity *= num_slots / ranks.num_expert  # a share of the experts, not of the slots
+        return StaticDispatcher(
+            num_slots, ranks.group, capacity, n_chunks=self.n_chunks, hierarchy=self.hierarchy
+        )
+
+
+DISPATCHES: dict[str, type[DispatchOptions]] = {"exact": Exact, "static": Static}
+
+
+def as_options(op: str, dispatch: Any) -> DispatchOptions:
+    """Read a layer's ``dispatch=``: a record, or the name of one with its default options.
+
+    Raises:
+        ValueError: there is no such name.  TypeError: it is neither.
+    """
+    if isinstance(dispatch, str) and dispatch in DISPATCHES:
+        return DISPATCHES[dispatch]()
+    if isinstance(dispatch, DispatchOptions):
+        return dispatch
+    error = ValueError if isinstance(dispatch, str) else TypeError
+    raise error(
+        f"{op}: dispatch must be one of {tuple(DISPATCHES)} or a record such as moeops.dispatch.Static(capacity=1.25), "
+        f"got {dispatch!r}. Pick one of them."
+    )
+
+
+def build_dispatcher(options: DispatchOptions, ranks: ExpertRanks) -> Dispatcher:
+    """Check a record, and make the dispatcher of a layer's ranks; every rank builds the same.
+
+    Raises:
+        ValueError: an option does not fit.  TypeError: one has the wrong type.  NotImplementedError: two of them
+        exclude each other.
+    """
+    options.check(ranks)
+    dispatcher = options.build(ranks)
+    if ranks.num_shards == 1:
+        return dispatcher
+    assert ranks.group is not None
+    expert_ranks = ranks.group.size // ranks.num_shards
+    return ShardedDispatcher(dispatcher, ranks.num_expert, expert_ranks, ranks.num_shards)
+
+
+def _refuse_shards(option: str, ranks: ExpertRanks) -> None:
+    if ranks.num_shards > 1:
+        raise NotImplementedError(
+            f"{ranks.op}: {option} must be None with expert_tensor_parallel_size={ranks.num_shards}: a rank has no use "
+            "for another rank's shard. Choose one of them."
+        )
