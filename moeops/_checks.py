@@ -6,6 +6,8 @@ in eager mode; under a compiler the fakes repeat the shape checks.
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,16 @@ from moeops.types import TokenPlan
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 ID_DTYPES = (torch.int32, torch.int64)
+
+
+def debug_checks() -> bool:
+    """Whether ``MOEOPS_DEBUG_CHECKS`` in the environment asks for checks of values that cost a copy to the host.
+
+    It is on unless it is unset, empty, 0, false, no or off, in any case. Python reads it at every call; the CUDA
+    library follows the same rule (``csrc/cuda/common.h``), once per process.
+    """
+    value = os.environ.get("MOEOPS_DEBUG_CHECKS", "")
+    return value.lower() not in ("", "0", "false", "no", "off")
 
 
 def describe(value: object) -> str:

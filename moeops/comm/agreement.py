@@ -1,14 +1,46 @@
-"""Every rank of a group does something, or none has done it. W ranks."""
+"""Every rank of a group does something, or all of them raise. W ranks."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 
-from moeops.comm.groups import RankGroup, describe_group, process_group
+from moeops.comm.exchange import guarded
+from moeops.comm.groups import RankGroup, process_group
+
+T = TypeVar("T")
+
+
+def everywhere(
+    op: str, group: RankGroup | None, work: Callable[[], T], device: Any = None
+) -> list[T]:
+    """Do something on every rank of a group and tell all what came out; if it fails on one, all raise.
+
+    Args:
+        op: for error messages.
+        group: the ranks; ``None`` for this one alone.
+        work: called here; what it returns is pickled.
+        device: where NCCL may put a few bytes; torch's current device if it is not a CUDA device.
+
+    Returns:
+        What each rank's call returned, by rank.
+
+    Raises:
+        RuntimeError: it failed on another rank, or a rank did not take part within the group's time-out; what was
+        raised here, where it failed here.
+    """
+    if group is None:
+        return [work()]
+    failure: Exception | None = None
+    value: Any = None
+    try:
+        value = work()
+    except Exception as err:
+        failure = err
+    return _tell(op, group, value, failure, device)
 
 
 @contextlib.contextmanager
@@ -18,39 +50,47 @@ def agreement(
     """Run the block on every rank of a group; raise on all of them if it fails on one, or if settings differ.
 
     Args:
-        op: the layer's name, for error messages.
+        op: for error messages.
         group: the ranks; nothing is compared for ``None``.
         settings: what must be equal on all ranks. The block may add to it.
-        device: where NCCL may put a few bytes; torch's current device if it is not a CUDA device.
+        device: as for ``everywhere``.
 
     Raises:
-        ValueError: a setting differs between ranks.  RuntimeError: the block failed on another rank.
+        ValueError: a setting differs between ranks.  RuntimeError: as for ``everywhere``.
     """
-    failure: BaseException | None = None
+    if group is None:
+        yield
+        return
+    failure: Exception | None = None
     try:
         yield
     except Exception as err:
-        if group is None:
-            raise
         failure = err
-    if group is None:
-        return
-    answers = _all_gather(group, (settings, None if failure is None else str(failure)), device)
-    if failure is not None:
-        raise failure
-    for rank, (theirs, error) in enumerate(answers):
-        if error is not None:
-            raise RuntimeError(
-                f"{op}: every rank of {describe_group(group)} must build the layer, got an error on rank {rank}: "
-                f"{error}"
-            )
+    for rank, theirs in enumerate(_tell(op, group, settings, failure, device)):
         for name, mine in settings.items():
             if theirs.get(name) != mine:
                 raise ValueError(
                     f"{op}: {name} must be the same on every rank of group {group.name!r}, got {mine} on rank "
-                    f"{group.rank} of {group.size} and {theirs.get(name)} on rank {rank}. Build the layer with the "
-                    "same arguments everywhere."
+                    f"{group.rank} of {group.size} and {theirs.get(name)} on rank {rank}. Pass the same arguments "
+                    "everywhere."
                 )
+
+
+def _tell(
+    op: str, group: RankGroup, value: Any, failure: Exception | None, device: Any
+) -> list[Any]:
+    """Tell all ranks what came out here; return what came out on each, or raise if it failed on one."""
+    error = None if failure is None else f"{type(failure).__name__}: {failure}"
+    answers = guarded(op, group, _all_gather, group, (value, error), device)
+    if failure is not None:
+        raise failure
+    for rank, (_, error) in enumerate(answers):
+        if error is not None:
+            raise RuntimeError(
+                f"{op}: every rank of group {group.name!r} must succeed, got an error on rank {rank} of {group.size}: "
+                f"{error}"
+            )
+    return [theirs for theirs, _ in answers]
 
 
 def _all_gather(group: RankGroup, value: Any, device: Any) -> list[Any]:

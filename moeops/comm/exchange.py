@@ -268,7 +268,7 @@ class Exchange:
             self._sent = _send(pack_rows(rows), list(input_splits), list(output_splits), group.name)
             return
         self._wire = _Wire(list(input_splits), list(output_splits), group)
-        if debug_checks():
+        if _checks.debug_checks():
             _check_agreement(rows, self._wire)
         packed = pack_rows(rows)
         self._differentiated = _differentiated(packed)
@@ -318,7 +318,7 @@ def all_to_all_rows(
         check_splits("all_to_all_rows", rows, input_splits, output_splits, group)
         if group.size > 1:
             wire = _Wire(list(input_splits), list(output_splits), group)
-            if debug_checks():
+            if _checks.debug_checks():
                 _check_agreement(rows, wire)
             return _exchange_rows(rows, wire)
     return torch.ops.moeops.all_to_all_rows(
@@ -370,11 +370,6 @@ def exchange_detached(
         wire = _Wire(sends, receives, group)
         return unpack_rows(_exchange_at_once(op, pack_rows(rows), wire), rows.dtype)
     return guarded(op, group, _functional, rows, sends, receives, group.name)
-
-
-def debug_checks() -> bool:
-    """``MOEOPS_DEBUG_CHECKS=1`` asks for checks that cost a host copy."""
-    return os.environ.get("MOEOPS_DEBUG_CHECKS", "0") not in ("", "0")
 
 
 def check_splits(op, rows, input_splits, output_splits, group):

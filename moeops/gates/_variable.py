@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from moeops import _checks
 from moeops.gates.base import records
 from moeops.gates.functional import expert_capacity
 from moeops.gates.naive import NaiveGate
@@ -21,7 +21,7 @@ def check_finite(gate: str, logits: Tensor) -> None:
     if torch.compiler.is_compiling():
         return
     checked = logits.device.type == "cpu" or (
-        logits.device.type == "cuda" and os.environ.get("MOEOPS_DEBUG_CHECKS") == "1"
+        logits.device.type == "cuda" and _checks.debug_checks()
     )
     if checked and not bool(logits.isfinite().all()):
         raise RuntimeError(

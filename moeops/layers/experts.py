@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -76,6 +77,7 @@ class FusedExperts(nn.Module):
         device: device of the parameters, torch's default if ``None``.
 
     Attributes:
+        weight_names: parameters with the experts in dimension 0; others are an activation's.
         w_up: ``[E, 2 H, D]`` (gate rows, then up rows) for swiglu, else ``[E, H, D]``; ``H / P`` for ``H`` in a shard.
         w_down: ``[E, D, H]``.
         b_up: ``[E, 2 H or H]`` or ``None``.
@@ -91,6 +93,7 @@ class FusedExperts(nn.Module):
         {'w_up': [4, 32, 8], 'w_down': [4, 8, 16]}
     """
 
+    weight_names: ClassVar[tuple[str, ...]] = ("w_up", "w_down", "b_up", "b_down")
     b_up: Tensor | None
     b_down: Tensor | None
 

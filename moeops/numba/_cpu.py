@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -13,11 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moeops._checks import debug_checks
 from moeops.numba._rules import INTRINSIC, ROW, Rule, with_compiled_callees
 from moeops.numba._signature import Output, ScalarArg, Signature, TensorArg
 
 # Read once, as the compiled libraries do.
-DEBUG = os.environ.get("MOEOPS_DEBUG_CHECKS") == "1"
+DEBUG = debug_checks()
 # One at a time: Numba's fall-back threading layer (workqueue) aborts the process on concurrent parallel calls.
 _PARALLEL = threading.Lock()
 

@@ -28,7 +28,7 @@ class Case(NamedTuple):
     """How the last rank goes, where, and what the others do there."""
 
     how: str  # "killed" or "hangs"
-    where: str  # "counts", "rows" or "backward"
+    where: str  # "building", "counts", "rows" or "backward"
     backend: str | None = None  # of torch.compile, None for eager mode
 
     @property
@@ -65,11 +65,13 @@ def worker(rank: int, case: Case, folder: str) -> None:
         y = run(x)
         if torch.is_grad_enabled():
             y.sum().backward()
-        if last and case.where == "counts":
+        if last and case.where in ("building", "counts"):
             vanish(case, folder)
         if last and case.where == "rows":  # after the counts are exchanged, before the rows are
             exchange.Exchange.__init__ = lambda *args: vanish(case, folder)
         start = time.monotonic()
+        if case.where == "building":
+            make("mlp", 2, "cpu", world_size=case.ranks)
         with explain_failures():
             y = run(x)
             if last and case.where == "backward":
@@ -102,10 +104,17 @@ def assert_all_others_fail(op: str, case: Case, folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("how", "where"),
-    [("killed", "counts"), ("killed", "rows"), ("killed", "backward"), ("hangs", "rows")],
+    [
+        ("killed", "building"),
+        ("killed", "counts"),
+        ("killed", "rows"),
+        ("killed", "backward"),
+        ("hangs", "rows"),
+    ],
 )
 def test_every_other_rank_ends_with_an_error(how, where, tmp_path):
-    op = "exchange_counts" if where == "counts" else "all_to_all_rows"
+    ops = {"building": "FMoETransformerMLP", "counts": "exchange_counts"}
+    op = ops.get(where, "all_to_all_rows")
     assert_all_others_fail(op, Case(how, where), tmp_path)
 
 

@@ -9,8 +9,10 @@
 
 #include <algorithm>
 #include <array>
+#include <cctype>
 #include <cstdlib>
 #include <mutex>
+#include <string>
 
 #include "checks.h"
 
@@ -54,12 +56,15 @@ inline Tensor empty_on(const Tensor& like, torch::headeronly::IntHeaderOnlyArray
   return torch::stable::new_empty(like, shape, type);
 }
 
-// MOEOPS_DEBUG_CHECKS=1 makes the CUDA ops check values (ids, logits), at the price of a host sync
-// per op.
+// MOEOPS_DEBUG_CHECKS makes the CUDA ops check values (ids, logits), at the price of a host sync
+// per op. It is on unless it is unset, empty, 0, false, no or off, in any case, as for debug_checks
+// in moeops/_checks.py.
 inline bool debug_checks() {
   static const bool enabled = [] {
     const char* value = std::getenv("MOEOPS_DEBUG_CHECKS");
-    return value != nullptr && value[0] == '1';
+    std::string text = value == nullptr ? "" : value;
+    for (char& c : text) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
+    return !(text.empty() || text == "0" || text == "false" || text == "no" || text == "off");
   }();
   return enabled;
 }

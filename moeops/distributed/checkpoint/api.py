@@ -18,13 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moeops.comm.agreement import everywhere
 from moeops.distributed.checkpoint import files, layouts
 from moeops.distributed.checkpoint.ranks import (
     check_fit,
     check_plain,
-    everywhere,
+    everyone,
     is_distributed,
-    join_groups,
+    join_param_groups,
     must_agree,
     place,
 )
@@ -75,7 +76,7 @@ def save_checkpoint(
         return shapes, mine.objects, mine.groups, mine.equal, records
 
     states: list[LocalState] = []
-    answers = everywhere(op, describe)
+    answers = everywhere(op, everyone(), describe)
     shapes: dict[str, Any] = {}
     equal: dict[str, Any] = {}
     objects: dict[str, Any] = {}
@@ -86,7 +87,7 @@ def save_checkpoint(
             op, rank, {"layers of experts": answers[0][4]}, {"layers of experts": their_layers}
         )
         objects = {**their_objects, **objects}
-    groups = join_groups(op, [answer[2] for answer in answers])
+    groups = join_param_groups(op, [answer[2] for answer in answers])
     rank, size = place()
     state: dict[str, Any] = dict(states[0].pieces)
 
@@ -98,7 +99,7 @@ def save_checkpoint(
         return files.new_data_folder(op, folder)
 
     try:
-        name = everywhere(op, begin)[0]
+        name = everywhere(op, everyone(), begin)[0]
         assert name is not None
         data = folder / name
         entries = _write(op, data, state)
@@ -107,7 +108,7 @@ def save_checkpoint(
             mine = [*data.glob(f"__{rank}_*"), *([data / ".metadata"] if rank == 0 else [])]
             return {file.name: files.digest_of(file) for file in mine}
 
-        digests = everywhere(op, digests_here)
+        digests = everywhere(op, everyone(), digests_here)
 
         def commit() -> None:
             if rank != 0:
@@ -125,7 +126,7 @@ def save_checkpoint(
             }
             files.write_index(folder, contents)
 
-        everywhere(op, commit)
+        everywhere(op, everyone(), commit)
     finally:
         if rank == 0:
             files.remove_other_data(folder)
@@ -157,10 +158,10 @@ def load_checkpoint(
         does not fit the model.  RuntimeError: loading failed on another rank.
     """
     op = "load_checkpoint"
-    source = everywhere(op, lambda: open_source(op, Path(path)))[0]
+    source = everywhere(op, everyone(), lambda: open_source(op, Path(path)))[0]
     assert source is not None
     rank, size = place()
-    everywhere(op, lambda: source.check(op, rank, size))
+    everywhere(op, everyone(), lambda: source.check(op, rank, size))
     numbers: list[int | None] = []  # of the checkpoint's groups, for each of the optimizer's
     found: list[tuple[ModelState, dict[str, list[Piece]], dict[str, Tensor]]] = []
 
@@ -182,7 +183,7 @@ def load_checkpoint(
         shapes = {key: (parts[0].shape, parts[0].dtype) for key, parts in wanted.items()}
         return shapes, [{**layer.record(), "ranks": layer.size} for layer in state.layers]
 
-    answers = everywhere(op, describe)
+    answers = everywhere(op, everyone(), describe)
     check_fit(op, str(path), source.tensors, source.layers, answers, optimizer is not None)
     state, wanted, room = found[0]
     values = source.read(op, wanted)
@@ -203,7 +204,7 @@ def load_checkpoint(
                 [values["groups"][n] if n is not None else {} for n in numbers],
             )
 
-    everywhere(op, finish)
+    everywhere(op, everyone(), finish)
     return values["extra"]
 
 

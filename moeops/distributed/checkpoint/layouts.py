@@ -19,7 +19,7 @@ EXPERT_NAMES = {
     "w_down": "h4toh.weight",
     "b_down": "h4toh.bias",
 }
-_FUSED_NAMES = {name: fused for fused, name in EXPERT_NAMES.items()}
+_LIST_NAMES = {name: fused for fused, name in EXPERT_NAMES.items()}  # the way back
 
 Parts = dict[str, list[Tensor]]
 
@@ -62,7 +62,7 @@ def can_fuse(parts: Parts, layer: dict[str, Any]) -> bool:
     start = f"model/{layer['prefix']}"
     found = [key for key in parts if key.startswith(start)]
     return bool(found) and all(
-        key[len(start) :].partition(".")[2] in _FUSED_NAMES and parts[key][0].shape[:1] == (1,)
+        key[len(start) :].partition(".")[2] in _LIST_NAMES and parts[key][0].shape[:1] == (1,)
         for key in found
     )
 
@@ -109,7 +109,7 @@ def to_fused(
         if not name.startswith(prefix):
             return None
         index, _, rest = name[len(prefix) :].partition(".")
-        return (prefix + _FUSED_NAMES.get(rest, rest), int(index)) if index.isdigit() else None
+        return (prefix + _LIST_NAMES.get(rest, rest), int(index)) if index.isdigit() else None
 
     found: dict[str, dict[int, list[Tensor]]] = {}
     for key in list(parts):

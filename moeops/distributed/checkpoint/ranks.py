@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
-from moeops.comm.exchange import guarded
 from moeops.comm.groups import RankGroup, rank_group
-
-T = TypeVar("T")
 
 
 def is_distributed() -> bool:
@@ -20,42 +16,15 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def everyone() -> RankGroup:
-    """All ranks of the job."""
-    group = rank_group(torch.distributed.group.WORLD)
-    assert group is not None
-    return group
+def everyone() -> RankGroup | None:
+    """All ranks of the job, ``None`` for a process that is none."""
+    return rank_group(torch.distributed.group.WORLD) if is_distributed() else None
 
 
 def place() -> tuple[int, int]:
     """This rank, and how many there are."""
-    dist = torch.distributed
-    return (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
-
-
-def everywhere(op: str, work: Callable[[], T]) -> list[T]:
-    """Do something on every rank of the job and tell all what came out; if it fails on one, all raise."""
-    failure: Exception | None = None
-    value: Any = None
-    try:
-        value = work()
-    except Exception as err:
-        failure = err
-    if is_distributed():
-        answers: list[Any] = [None] * place()[1]
-        error = None if failure is None else f"{type(failure).__name__}: {failure}"
-        gather = torch.distributed.all_gather_object
-        guarded(op, everyone(), gather, answers, (value, error))
-    else:
-        answers = [(value, failure)]
-    if failure is not None:
-        raise failure
-    for rank, (_, error) in enumerate(answers):
-        if error is not None:
-            raise RuntimeError(
-                f"{op}: every rank must succeed, got an error on rank {rank} of {len(answers)}: {error}"
-            )
-    return [value for value, _ in answers]
+    group = everyone()
+    return (0, 1) if group is None else (group.rank, group.size)
 
 
 def must_agree(op: str, rank: int, known: dict[str, Any], theirs: dict[str, Any]) -> None:
@@ -68,7 +37,7 @@ def must_agree(op: str, rank: int, known: dict[str, Any], theirs: dict[str, Any]
             )
 
 
-def join_groups(op: str, answers: list[Any]) -> list[dict[str, Any]] | None:
+def join_param_groups(op: str, answers: list[Any]) -> list[dict[str, Any]] | None:
     """Parameter groups with the names of all ranks; experts of a list are on one rank each."""
     if answers[0] is None and all(answer is None for answer in answers):
         return None

@@ -11,9 +11,10 @@ from typing import Any, Protocol
 
 import torch
 
+from moeops.comm.agreement import everywhere
 from moeops.comm.exchange import explained
 from moeops.distributed.checkpoint import files, layouts
-from moeops.distributed.checkpoint.ranks import everyone, everywhere, is_distributed, place
+from moeops.distributed.checkpoint.ranks import everyone, is_distributed, place
 from moeops.distributed.checkpoint.state import ModelState, Piece
 
 VALUES = "values"  # the key of all that is no tensor
@@ -60,10 +61,11 @@ def explain_dcp(op: str, path: Path) -> Iterator[None]:
             f"{type(cause).__name__}: {cause}"
         ) from err
     except RuntimeError as err:
-        if not is_distributed():
+        group = everyone()
+        if group is None:
             raise
         # What fails on a rank is a CheckpointException on all; this is a collective's, for want of a rank.
-        raise explained(op, everyone().name, err) from err
+        raise explained(op, group.name, err) from err
 
 
 class Folder:
@@ -167,7 +169,7 @@ class File:
                 for piece in pieces:
                     layouts.copy_rows(self.parts[key], piece)
 
-        everywhere(op, copy)
+        everywhere(op, everyone(), copy)
         return self.values
 
 

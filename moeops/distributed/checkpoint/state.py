@@ -14,8 +14,6 @@ from moeops.distributed.grad_sync import DistributedGroupedDataParallel
 from moeops.layers.experts import FusedExperts
 from moeops.layers.walk import clean_name, named_layers
 
-_FUSED_NAMES = ("w_up", "w_down", "b_up", "b_down")
-
 
 class Piece(NamedTuple):
     """A part of a tensor that may be spread over ranks. A rank has one of each tensor, or several with gaps between.
@@ -330,7 +328,7 @@ def _expert_layers(op: str, model: nn.Module) -> Iterator[ExpertLayer]:
             names = tuple(
                 name
                 for name, tensor in tensors.items()
-                if (name in _FUSED_NAMES or not isinstance(experts, FusedExperts))
+                if (not isinstance(experts, FusedExperts) or name in experts.weight_names)
                 and isinstance(tensor, Tensor)
                 and tensor.dim() > 0
                 and tensor.shape[0] == module.num_expert
