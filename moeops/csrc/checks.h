@@ -30,7 +30,7 @@ inline bool is_float(ScalarType type) {
          type == ScalarType::Half;
 }
 
-// Type that half types, and only they, leave for sums and routing weights.
+// The type of sums and of routing weights: float32, which half types are widened to, or float64.
 inline ScalarType accumulate_type(ScalarType type) {
   return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
@@ -309,6 +309,18 @@ inline void check_plan(const char* op, const Tensor& row_to_pair, const Tensor& 
   check_same_device(op, "row_to_pair", row_to_pair, like);
   check_same_device(op, "pair_to_row", pair_to_row, like);
   check_offsets(op, offsets, like);
+}
+
+// topk_weights is [T, K] in the accumulate type of `type`.
+inline void check_topk_weights(const char* op, const Tensor& topk_weights, ScalarType type,
+                               const Tensor& pair_to_row) {
+  check_dim(op, "topk_weights", topk_weights, 2);
+  STD_TORCH_CHECK(topk_weights.scalar_type() == accumulate_type(type), op,
+                  ": topk_weights must be float32, or float64 beside float64 rows, got ",
+                  topk_weights.scalar_type(), ". Cast it.");
+  check_same_device(op, "topk_weights", topk_weights, pair_to_row);
+  check_size(op, "topk_weights", topk_weights, 0, pair_to_row.size(0));
+  check_size(op, "topk_weights", topk_weights, 1, pair_to_row.size(1));
 }
 
 // A contiguous tensor with the same values; the tensor itself where it is contiguous already.

@@ -87,7 +87,9 @@ STABLE_TORCH_LIBRARY(moeops, m) {
   // grouped linear: rows [R, D], weight [E, H, D] -> [R, H]
   m.def(
       "grouped_linear(Tensor rows, Tensor weight, Tensor expert_offsets, Tensor? bias) -> Tensor");
-  m.def("grouped_linear_weight_grad(Tensor grad, Tensor rows, Tensor expert_offsets) -> Tensor");
+  m.def(
+      "grouped_linear_weight_grad(Tensor grad, Tensor rows, Tensor expert_offsets, *, bool "
+      "transposed=False) -> Tensor");
   m.def("grouped_sum(Tensor rows, Tensor expert_offsets) -> Tensor");
 
   // expert block: x [T, D] -> y [T, D]; pre_activation [R, 2H or H] is what the backward needs, and

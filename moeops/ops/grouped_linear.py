@@ -9,8 +9,6 @@ from moeops import _checks
 from moeops._checks import fake_check
 from moeops.ops._autocast import cast_for_autocast
 
-# --- grouped_linear -------------------------------------------------------------------------------
-
 
 @torch.library.register_fake("moeops::grouped_linear")
 def _grouped_linear_fake(rows, weight, expert_offsets, bias):
@@ -27,6 +25,12 @@ def _grouped_linear_setup(ctx, inputs, output):
     ctx.save_for_backward(
         rows if need_weight else None, weight if need_rows else None, expert_offsets
     )
+    ctx.transposed = need_weight and _is_transposed(weight)
+
+
+def _is_transposed(weight):
+    """Whether the weight is stored as [E, D, H]; autograd would copy a gradient of another layout."""
+    return weight.stride(1) == 1 and weight.stride(2) >= weight.shape[1] > 1
 
 
 def _grouped_linear_grad(ctx, grad):
@@ -38,7 +42,9 @@ def _grouped_linear_grad(ctx, grad):
             grad, weight.transpose(1, 2), expert_offsets, None
         )
     if need_weight:
-        grad_weight = torch.ops.moeops.grouped_linear_weight_grad(grad, rows, expert_offsets)
+        grad_weight = torch.ops.moeops.grouped_linear_weight_grad(
+            grad, rows, expert_offsets, transposed=ctx.transposed
+        )
     if need_bias:
         grad_bias = torch.ops.moeops.grouped_sum(grad, expert_offsets)
     return grad_rows, grad_weight, None, grad_bias
@@ -61,7 +67,7 @@ def grouped_linear(
         rows: rows in expert order, ``[R, D]``, any float type, any strides.
         weight: ``[E, H, D]``, dtype of ``rows``, any strides (a transposed view is not copied where the kernel can
             read it).
-        expert_offsets: ``[E + 1]`` int32, rising, at most ``N``.
+        expert_offsets: ``[E + 1]`` int32, rising, at most ``R``.
         bias: ``[E, H]``, dtype of ``rows``.
 
     Returns:
@@ -100,15 +106,15 @@ def check_grouped_linear(op, rows, weight, expert_offsets, bias):
         _checks.check_size(op, "bias", bias, 1, weight.shape[1], "outputs of weight")
 
 
-# --- grouped_linear_weight_grad -------------------------------------------------------------------
-
-
 @torch.library.register_fake("moeops::grouped_linear_weight_grad")
-def _weight_grad_fake(grad, rows, expert_offsets):
-    return rows.new_empty((expert_offsets.shape[0] - 1, grad.shape[1], rows.shape[1]))
+def _weight_grad_fake(grad, rows, expert_offsets, *, transposed=False):
+    num_experts = expert_offsets.shape[0] - 1
+    if transposed:
+        return rows.new_empty((num_experts, rows.shape[1], grad.shape[1])).transpose(1, 2)
+    return rows.new_empty((num_experts, grad.shape[1], rows.shape[1]))
 
 
-def _weight_grad_setup(ctx, inputs, output):
+def _weight_grad_setup(ctx, inputs, keyword_only_inputs, output):
     ctx.save_for_backward(*inputs)
 
 
@@ -126,9 +132,6 @@ def _weight_grad_grad(ctx, grad_out):
 torch.library.register_autograd(
     "moeops::grouped_linear_weight_grad", _weight_grad_grad, setup_context=_weight_grad_setup
 )
-
-
-# --- grouped_sum ----------------------------------------------------------------------------------
 
 
 @torch.library.register_fake("moeops::grouped_sum")

@@ -56,6 +56,55 @@ def test_weight_grad_and_sum(sample, values_dtype, device):
     )
 
 
+@pytest.mark.parametrize("sample", SAMPLES, ids=str)
+def test_transposed_weight_grad(sample, values_dtype, device):
+    offsets = sample.plan(device).expert_offsets
+    grad = sample.tensor(sample.R, sample.H, dtype=values_dtype, device=device)
+    rows = sample.tensor(sample.R, sample.D, dtype=values_dtype, device=device)
+
+    def transposed(grad, rows):
+        out = torch.ops.moeops.grouped_linear_weight_grad(grad, rows, offsets, transposed=True)
+        assert out.transpose(1, 2).is_contiguous()
+        return out
+
+    assert_matches_reference(
+        transposed,
+        lambda grad, rows: reference.grouped_linear_weight_grad(grad, rows, offsets.cpu()),
+        {"grad": grad, "rows": rows},
+        values_dtype,
+    )
+
+
+def test_transposed_weight_grad_passes_opcheck(device):
+    sample = Sample("plain")
+    args = (
+        sample.tensor(sample.R, sample.H, dtype=torch.float32, device=device).requires_grad_(),
+        sample.tensor(sample.R, sample.D, dtype=torch.float32, device=device).requires_grad_(),
+        sample.plan(device).expert_offsets,
+    )
+    results = torch.library.opcheck(
+        torch.ops.moeops.grouped_linear_weight_grad.default, args, {"transposed": True}
+    )
+    assert set(results.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("shape", [(4, 6, 8), (1, 6, 8), (4, 1, 8), (4, 6, 1)], ids=str)
+def test_gradient_has_the_layout_of_the_weight(shape, device):
+    E, H, D = shape
+    sample = Sample("layout", E=E, H=H, D=D, K=1)
+    offsets = sample.plan(device).expert_offsets
+    rows = torch.randn(sample.R, D, device=device)
+    plain = torch.randn(shape, device=device).requires_grad_()
+    stored = plain.detach().transpose(1, 2).contiguous().requires_grad_()  # [E, D, H]
+    (want,) = torch.autograd.grad(moeops.grouped_linear(rows, plain, offsets).sum(), plain)
+    (grad,) = torch.autograd.grad(
+        moeops.grouped_linear(rows, stored.transpose(1, 2), offsets).sum(), stored
+    )
+    assert want.is_contiguous()
+    assert grad.is_contiguous()
+    torch.testing.assert_close(grad.transpose(1, 2), want)
+
+
 @pytest.mark.parametrize("sample", SMALL, ids=str)
 @bias_options
 def test_gradients_of_gradients(sample, with_bias, device):

@@ -186,6 +186,63 @@ def test_keeps_only_inputs_and_pre_activation(device):
     assert saved == [(sample.R, 2 * sample.H)]
 
 
+def uneven_plan(rows_per_expert, top_k):
+    """A plan whose experts have these many rows, tokens in random order."""
+    ids = torch.repeat_interleave(torch.arange(len(rows_per_expert)), torch.tensor(rows_per_expert))
+    ids = ids[torch.randperm(len(ids))].reshape(-1, top_k)
+    return reference.sort_tokens(ids, len(rows_per_expert)), ids.shape[0]
+
+
+@bias_options
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_experts_of_several_blocks(with_bias, threads, values_dtype):
+    plan, num_tokens = uneven_plan([700, 0, 257, 256, 1, 514], 2)
+    sample = Sample("uneven", T=num_tokens, E=6, D=40, H=300)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert_matches_reference(
+            call(moeops.moe_mlp, plan, "swiglu"),
+            call(reference.moe_mlp, plan, "swiglu"),
+            mlp_tensors(sample, values_dtype, "cpu", "swiglu", with_bias),
+            values_dtype,
+        )
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_same_bits_every_time(device):
+    plan, num_tokens = uneven_plan([300, 90, 0, 410, 128, 96], 2)
+    plan = TokenPlan(*(t.to(device) for t in plan))
+    sample = Sample("uneven", T=num_tokens, E=6, D=64, H=96)
+    tensors = mlp_tensors(sample, torch.float32, device, "swiglu", with_bias=True)
+    leaves = {n: t.detach().requires_grad_() for n, t in tensors.items()}
+
+    def run():
+        y = call(moeops.moe_mlp, plan, "swiglu")(**leaves)
+        return [y.detach(), *torch.autograd.grad(y.sin().sum(), leaves.values())]
+
+    first = run()
+    for _ in range(10):
+        for got, want in zip(run(), first, strict=True):
+            assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_threads_inside_a_mode(mode, device):
+    # The threads that share the work know nothing of the caller's mode, nor of its parameters.
+    sample = Sample("wide", T=97, E=8, D=32, H=16)
+    plan = sample.plan(device)
+    tensors = mlp_tensors(sample, torch.float32, device, "swiglu", with_bias=True)
+    want = call(moeops.moe_mlp, plan, "swiglu")(**tensors)
+    leaves = {n: t.detach().requires_grad_() for n, t in tensors.items()}
+    with mode():
+        inside = {n: t.clone() for n, t in tensors.items()}
+        inside["w_up"] = leaves["w_up"]
+        got = call(moeops.moe_mlp, plan, "swiglu")(**inside)
+    assert torch.equal(got, want)
+
+
 def test_rows_without_tokens(device):
     sample = Sample("no_tokens", T=0)
     plan = moeops.sort_tokens(sample.ids(device), sample.E, 5)

@@ -1,22 +1,27 @@
-// Per-expert matrix products on the CPU, shared by the grouped_linear ops and moe_mlp. Every
-// product is torch's own mm on the rows of one expert; arguments are checked by the caller.
+// What the gradients of grouped_linear and of moe_mlp share.
 #pragma once
 
-#include <optional>
+#include <vector>
 
 #include "cpu/plan.h"
+#include "cpu/products.h"
 
 namespace moeops::cpu {
 
-// [R, H] = rows @ weight[e].T + bias[e]; weight [E, H, D], any strides; rows past the last offset
-// are zero.
-Tensor linear_rows(const Tensor& rows, const Tensor& weight, const Offsets& offsets,
-                   const std::optional<Tensor>& bias);
+// Some rows of one expert's weight gradient, a task of a thread.
+struct WeightTile {
+  int64_t expert;
+  int64_t first, count;
+};
 
-// [E, H, D] = grad[rows of e].T @ rows[rows of e].
-Tensor linear_weight_grad(const Tensor& grad, const Tensor& rows, const Offsets& offsets);
+// The gradients [E, height, ...] of the experts for which wanted(e) holds, in tiles; those that sum
+// over most rows first, for Tasks.
+std::vector<WeightTile> weight_tiles(const Offsets& offsets, int64_t height,
+                                     const std::vector<bool>& wanted);
 
-// [E, D] = sum of the rows of e, each times row_weights[row] where given (accumulate type, [R]).
-Tensor sum_by_expert(const Tensor& rows, const Offsets& offsets, const void* row_weights);
+// out[c] = the sum of column `first` + c over the rows of the contiguous `rows`, each row times its
+// weight where there is one (accumulate type); c from 0 to `count`.
+void sum_columns(void* out, const Matrix& rows, const void* row_weights, int64_t first,
+                 int64_t count);
 
 }  // namespace moeops::cpu

@@ -1,16 +1,23 @@
-// The expert block on the CPU: permute, up projection, activation, down projection, weighted sum,
-// and its backward. The output rows are not kept for the backward: with dA = dY @ w_down[e] the
-// gradient of a routing weight is <dA, a> + <dY, b_down[e]>, so the hidden rows, recomputed from
-// the pre-activation, are enough.
+// The expert block on the CPU and its backward. A block of one expert's rows goes through the whole
+// expert (gather, up projection, activation, down projection) on one thread while the rows are in
+// its second cache level; what the tokens sum up is all that reaches memory besides the results.
+// The output rows are not kept for the backward: with dA = dY @ w_down[e] the gradient of a routing
+// weight is <dA, a> + <dY, b_down[e]>, so the hidden rows, recomputed from the pre-activation, are
+// enough.
+#include "checks/moe_mlp.h"
+
 #include <torch/csrc/stable/library.h>
 
+#include <array>
 #include <string>
 #include <tuple>
+#include <vector>
 
-#include "aten.h"
 #include "cpu/activation.h"
+#include "cpu/expert_blocks.h"
 #include "cpu/grouped_linear.h"
 #include "cpu/permute.h"
+#include "cpu/products.h"
 #include "dispatch.h"
 
 namespace moeops::cpu {
@@ -20,17 +27,15 @@ namespace {
 // first-level cache.
 constexpr int64_t kColumnBlock = 512;
 
-// Calls body(activation, gated) with the activation's functions and whether rows hold a gate before
-// the up half.
+// Calls body(activation, gated) with the functions of the activation, which was checked, and
+// whether rows hold a gate before the up half.
 template <typename Body>
-void with_activation(const char* op, const std::string& name, const Body& body) {
+void with_activation(const std::string& name, const Body& body) {
   if (name == "swiglu") return body(Silu{}, std::true_type{});
   if (name == "gelu") return body(Gelu{}, std::false_type{});
   if (name == "relu") return body(Relu{}, std::false_type{});
   if (name == "silu") return body(Silu{}, std::false_type{});
-  if (name == "relu_squared") return body(ReluSquared{}, std::false_type{});
-  STD_TORCH_CHECK(false, op, ": activation must be swiglu, gelu, relu, silu or relu_squared, got '",
-                  name, "'. Pick one of them.");
+  return body(ReluSquared{}, std::false_type{});
 }
 
 template <typename Activation, typename Gated, typename scalar_t>
@@ -44,30 +49,37 @@ MOEOPS_WIDEST_VECTORS void activate_row(Activation, Gated, scalar_t* __restrict 
   }
 }
 
-// hidden [R, H] = act(pre_activation), live rows only.
-template <typename Activation, typename Gated, typename scalar_t>
-void activate_kernel(Activation act, Gated gated, scalar_t* hidden, const scalar_t* pre,
-                     int64_t num_live, int64_t width) {
-  torch::stable::parallel_for(0, num_live, grain_rows(width), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      activate_row(act, gated, hidden + row * width, pre + row * width * (Gated::value ? 2 : 1),
-                   width);
-    }
+// hidden [n, H] = act(pre [n, 2H or H]).
+void activate(const std::string& activation, const Matrix& hidden, const Matrix& pre) {
+  MOEOPS_DISPATCH_FLOAT(hidden.type, "moe_mlp", [&] {
+    auto* target = reinterpret_cast<scalar_t*>(hidden.data);
+    const auto* source = reinterpret_cast<const scalar_t*>(pre.data);
+    with_activation(activation, [&](auto functions, auto gated) {
+      torch::stable::parallel_for(0, hidden.rows, grain_rows(hidden.columns),
+                                  [&](int64_t begin, int64_t end) {
+                                    for (int64_t row = begin; row < end; ++row) {
+                                      activate_row(functions, gated, target + row * hidden.columns,
+                                                   source + row * pre.columns, hidden.columns);
+                                    }
+                                  });
+    });
   });
 }
 
-// Pointers of activate_backward_kernel; null where a result is not needed or a bias absent.
+// The rows [first, first + n) of one expert in the backward of the activation; null where a result
+// is not needed or a bias absent.
 template <typename scalar_t>
 struct BackwardRows {
-  scalar_t* grad_pre;                     // [R, 2H or H]
-  scalar_t* weighted_hidden;              // [R, H]
+  scalar_t* grad_pre;                     // [n, 2H or H]
+  scalar_t* weighted_hidden;              // [n, H]
   accumulate_t<scalar_t>* grad_weights;   // [T, K]
-  accumulate_t<scalar_t>* row_weights;    // [R], the routing weight of each live row
-  const scalar_t* pre;                    // [R, 2H or H]
-  const scalar_t* grad_hidden;            // [R, H]; null if nothing needs it
+  accumulate_t<scalar_t>* row_weights;    // [n], the routing weight of each row
+  const scalar_t* pre;                    // [n, 2H or H]
+  const scalar_t* grad_hidden;            // [n, H]; null if nothing needs it
   const accumulate_t<scalar_t>* weights;  // [T, K]
-  const scalar_t* grad_out;               // [R, D_out], unweighted
-  const scalar_t* b_down;                 // [E, D_out]
+  const scalar_t* grad_out;               // [n, D_out], unweighted
+  const scalar_t* b_down;                 // [D_out]
+  const int32_t* row_to_pair;             // [n]
   int64_t width;                          // H
   int64_t out_width;                      // D_out
 };
@@ -117,68 +129,82 @@ MOEOPS_WIDEST_VECTORS accumulate_t<scalar_t> activate_backward_block(
   return dot;
 }
 
+template <typename scalar_t>
+MOEOPS_WIDEST_VECTORS accumulate_t<scalar_t> inner_product(const scalar_t* a, const scalar_t* b,
+                                                           int64_t count) {
+  using acc_t = accumulate_t<scalar_t>;
+  acc_t dot = 0;
+#pragma omp simd reduction(+ : dot)
+  for (int64_t i = 0; i < count; ++i) dot += static_cast<acc_t>(a[i]) * static_cast<acc_t>(b[i]);
+  return dot;
+}
+
 // One pass over a row's pre-activation and hidden gradient writes everything that depends on
 // either.
-template <typename Activation, typename Gated, typename scalar_t>
-void activate_backward_kernel(Activation act, Gated gated, const BackwardRows<scalar_t>& p,
-                              const Plan& plan) {
+template <typename scalar_t>
+void activate_backward(const std::string& activation, const BackwardRows<scalar_t>& p,
+                       int64_t num_rows) {
   using acc_t = accumulate_t<scalar_t>;
-  const int64_t live = plan.offsets.num_live;
-  const int64_t width = p.width;
-  torch::stable::parallel_for(0, live, grain_rows(width), [&](int64_t begin, int64_t end) {
-    int64_t expert = plan.offsets.expert_of(begin);
-    for (int64_t row = begin; row < end; ++row) {
-      const int64_t pair = plan.row_to_pair[row];
-      while (row >= plan.offsets.end(expert)) ++expert;
-      const acc_t weight = p.weights[pair];
-      if (p.row_weights) p.row_weights[row] = weight;
-      acc_t dot = 0;
-      for (int64_t first = 0; first < width; first += kColumnBlock) {
-        dot += activate_backward_block(act, gated, p, row, weight, first);
-      }
-      if (p.grad_weights) {
+  with_activation(activation, [&](auto functions, auto gated) {
+    torch::stable::parallel_for(0, num_rows, grain_rows(p.width), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        const int64_t pair = p.row_to_pair[row];
+        const acc_t weight = p.weights[pair];
+        if (p.row_weights) p.row_weights[row] = weight;
+        acc_t dot = 0;
+        for (int64_t first = 0; first < p.width; first += kColumnBlock) {
+          dot += activate_backward_block(functions, gated, p, row, weight, first);
+        }
+        if (!p.grad_weights) continue;
         if (p.b_down) {
-          const scalar_t* grad_out = p.grad_out + row * p.out_width;
-          const scalar_t* bias = p.b_down + expert * p.out_width;
-#pragma omp simd reduction(+ : dot)
-          for (int64_t i = 0; i < p.out_width; ++i) {
-            dot += static_cast<acc_t>(grad_out[i]) * static_cast<acc_t>(bias[i]);
-          }
+          dot += inner_product(p.grad_out + row * p.out_width, p.b_down, p.out_width);
         }
         p.grad_weights[pair] = dot;
       }
-    }
+    });
   });
 }
 
-// Checks what the forward and the backward have in common; returns H.
-int64_t check_block(const char* op, const Tensor& x, const Tensor& topk_weights, const Tensor& w_up,
-                    const Tensor& w_down, const std::optional<Tensor>& b_up,
-                    const std::optional<Tensor>& b_down, const Plan& plan,
-                    const Tensor& pair_to_row, const std::string& activation) {
-  check_size(op, "x", x, 0, plan.num_tokens);
-  check_topk_weights(op, topk_weights, x.scalar_type(), pair_to_row);
-  for (const auto& [name, weight] : {std::pair("w_up", &w_up), std::pair("w_down", &w_down)}) {
-    check_dim(op, name, *weight, 3);
-    check_same_type(op, name, *weight, "x", x);
-    check_same_device(op, name, *weight, x);
-    check_size(op, name, *weight, 0, plan.offsets.num_experts);
+// Buffers of rows, several columns wide. Each worker has its own rows, as many as the longest
+// block; a buffer that is `kept` holds the rows of experts of several blocks until all blocks are
+// done.
+class RowBuffers {
+ public:
+  RowBuffers(const Tensor& like, const std::vector<ExpertBlock>& blocks, int64_t num_workers,
+             int64_t num_rows)
+      : like_(like),
+        num_workers_(num_workers),
+        num_rows_(num_rows),
+        longest_(blocks.empty() ? 0 : blocks.front().size()),
+        split_(std::any_of(blocks.begin(), blocks.end(),
+                           [](const ExpertBlock& block) { return !block.whole; })) {}
+
+  struct Buffer {
+    Tensor own;                 // [workers * longest, width]
+    std::optional<Tensor> all;  // [R, width]
+    int64_t longest;
+
+    Matrix rows(int64_t worker, const ExpertBlock& block) const {
+      if (all && !block.whole) return row_matrix(*all, block.begin, block.size());
+      return row_matrix(own, worker * longest, block.size());
+    }
+  };
+
+  Buffer make(int64_t width, bool kept = false) const {
+    Buffer buffer{torch::stable::new_empty(like_, {num_workers_ * longest_, width}), std::nullopt,
+                  longest_};
+    if (kept && split_) buffer.all = torch::stable::new_empty(like_, {num_rows_, width});
+    return buffer;
   }
-  check_size(op, "w_up", w_up, 2, x.size(1));
-  const int64_t width = w_down.size(2);
-  with_activation(op, activation, [&](auto, auto gated) {
-    check_size(op, "w_up", w_up, 1, gated() ? 2 * width : width);
-  });
-  for (const auto& [name, bias, weight] :
-       {std::tuple("b_up", &b_up, &w_up), std::tuple("b_down", &b_down, &w_down)}) {
-    if (!*bias) continue;
-    check_dim(op, name, **bias, 2);
-    check_same_type(op, name, **bias, "x", x);
-    check_same_device(op, name, **bias, x);
-    check_size(op, name, **bias, 0, plan.offsets.num_experts);
-    check_size(op, name, **bias, 1, weight->size(1));
-  }
-  return width;
+
+ private:
+  const Tensor& like_;
+  int64_t num_workers_, num_rows_, longest_;
+  bool split_;
+};
+
+std::optional<Tensor> contiguous_or_none(const std::optional<Tensor>& t) {
+  return t ? std::optional<Tensor>(as_contiguous(*t)) : t;
 }
 
 std::tuple<Tensor, Tensor> moe_mlp(const Tensor& x, const Tensor& topk_weights, const Tensor& w_up,
@@ -187,25 +213,50 @@ std::tuple<Tensor, Tensor> moe_mlp(const Tensor& x, const Tensor& topk_weights, 
                                    const Tensor& pair_to_row, const Tensor& expert_offsets,
                                    const std::string& activation, bool keep_pre) {
   constexpr const char* kOp = "moe_mlp";
-  const NoGradGuard no_grad;
-  check_dim(kOp, "x", x, 2);
-  check_float(kOp, "x", x);
+  check_moe_mlp(kOp, x, topk_weights, w_up, w_down, b_up, b_down, row_to_pair, pair_to_row,
+                expert_offsets, activation);
   const Plan plan = read_plan(kOp, row_to_pair, pair_to_row, expert_offsets, x);
-  const int64_t width =
-      check_block(kOp, x, topk_weights, w_up, w_down, b_up, b_down, plan, pair_to_row, activation);
+  const Tensor tokens = as_contiguous(x);
+  const std::optional<Tensor> up_bias = contiguous_or_none(b_up),
+                              down_bias = contiguous_or_none(b_down);
+  Tensor pre = torch::stable::new_empty(x, {keep_pre ? plan.num_rows : 0, w_up.size(1)});
+  Tensor out = torch::stable::new_empty(x, {plan.num_rows, w_down.size(1)});
 
-  Tensor pre = linear_rows(gather_rows(as_contiguous(x), plan), w_up, plan.offsets, b_up);
-  Tensor hidden = torch::stable::new_empty(x, {plan.num_rows, width});
-  MOEOPS_DISPATCH_FLOAT(x.scalar_type(), "moe_mlp", [&] {
-    with_activation(kOp, activation, [&](auto functions, auto gated) {
-      activate_kernel(functions, gated, static_cast<scalar_t*>(hidden.mutable_data_ptr()),
-                      static_cast<const scalar_t*>(pre.const_data_ptr()), plan.offsets.num_live,
-                      width);
-    });
+  const std::vector<ExpertBlock> blocks = expert_blocks(plan.offsets);
+  const Tasks tasks(blocks.size());
+  const RowBuffers buffers(x, blocks, tasks.num_workers(), plan.num_rows);
+  const auto x_buffer = buffers.make(x.size(1)), hidden_buffer = buffers.make(w_down.size(2));
+  const auto pre_buffer = buffers.make(keep_pre ? 0 : w_up.size(1));
+  tasks.run([&](int64_t worker, int64_t task) {
+    const ExpertBlock& block = blocks[task];
+    if (block.size() == 0) return;
+    const Matrix x_rows = x_buffer.rows(worker, block), hidden = hidden_buffer.rows(worker, block);
+    const Matrix pre_rows =
+        keep_pre ? row_matrix(pre, block.begin, block.size()) : pre_buffer.rows(worker, block);
+    gather_live_rows(x_rows, tokens, plan, block.begin);
+    multiply(pre_rows, x_rows, expert_matrix(w_up, block.expert).transposed(),
+             row_of(up_bias, block.expert));
+    activate(activation, hidden, pre_rows);
+    multiply(row_matrix(out, block.begin, block.size()), hidden,
+             expert_matrix(w_down, block.expert).transposed(), row_of(down_bias, block.expert));
   });
-  if (!keep_pre) pre = torch::stable::new_empty(x, {0, w_up.size(1)});
-  const Tensor out = linear_rows(hidden, w_down, plan.offsets, b_down);
+  if (!keep_pre) return {sum_rows(out, topk_weights, plan), pre};
+  const int64_t live = plan.offsets.num_live;
+  clear(row_matrix(pre, live, plan.num_rows - live));
   return {sum_rows(out, topk_weights, plan), pre};
+}
+
+// The gradients of one expert's weight [M, N] and bias [M], from the gradient grad [n, M] of what
+// the weight computed of rows [n, N]: rows [first, first + count) of them. The gradient is scaled
+// by row_weights in the bias alone.
+void weight_gradient(Tensor& weight_grad, std::optional<Tensor>& bias_grad, int64_t expert,
+                     const Matrix& grad, const Matrix& rows, const void* row_weights, int64_t first,
+                     int64_t count) {
+  multiply(expert_matrix(weight_grad, expert).row_range(first, count),
+           grad.transposed().row_range(first, count), rows);
+  if (!bias_grad) return;
+  auto* target = row_matrix(*bias_grad, expert, 1).data + first * bias_grad->element_size();
+  sum_columns(target, grad, row_weights, first, count);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(
@@ -215,87 +266,118 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(
     const Tensor& expert_offsets, const std::string& activation, bool need_x,
     bool need_topk_weights, bool need_w_up, bool need_w_down) {
   constexpr const char* kOp = "moe_mlp_backward";
-  const NoGradGuard no_grad;
-  check_dim(kOp, "x", x, 2);
-  check_float(kOp, "x", x);
+  check_moe_mlp(kOp, x, topk_weights, w_up, w_down, b_up, b_down, row_to_pair, pair_to_row,
+                expert_offsets, activation);
+  check_moe_mlp_grads(kOp, grad_y, pre_activation, x, w_up, w_down, row_to_pair);
   const Plan plan = read_plan(kOp, row_to_pair, pair_to_row, expert_offsets, x);
-  const int64_t width =
-      check_block(kOp, x, topk_weights, w_up, w_down, b_up, b_down, plan, pair_to_row, activation);
-  const int64_t num_rows = plan.num_rows, out_width = w_down.size(1);
-  for (const auto& [name, tensor] :
-       {std::pair("grad_y", &grad_y), std::pair("pre_activation", &pre_activation)}) {
-    check_dim(kOp, name, *tensor, 2);
-    check_same_type(kOp, name, *tensor, "x", x);
-    check_same_device(kOp, name, *tensor, x);
-  }
-  check_size(kOp, "grad_y", grad_y, 0, plan.num_tokens);
-  check_size(kOp, "grad_y", grad_y, 1, out_width);
-  check_size(kOp, "pre_activation", pre_activation, 0, num_rows);
-  check_size(kOp, "pre_activation", pre_activation, 1, w_up.size(1));
+  const Tensor tokens = as_contiguous(x), grad_tokens = as_contiguous(grad_y);
+  const Tensor pre = as_contiguous(pre_activation), weights = as_contiguous(topk_weights);
+  const std::optional<Tensor> down_bias = contiguous_or_none(b_down);
+  const int64_t num_rows = plan.num_rows, up_width = w_up.size(1), width = w_down.size(2);
+  const bool need_pre = need_x || need_w_up, need_hidden = need_pre || need_topk_weights;
 
-  const bool need_pre = need_x || need_w_up;
-  const Tensor pre = as_contiguous(pre_activation);
-  const Tensor weights = as_contiguous(topk_weights);
-  std::optional<Tensor> bias;
-  if (b_down) bias = as_contiguous(*b_down);
-  const auto empty = [&](bool needed, const Tensor& like, std::initializer_list<int64_t> size) {
-    return needed ? torch::stable::new_empty(like, size) : torch::stable::new_empty(x, {0});
+  // Outputs must not alias each other, so what is not needed is an empty tensor of its own.
+  const auto none = [&] { return torch::stable::new_empty(x, {0}); };
+  const auto like = [&](bool needed, const Tensor& t) {
+    return needed ? torch::stable::new_empty(x, t.sizes()) : none();
+  };
+  Tensor grad_w_up = like(need_w_up, w_up), grad_w_down = like(need_w_down, w_down);
+  std::optional<Tensor> grad_b_up, grad_b_down;
+  if (need_w_up && b_up) grad_b_up = like(true, *b_up);
+  if (need_w_down && b_down) grad_b_down = like(true, *b_down);
+  // Pairs without a live row keep the zero.
+  Tensor grad_weights =
+      need_topk_weights ? torch::stable::new_zeros(weights, weights.sizes()) : none();
+  Tensor row_weights = torch::stable::new_empty(weights, {grad_b_down ? num_rows : 0});
+  const auto row_weights_from = [&](int64_t row) {
+    return static_cast<char*>(row_weights.mutable_data_ptr()) + row * row_weights.element_size();
+  };
+  Tensor grad_rows = torch::stable::new_empty(x, {need_x ? num_rows : 0, x.size(1)});
+
+  const std::vector<ExpertBlock> blocks = expert_blocks(plan.offsets);
+  const Tasks tasks(blocks.size());
+  const RowBuffers buffers(x, blocks, tasks.num_workers(), num_rows);
+  const auto grad_out_buffer = buffers.make(w_down.size(1), need_w_down);
+  const auto grad_hidden_buffer = buffers.make(need_hidden ? width : 0);
+  const auto grad_pre_buffer = buffers.make(need_pre ? up_width : 0, need_w_up);
+  const auto hidden_buffer = buffers.make(need_w_down ? width : 0, need_w_down);
+  const auto x_buffer = buffers.make(need_w_up ? x.size(1) : 0, need_w_up);
+
+  // The rows [first, first + count) of each weight's gradient that `block`, of all rows of an
+  // expert, has.
+  const auto up_gradient = [&](int64_t worker, const ExpertBlock& block, int64_t first,
+                               int64_t count) {
+    weight_gradient(grad_w_up, grad_b_up, block.expert, grad_pre_buffer.rows(worker, block),
+                    x_buffer.rows(worker, block), nullptr, first, count);
+  };
+  const auto down_gradient = [&](int64_t worker, const ExpertBlock& block, int64_t first,
+                                 int64_t count) {
+    weight_gradient(grad_w_down, grad_b_down, block.expert, grad_out_buffer.rows(worker, block),
+                    hidden_buffer.rows(worker, block),
+                    grad_b_down ? row_weights_from(block.begin) : nullptr, first, count);
   };
 
-  const Tensor grad_out = gather_rows(as_contiguous(grad_y), plan);  // [R, D_out]
-  std::optional<Tensor> grad_hidden;                                 // [R, H]
-  if (need_pre || need_topk_weights) {
-    grad_hidden =
-        linear_rows(grad_out, torch::stable::transpose(w_down, 1, 2), plan.offsets, std::nullopt);
-  }
-  Tensor grad_pre = empty(need_pre, x, {num_rows, w_up.size(1)});
-  Tensor weighted_hidden = empty(need_w_down, x, {num_rows, width});
-  // Pairs without a live row keep the zero.
-  Tensor grad_weights = need_topk_weights
-                            ? torch::stable::new_zeros(weights, {plan.num_tokens, plan.top_k})
-                            : empty(false, x, {});
-  const bool need_b_down = need_w_down && b_down.has_value();
-  Tensor row_weights = empty(need_b_down, weights, {num_rows});
-  const auto out = [](bool needed, Tensor& t) { return needed ? t.mutable_data_ptr() : nullptr; };
-  MOEOPS_DISPATCH_FLOAT(x.scalar_type(), "moe_mlp_backward", [&] {
-    using acc_t = accumulate_t<scalar_t>;
-    const auto in = [](const Tensor& t) {
-      return static_cast<const scalar_t*>(t.const_data_ptr());
-    };
-    BackwardRows<scalar_t> p;
-    p.grad_pre = static_cast<scalar_t*>(out(need_pre, grad_pre));
-    p.weighted_hidden = static_cast<scalar_t*>(out(need_w_down, weighted_hidden));
-    p.grad_weights = static_cast<acc_t*>(out(need_topk_weights, grad_weights));
-    p.row_weights = static_cast<acc_t*>(out(need_b_down, row_weights));
-    p.pre = in(pre);
-    p.grad_hidden = grad_hidden ? in(*grad_hidden) : nullptr;
-    p.weights = static_cast<const acc_t*>(weights.const_data_ptr());
-    p.grad_out = in(grad_out);
-    p.b_down = bias ? in(*bias) : nullptr;
-    p.width = width;
-    p.out_width = out_width;
-    with_activation(kOp, activation, [&](auto functions, auto gated) {
-      activate_backward_kernel(functions, gated, p, plan);
+  // Block by block: the rows' gradients, and the weights' while the rows are at hand.
+  tasks.run([&](int64_t worker, int64_t task) {
+    const ExpertBlock& block = blocks[task];
+    const Matrix grad_out = grad_out_buffer.rows(worker, block);
+    const Matrix grad_hidden = grad_hidden_buffer.rows(worker, block);
+    const Matrix grad_pre = grad_pre_buffer.rows(worker, block);
+    gather_live_rows(grad_out, grad_tokens, plan, block.begin);
+    if (need_hidden) multiply(grad_hidden, grad_out, expert_matrix(w_down, block.expert));
+    MOEOPS_DISPATCH_FLOAT(x.scalar_type(), kOp, [&] {
+      using acc_t = accumulate_t<scalar_t>;
+      const auto in = [](const void* data) { return static_cast<const scalar_t*>(data); };
+      const auto out = [](bool needed, const Matrix& m) {
+        return needed ? reinterpret_cast<scalar_t*>(m.data) : nullptr;
+      };
+      BackwardRows<scalar_t> p;
+      p.grad_pre = out(need_pre, grad_pre);
+      p.weighted_hidden = out(need_w_down, hidden_buffer.rows(worker, block));
+      p.grad_weights =
+          need_topk_weights ? static_cast<acc_t*>(grad_weights.mutable_data_ptr()) : nullptr;
+      p.row_weights =
+          grad_b_down ? reinterpret_cast<acc_t*>(row_weights_from(block.begin)) : nullptr;
+      p.pre = in(row_of(pre, block.begin));
+      p.grad_hidden = out(need_hidden, grad_hidden);
+      p.weights = static_cast<const acc_t*>(weights.const_data_ptr());
+      p.grad_out = in(grad_out.data);
+      p.b_down = in(row_of(down_bias, block.expert));
+      p.row_to_pair = plan.row_to_pair + block.begin;
+      p.width = width;
+      p.out_width = w_down.size(1);
+      activate_backward(activation, p, block.size());
     });
+    if (need_x) {
+      multiply(row_matrix(grad_rows, block.begin, block.size()), grad_pre,
+               expert_matrix(w_up, block.expert));
+    }
+    if (need_w_up) gather_live_rows(x_buffer.rows(worker, block), tokens, plan, block.begin);
+    if (need_w_up && block.whole) up_gradient(worker, block, 0, up_width);
+    if (need_w_down && block.whole) down_gradient(worker, block, 0, w_down.size(1));
   });
 
-  Tensor grad_x = empty(false, x, {});
-  if (need_x) {
-    const Tensor grad_rows =
-        linear_rows(grad_pre, torch::stable::transpose(w_up, 1, 2), plan.offsets, std::nullopt);
-    grad_x = sum_rows(grad_rows, std::nullopt, plan);
-  }
-  Tensor grad_w_up = empty(false, x, {}), grad_b_up = empty(false, x, {});
-  if (need_w_up) {
-    grad_w_up = linear_weight_grad(grad_pre, gather_rows(as_contiguous(x), plan), plan.offsets);
-    if (b_up) grad_b_up = sum_by_expert(grad_pre, plan.offsets, nullptr);
-  }
-  Tensor grad_w_down = empty(false, x, {}), grad_b_down = empty(false, x, {});
-  if (need_w_down) {
-    grad_w_down = linear_weight_grad(grad_out, weighted_hidden, plan.offsets);
-    if (b_down) grad_b_down = sum_by_expert(grad_out, plan.offsets, row_weights.const_data_ptr());
-  }
-  return {grad_x, grad_weights, grad_w_up, grad_w_down, grad_b_up, grad_b_down};
+  // The weights of the experts that were cut into several blocks.
+  std::vector<bool> cut(static_cast<size_t>(plan.offsets.num_experts), false);
+  for (const ExpertBlock& block : blocks) cut[block.expert] = !block.whole;
+  const auto finish = [&](int64_t height, const auto& gradient) {
+    const std::vector<WeightTile> tiles = weight_tiles(plan.offsets, height, cut);
+    Tasks(tiles.size()).run([&](int64_t, int64_t task) {
+      const WeightTile& tile = tiles[task];
+      const ExpertBlock rows{tile.expert, plan.offsets.begin(tile.expert),
+                             plan.offsets.end(tile.expert), false};
+      gradient(0, rows, tile.first, tile.count);
+    });
+  };
+  if (need_w_up) finish(up_width, up_gradient);
+  if (need_w_down) finish(w_down.size(1), down_gradient);
+
+  return {need_x ? sum_rows(grad_rows, std::nullopt, plan) : none(),
+          grad_weights,
+          grad_w_up,
+          grad_w_down,
+          grad_b_up ? *grad_b_up : none(),
+          grad_b_down ? *grad_b_down : none()};
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// Threads for the CPU kernels. A body handed to another thread must not throw: it reports to
-// FirstError instead, and the caller checks afterwards.
+// Threads for the CPU kernels. A body handed to parallel_for or to Ranges must not throw: it
+// reports to FirstError instead, and the caller checks afterwards. A body of Tasks may throw.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <exception>
 #include <limits>
 
 // Compiles a function once per vector width; the loader picks the widest that the processor has.
@@ -72,6 +73,47 @@ class Ranges {
   int64_t size_;
   int64_t count_;
   int64_t length_;
+};
+
+// Tasks of unequal length, such as experts: the next free thread takes the next task, so the
+// longest should come first. With fewer tasks than threads the calling thread works through all of
+// them, and what runs inside a task, torch's mm or a parallel_for, uses every thread instead.
+class Tasks {
+ public:
+  explicit Tasks(int64_t count) : count_(count) {
+    const int64_t threads = torch::stable::get_num_threads();
+    num_workers_ = count >= threads ? std::max<int64_t>(1, threads) : 1;
+  }
+
+  // Bodies that run at the same time, each of which can own scratch memory.
+  int64_t num_workers() const { return num_workers_; }
+
+  // body(worker, task), every task once; throws what a body threw first, when all threads have
+  // stopped.
+  template <typename Body>
+  void run(const Body& body) const {
+    if (num_workers_ == 1) {
+      for (int64_t task = 0; task < count_; ++task) body(int64_t(0), task);
+      return;
+    }
+    std::atomic<int64_t> next{0};
+    std::atomic<bool> failed{false};
+    std::exception_ptr error;
+    torch::stable::parallel_for(0, num_workers_, 1, [&](int64_t first, int64_t last) {
+      for (int64_t worker = first; worker < last; ++worker) {
+        try {
+          for (int64_t task = next++; task < count_ && !failed; task = next++) body(worker, task);
+        } catch (...) {
+          if (!failed.exchange(true)) error = std::current_exception();
+        }
+      }
+    });
+    if (error) std::rethrow_exception(error);
+  }
+
+ private:
+  int64_t count_;
+  int64_t num_workers_;
 };
 
 }  // namespace moeops::cpu

@@ -12,35 +12,24 @@
 
 namespace moeops::cpu {
 
-void check_topk_weights(const char* op, const Tensor& topk_weights, ScalarType type,
-                        const Tensor& pair_to_row) {
-  check_dim(op, "topk_weights", topk_weights, 2);
-  STD_TORCH_CHECK(topk_weights.scalar_type() == accumulate_type(type), op,
-                  ": topk_weights must be float32, or float64 beside float64 rows, got ",
-                  topk_weights.scalar_type(), ". Cast it.");
-  check_same_device(op, "topk_weights", topk_weights, pair_to_row);
-  check_size(op, "topk_weights", topk_weights, 0, pair_to_row.size(0));
-  check_size(op, "topk_weights", topk_weights, 1, pair_to_row.size(1));
+void gather_live_rows(const Matrix& target, const Tensor& x, const Plan& plan, int64_t first) {
+  const auto row_bytes = static_cast<size_t>(x.size(1)) * x.element_size();
+  if (row_bytes == 0) return;
+  const auto* from = static_cast<const char*>(x.const_data_ptr());
+  torch::stable::parallel_for(
+      0, target.rows, grain_rows(x.size(1)), [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row) {
+          const int64_t token = plan.row_to_pair[first + row] / plan.top_k;
+          std::memcpy(target.data + row * row_bytes, from + token * row_bytes, row_bytes);
+        }
+      });
 }
 
 Tensor gather_rows(const Tensor& x, const Plan& plan) {
   Tensor rows = torch::stable::new_empty(x, {plan.num_rows, x.size(1)});
-  const auto row_bytes = static_cast<size_t>(x.size(1)) * x.element_size();
-  if (plan.num_rows == 0 || row_bytes == 0) return rows;
-  const auto* from = static_cast<const char*>(x.const_data_ptr());
-  auto* to = static_cast<char*>(rows.mutable_data_ptr());
   const int64_t live = plan.offsets.num_live;
-  torch::stable::parallel_for(
-      0, plan.num_rows, grain_rows(x.size(1)), [&](int64_t begin, int64_t end) {
-        for (int64_t row = begin; row < end; ++row) {
-          char* target = to + row * row_bytes;
-          if (row < live) {
-            std::memcpy(target, from + plan.row_to_pair[row] / plan.top_k * row_bytes, row_bytes);
-          } else {
-            std::memset(target, 0, row_bytes);
-          }
-        }
-      });
+  gather_live_rows(row_matrix(rows, 0, live), x, plan, 0);
+  clear(row_matrix(rows, live, plan.num_rows - live));
   return rows;
 }
 
@@ -49,17 +38,36 @@ namespace {
 // Columns summed at a time: the sums stay in registers and the first cache level.
 constexpr int64_t kColumnBlock = 256;
 
+// y [D] = the sum over the `num_kept` slots in `kept` of one token's rows, weighted where there are
+// weights.
+template <typename scalar_t>
+MOEOPS_WIDEST_VECTORS void sum_token(scalar_t* __restrict y, const scalar_t* __restrict rows,
+                                     const accumulate_t<scalar_t>* weights,
+                                     const int32_t* pair_to_row, const int32_t* kept,
+                                     int64_t num_kept, int64_t num_columns) {
+  using acc_t = accumulate_t<scalar_t>;
+  acc_t sums[kColumnBlock];
+  for (int64_t column = 0; column < num_columns; column += kColumnBlock) {
+    const int64_t width = std::min(kColumnBlock, num_columns - column);
+    std::fill(sums, sums + width, acc_t(0));
+    for (int64_t i = 0; i < num_kept; ++i) {
+      const scalar_t* source = rows + pair_to_row[kept[i]] * num_columns + column;
+      const acc_t weight = weights ? weights[kept[i]] : acc_t(1);
+      for (int64_t c = 0; c < width; ++c) sums[c] += weight * static_cast<acc_t>(source[c]);
+    }
+    for (int64_t c = 0; c < width; ++c) y[column + c] = static_cast<scalar_t>(sums[c]);
+  }
+}
+
 template <typename scalar_t>
 void sum_rows_kernel(scalar_t* y, const scalar_t* rows, const accumulate_t<scalar_t>* weights,
                      const Plan& plan, int64_t num_columns) {
-  using acc_t = accumulate_t<scalar_t>;
   const int64_t live = plan.offsets.num_live;
   const int64_t top_k = plan.top_k;
   const int64_t rows_per_token = live / plan.num_tokens + 1;
   const Ranges ranges(plan.num_tokens, grain_rows(num_columns * rows_per_token + top_k));
   std::vector<int32_t> slots(ranges.count() * top_k);
   ranges.run([&](int64_t range, int64_t begin, int64_t end) {
-    acc_t sums[kColumnBlock];
     int32_t* kept = slots.data() + range * top_k;
     for (int64_t token = begin; token < end; ++token) {
       // The slots that hold something, looked for once and not once per column block.
@@ -68,17 +76,8 @@ void sum_rows_kernel(scalar_t* y, const scalar_t* rows, const accumulate_t<scala
       for (int64_t k = 0; k < top_k; ++k) {
         if (pair_to_row[k] < live) kept[num_kept++] = static_cast<int32_t>(k);
       }
-      for (int64_t column = 0; column < num_columns; column += kColumnBlock) {
-        const int64_t width = std::min(kColumnBlock, num_columns - column);
-        std::fill(sums, sums + width, acc_t(0));
-        for (int64_t i = 0; i < num_kept; ++i) {
-          const scalar_t* source = rows + pair_to_row[kept[i]] * num_columns + column;
-          const acc_t weight = weights ? weights[token * top_k + kept[i]] : acc_t(1);
-          for (int64_t c = 0; c < width; ++c) sums[c] += weight * static_cast<acc_t>(source[c]);
-        }
-        scalar_t* target = y + token * num_columns + column;
-        for (int64_t c = 0; c < width; ++c) target[c] = static_cast<scalar_t>(sums[c]);
-      }
+      sum_token(y + token * num_columns, rows, weights ? weights + token * top_k : nullptr,
+                pair_to_row, kept, num_kept, num_columns);
     }
   });
 }

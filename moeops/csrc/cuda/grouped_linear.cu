@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "aten.h"
+#include "checks/grouped_linear.h"
 #include "device_dispatch.h"
 #include "grouped_linear.h"
 #include "hopper/hopper.h"
@@ -260,21 +261,7 @@ namespace {
 Tensor grouped_linear(const Tensor& rows, const Tensor& weight, const Tensor& expert_offsets,
                       const std::optional<Tensor>& bias) {
   constexpr auto kOp = "grouped_linear";
-  check_dim(kOp, "rows", rows, 2);
-  check_float(kOp, "rows", rows);
-  check_dim(kOp, "weight", weight, 3);
-  check_type(kOp, "weight", weight, rows.scalar_type(), "the type of rows");
-  check_same_device(kOp, "weight", weight, rows);
-  check_offsets(kOp, expert_offsets, rows);
-  check_size(kOp, "weight", weight, 0, expert_offsets.size(0) - 1);
-  check_size(kOp, "weight", weight, 2, rows.size(1));
-  if (bias) {
-    check_dim(kOp, "bias", *bias, 2);
-    check_type(kOp, "bias", *bias, rows.scalar_type(), "the type of rows");
-    check_same_device(kOp, "bias", *bias, rows);
-    check_size(kOp, "bias", *bias, 0, weight.size(0));
-    check_size(kOp, "bias", *bias, 1, weight.size(1));
-  }
+  check_grouped_linear(kOp, rows, weight, expert_offsets, bias);
   DeviceGuard guard(rows.get_device_index());
   const cudaStream_t stream = current_stream(rows);
   const RowPlan plan = plan_rows(as_contiguous(expert_offsets), rows.size(0), rows, stream);
@@ -286,19 +273,18 @@ Tensor grouped_linear(const Tensor& rows, const Tensor& weight, const Tensor& ex
 }
 
 Tensor grouped_linear_weight_grad(const Tensor& grad, const Tensor& rows,
-                                  const Tensor& expert_offsets) {
+                                  const Tensor& expert_offsets, bool transposed) {
   constexpr auto kOp = "grouped_linear_weight_grad";
-  check_dim(kOp, "rows", rows, 2);
-  check_float(kOp, "rows", rows);
-  check_dim(kOp, "grad", grad, 2);
-  check_size(kOp, "grad", grad, 0, rows.size(0));
-  check_type(kOp, "grad", grad, rows.scalar_type(), "the type of rows");
-  check_same_device(kOp, "grad", grad, rows);
-  check_offsets(kOp, expert_offsets, rows);
+  check_weight_grad(kOp, grad, rows, expert_offsets);
   DeviceGuard guard(rows.get_device_index());
   const cudaStream_t stream = current_stream(rows);
   const RowPlan plan = plan_rows(as_contiguous(expert_offsets), rows.size(0), rows, stream);
-  return grouped_weight_grad(kOp, as_contiguous(grad), as_contiguous(rows), plan, stream);
+  const Tensor dense_grad = as_contiguous(grad), dense_rows = as_contiguous(rows);
+  if (transposed) {  // [E, D, H] in memory
+    return torch::stable::transpose(grouped_weight_grad(kOp, dense_rows, dense_grad, plan, stream),
+                                    1, 2);
+  }
+  return grouped_weight_grad(kOp, dense_grad, dense_rows, plan, stream);
 }
 
 Tensor grouped_sum(const Tensor& rows, const Tensor& expert_offsets) {

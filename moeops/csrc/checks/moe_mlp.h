@@ -1,0 +1,70 @@
+// The arguments of moe_mlp and its backward.
+#pragma once
+
+#include <string>
+
+#include "checks.h"
+
+namespace moeops {
+
+inline void check_activation(const char* op, const std::string& activation) {
+  STD_TORCH_CHECK(activation == "swiglu" || activation == "gelu" || activation == "relu" ||
+                      activation == "silu" || activation == "relu_squared",
+                  op, ": activation must be swiglu, gelu, relu, silu or relu_squared, got '",
+                  activation, "'. Pick one of them.");
+}
+
+// Whether a row of the pre-activation holds a gate before what the gate multiplies.
+inline bool is_gated(const std::string& activation) { return activation == "swiglu"; }
+
+// What the forward and the backward have in common; the values of the plan are the kernels'
+// business.
+inline void check_moe_mlp(const char* op, const Tensor& x, const Tensor& topk_weights,
+                          const Tensor& w_up, const Tensor& w_down,
+                          const std::optional<Tensor>& b_up, const std::optional<Tensor>& b_down,
+                          const Tensor& row_to_pair, const Tensor& pair_to_row,
+                          const Tensor& expert_offsets, const std::string& activation) {
+  check_dim(op, "x", x, 2);
+  check_float(op, "x", x);
+  check_plan(op, row_to_pair, pair_to_row, expert_offsets, x);
+  check_size(op, "x", x, 0, pair_to_row.size(0));
+  check_topk_weights(op, topk_weights, x.scalar_type(), pair_to_row);
+  const int64_t num_experts = expert_offsets.size(0) - 1;
+  const auto check_like_x = [&](const char* name, const Tensor& t, int64_t dim) {
+    check_dim(op, name, t, dim);
+    check_same_type(op, name, t, "x", x);
+    check_same_device(op, name, t, x);
+    check_size(op, name, t, 0, num_experts);
+  };
+  check_like_x("w_up", w_up, 3);
+  check_like_x("w_down", w_down, 3);
+  check_activation(op, activation);
+  const int64_t hidden_width = w_down.size(2);
+  check_size(op, "w_up", w_up, 1, is_gated(activation) ? 2 * hidden_width : hidden_width);
+  check_size(op, "w_up", w_up, 2, x.size(1));
+  if (b_up) {
+    check_like_x("b_up", *b_up, 2);
+    check_size(op, "b_up", *b_up, 1, w_up.size(1));
+  }
+  if (b_down) {
+    check_like_x("b_down", *b_down, 2);
+    check_size(op, "b_down", *b_down, 1, w_down.size(1));
+  }
+}
+
+// What the backward takes besides.
+inline void check_moe_mlp_grads(const char* op, const Tensor& grad_y, const Tensor& pre_activation,
+                                const Tensor& x, const Tensor& w_up, const Tensor& w_down,
+                                const Tensor& row_to_pair) {
+  const auto check_rows = [&](const char* name, const Tensor& t, int64_t rows, int64_t columns) {
+    check_dim(op, name, t, 2);
+    check_same_type(op, name, t, "x", x);
+    check_same_device(op, name, t, x);
+    check_size(op, name, t, 0, rows);
+    check_size(op, name, t, 1, columns);
+  };
+  check_rows("grad_y", grad_y, x.size(0), w_down.size(1));
+  check_rows("pre_activation", pre_activation, row_to_pair.size(0), w_up.size(1));
+}
+
+}  // namespace moeops
