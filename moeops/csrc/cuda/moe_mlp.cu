@@ -6,6 +6,7 @@
 // <d hidden, hidden>. On Hopper the products gather and activate by themselves (hopper/).
 #include <torch/csrc/stable/library.h>
 
+#include "checks/moe_mlp.h"
 #include "common.h"
 #include "device_dispatch.h"
 #include "expert_block.h"
@@ -19,14 +20,12 @@ constexpr int kThreads = 256;
 constexpr int kWarpsPerBlock = kThreads / kWarpSize;
 constexpr int kVectorBytes = 16;
 
-Activation parse_activation(const char* op, const std::string& name) {
+// Of a name that was checked.
+Activation parse_activation(const std::string& name) {
   if (name == "swiglu") return Activation::kSwiglu;
   if (name == "gelu") return Activation::kGelu;
   if (name == "relu") return Activation::kRelu;
   if (name == "silu") return Activation::kSilu;
-  STD_TORCH_CHECK(name == "relu_squared", op,
-                  ": activation must be swiglu, gelu, relu, silu or relu_squared, got ", name,
-                  ". Pick one of them.");
   return Activation::kReluSquared;
 }
 
@@ -47,23 +46,9 @@ void dispatch_activation(Activation activation, const F& f) {
   }
 }
 
-void check_expert_weight(const char* op, const char* name, const Tensor& weight, const Tensor& x,
-                         int64_t num_experts) {
-  check_dim(op, name, weight, 3);
-  check_type(op, name, weight, x.scalar_type(), "the type of x");
-  check_same_device(op, name, weight, x);
-  check_size(op, name, weight, 0, num_experts);
-}
-
-std::optional<Tensor> check_bias(const char* op, const char* name,
-                                 const std::optional<Tensor>& bias, const Tensor& weight) {
-  if (!bias) return std::nullopt;
-  check_dim(op, name, *bias, 2);
-  check_type(op, name, *bias, weight.scalar_type(), "the type of x");
-  check_same_device(op, name, *bias, weight);
-  check_size(op, name, *bias, 0, weight.size(0));
-  check_size(op, name, *bias, 1, weight.size(1));
-  return as_contiguous(*bias);
+std::optional<Tensor> contiguous_or_none(const std::optional<Tensor>& t) {
+  if (!t) return std::nullopt;
+  return as_contiguous(*t);
 }
 
 Block make_block(const char* op, const Tensor& x, const Tensor& topk_weights, const Tensor& w_up,
@@ -71,34 +56,19 @@ Block make_block(const char* op, const Tensor& x, const Tensor& topk_weights, co
                  const std::optional<Tensor>& b_down, const Tensor& row_to_pair,
                  const Tensor& pair_to_row, const Tensor& expert_offsets,
                  const std::string& activation) {
-  check_dim(op, "x", x, 2);
-  check_float(op, "x", x);
-  check_plan(op, row_to_pair, pair_to_row, expert_offsets, x);
-  check_size(op, "x", x, 0, pair_to_row.size(0));
-  check_dim(op, "topk_weights", topk_weights, 2);
-  check_type(op, "topk_weights", topk_weights, accumulate_type(x.scalar_type()),
-             "float32 (float64 for float64 x)");
-  check_size(op, "topk_weights", topk_weights, 0, pair_to_row.size(0));
-  check_size(op, "topk_weights", topk_weights, 1, pair_to_row.size(1));
-  check_same_device(op, "topk_weights", topk_weights, x);
-  const int64_t num_experts = expert_offsets.size(0) - 1;
-  check_expert_weight(op, "w_up", w_up, x, num_experts);
-  check_expert_weight(op, "w_down", w_down, x, num_experts);
-  const Activation kind = parse_activation(op, activation);
-  const int64_t hidden = w_down.size(2);
-  check_size(op, "w_up", w_up, 2, x.size(1));
-  check_size(op, "w_up", w_up, 1, kind == Activation::kSwiglu ? 2 * hidden : hidden);
+  check_moe_mlp(op, x, topk_weights, w_up, w_down, b_up, b_down, row_to_pair, pair_to_row,
+                expert_offsets, activation);
   const cudaStream_t stream = current_stream(x);
   return {as_contiguous(x),
           as_contiguous(topk_weights),
           w_up,
           w_down,
-          check_bias(op, "b_up", b_up, w_up),
-          check_bias(op, "b_down", b_down, w_down),
+          contiguous_or_none(b_up),
+          contiguous_or_none(b_down),
           as_contiguous(row_to_pair),
           as_contiguous(pair_to_row),
           plan_rows(as_contiguous(expert_offsets), row_to_pair.size(0), x, stream),
-          kind,
+          parse_activation(activation),
           stream};
 }
 
@@ -314,17 +284,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(
   DeviceGuard guard(x.get_device_index());
   const Block block = make_block(kOp, x, topk_weights, w_up, w_down, b_up, b_down, row_to_pair,
                                  pair_to_row, expert_offsets, activation);
-  check_dim(kOp, "grad_y", grad_y, 2);
-  check_size(kOp, "grad_y", grad_y, 0, x.size(0));
-  check_size(kOp, "grad_y", grad_y, 1, block.out_width());
-  check_type(kOp, "grad_y", grad_y, x.scalar_type(), "the type of x");
-  check_same_device(kOp, "grad_y", grad_y, x);
-  check_dim(kOp, "pre_activation", pre_activation, 2);
-  check_size(kOp, "pre_activation", pre_activation, 0, block.num_rows());
-  check_size(kOp, "pre_activation", pre_activation, 1, w_up.size(1));
-  check_type(kOp, "pre_activation", pre_activation, x.scalar_type(), "the type of x");
-  check_same_device(kOp, "pre_activation", pre_activation, x);
-
+  check_moe_mlp_grads(kOp, grad_y, pre_activation, x, w_up, w_down, row_to_pair);
   const Tensor gy = as_contiguous(grad_y), pre = as_contiguous(pre_activation);
   const Needed needed{need_x, need_topk_weights, need_w_up, need_w_down};
   const auto none = [&] { return empty_on(x, {0}, x.scalar_type()); };
