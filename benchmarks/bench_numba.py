@@ -26,7 +26,9 @@ import moeops.numba.gates as gallery
 from benchmarks import machine
 from benchmarks.inputs import generator
 from benchmarks.registry import WrongResult, compare, compare_exact
+from examples.prototypes import expert_choice, layout
 from moeops import reference
+from moeops.reference import gates_prototypes
 
 MAX_LAUNCH_US = 60.0
 MAX_CPU_RATIO = 2.0
@@ -94,7 +96,7 @@ def cases(device: torch.device) -> list[Case]:
         )
 
     shape = f"T {T}, E {E}, K {K}"
-    layout = f"{shape}, D {D}, {str(dtype).removeprefix('torch.')}"
+    sizes = f"{shape}, D {D}, {str(dtype).removeprefix('torch.')}"
     return [
         Case(
             f"naive_topk, {shape}",
@@ -121,40 +123,40 @@ def cases(device: torch.device) -> list[Case]:
             f"top_p, {shape}",
             gallery.top_p,
             (logits, K, 0.8, 0.1),
-            lambda z, k, *rest: gallery.reference.top_p(z[:512].cpu().double(), k, *rest),
+            lambda z, k, *rest: gates_prototypes.top_p(z[:512].cpu().double(), k, *rest),
             {"topk_route": lambda z, k, mass, margin: moeops.topk_route(z, k)},
         ),
         Case(
             f"hash_route, T {T}, E {E}, K {K}",
             gallery.hash_route,
             (tokens, E, K),
-            gallery.reference.hash_route,
+            gates_prototypes.hash_route,
             {},
         ),
         Case(
             f"expert_choice, T {few}, E {E}, C {capacity}",
-            gallery.expert_choice,
+            expert_choice.expert_choice,
             (experts_scores, capacity),
-            gallery.reference.expert_choice,
+            expert_choice.expert_choice_reference,
             {"torch.topk": lambda scores, c: torch.topk(scores, c, dim=1)},
         ),
         Case(
             f"sort_tokens, {shape}",
-            gallery.sort_tokens,
+            layout.sort_tokens,
             (ids, E),
             reference.sort_tokens,
             {"sort_tokens": moeops.sort_tokens},
         ),
         Case(
-            f"permute, {layout}",
-            gallery.permute,
+            f"permute, {sizes}",
+            layout.permute,
             (x, *plan),
             lambda x, *plan: reference.permute_tokens(x, moeops.TokenPlan(*plan)),
             {"permute_tokens": lambda x, *p: moeops.permute_tokens(x, moeops.TokenPlan(*p))},
         ),
         Case(
-            f"unpermute, {layout}",
-            gallery.unpermute,
+            f"unpermute, {sizes}",
+            layout.unpermute,
             (rows, weights, *plan),
             lambda rows, weights, *plan: reference.unpermute_tokens(
                 rows, moeops.TokenPlan(*plan), weights
@@ -207,7 +209,7 @@ def gallery_table(device: torch.device, seconds: float) -> tuple[list[dict], lis
 
 
 def launch_table(seconds: float) -> tuple[list[dict], list[str]]:
-    """Host time per call on CUDA: direct, with Numba's launch, native; without and with gradients recorded."""
+    """Host time per call on CUDA, prototype and native; without and with gradients recorded."""
     rows, problems = [], []
     logits = distinct_logits(4096, 64, torch.device("cuda"))
     for grad in (False, True):
@@ -215,8 +217,7 @@ def launch_table(seconds: float) -> tuple[list[dict], list[str]]:
         with torch.enable_grad():
             timings = host_times(
                 {
-                    "naive_topk, direct": lambda leaf=leaf: gallery.naive_topk(leaf, 2),
-                    "naive_topk, launch='numba'": lambda leaf=leaf: numba_launch(leaf),
+                    "naive_topk": lambda leaf=leaf: gallery.naive_topk(leaf, 2),
                     "native topk_route": lambda leaf=leaf: moeops.topk_route(leaf, 2),
                 },
                 seconds,
@@ -224,7 +225,7 @@ def launch_table(seconds: float) -> tuple[list[dict], list[str]]:
         for name, host in timings.items():
             rows.append({"case": name, "grad": grad, "host_us": host})
             print(f"| {name} | {'yes' if grad else 'no'} | {host:.1f} |", flush=True)
-        if timings["naive_topk, direct"] > MAX_LAUNCH_US:
+        if timings["naive_topk"] > MAX_LAUNCH_US:
             problems.append(f"launch: {timings['naive_topk, direct']:.1f} us of host time per call")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -239,15 +240,6 @@ def launch_table(seconds: float) -> tuple[list[dict], list[str]]:
     rows.append({"case": "in a CUDA graph of 20 calls", "grad": False, "host_us": replay / 20})
     print(f"| in a CUDA graph of 20 calls | no | {replay / 20:.1f} |", flush=True)
     return rows, problems
-
-
-def numba_launch(logits: Tensor) -> Any:
-    """The op with Numba's own launch."""
-    gallery.naive_topk.launch = "numba"
-    try:
-        return gallery.naive_topk(logits, 2)
-    finally:
-        gallery.naive_topk.launch = "direct"
 
 
 def host_times(

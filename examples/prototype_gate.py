@@ -179,14 +179,13 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--steps", type=int, default=300, help="training steps [%(default)s]")
     parser.add_argument("--out", type=Path, default=Path("runs/prototype_gate"))
-    parser.add_argument("--no-simulator", action="store_true", help="skip Numba's CUDA simulator")
     args = parser.parse_args(argv)
     if args.steps < 2:
         parser.error(f"--steps must be at least 2, got {args.steps}")
     args.out.mkdir(parents=True, exist_ok=True)
 
     print("Is the rule right? moeops.numba.check compares it with the reference.")
-    print(prototype.check(near_ties, near_ties_reference, simulator=not args.no_simulator))
+    print(prototype.check(near_ties, near_ties_reference))
 
     print("\nIs it fast enough? Against the native kernel, which takes both experts always:")
     logits = torch.randn(8192, 64)

@@ -15,16 +15,16 @@ except ImportError as err:
 del _njit
 
 from moeops.numba import scores  # noqa: E402  (the error above says what to install)
-from moeops.numba._bench import Timing, bench  # noqa: E402
 from moeops.numba._bits import narrow, widen  # noqa: E402
 from moeops.numba._block_op import BlockOp  # noqa: E402
-from moeops.numba._check import CheckError, CheckReport, check  # noqa: E402
+from moeops.numba._checking import CheckError, CheckReport, check  # noqa: E402
+from moeops.numba._code import inspect  # noqa: E402
 from moeops.numba._decorators import block_kernel, route, row_kernel  # noqa: E402
 from moeops.numba._gate import as_gate  # noqa: E402
-from moeops.numba._inspect import inspect  # noqa: E402
 from moeops.numba._ops import registered  # noqa: E402
 from moeops.numba._row_op import RowOp  # noqa: E402
 from moeops.numba._rules import RuleError  # noqa: E402
+from moeops.numba._timing import Timing, bench  # noqa: E402
 
 __all__ = [
     "BlockOp",

@@ -6,16 +6,17 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
-
-from moeops.numba import _cpu, _cuda
+from moeops.numba import _launch
 from moeops.numba._ops import Op
+from moeops.numba._row_op import add_backward
 from moeops.numba._rules import Rule, with_compiled_callees
-from moeops.numba._signature import Signature, TensorArg
+from moeops.numba._signature import Signature
 
 
 class BlockOp(Op):
     """An op made of a raw CUDA kernel; see ``moeops.numba.block_kernel``."""
+
+    backward = add_backward
 
     def __init__(
         self,
@@ -27,7 +28,6 @@ class BlockOp(Op):
         threads: Any,
         shared: Any,
         zeros: Sequence[str],
-        launch: str,
         replace: bool,
     ) -> None:
         function = getattr(kernel, "py_func", kernel)
@@ -42,9 +42,8 @@ class BlockOp(Op):
                 f"{name}: zeros must name outputs, got {unknown}. They are {[o.name for o in signature.outputs]}."
             )
         self.zeros = frozenset(zeros)
-        self.kernel = _cuda.Kernel(name, self._build, rule.failed)
         self._cpu_function: Callable[..., Any] | None = None
-        super().__init__(name, rule, signature, launch, replace)
+        super().__init__(name, rule, signature, rule.names, replace)
 
     def cpu(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Decorator: what the op does with CPU tensors; takes the op's inputs, returns its outputs.
@@ -59,55 +58,20 @@ class BlockOp(Op):
         self._cpu_function = function
         return function
 
-    def _build(self, cuda: Any, debug: bool) -> Any:
-        options: dict[str, Any] = {"device": True}
-        if not _cuda.simulating():
-            options["inline"] = "always"
-        if debug:
-            options |= {"debug": True, "opt": False}
-        copy = with_compiled_callees(self.rule.function, _cuda.device_function(cuda, options))
+    def _build(self, cuda: Any) -> Any:
+        copy = with_compiled_callees(self.rule.function, _launch.device_function(cuda))
         given = self.function
-        if given is not self.rule.function and not _cuda.simulating():
-            targets = dict(given.targetoptions)
-            if debug:
-                targets |= {"debug": True, "opt": False}
-            return type(given)(copy, targetoptions=targets)
-        return cuda.jit(**({"debug": True, "opt": False} if debug else {}))(copy)
+        if given is not self.rule.function and not _launch.simulating():
+            return type(given)(copy, targetoptions=dict(given.targetoptions))
+        return cuda.jit(copy)
 
-    def _prepare(self, values: Sequence[Any]) -> tuple[list[Any], list[Tensor], dict[str, int]]:
-        """Kernel arguments in the kernel's order, the outputs, and the sizes."""
-        sizes = self._checked_sizes(values)
-        own = self.signature
-        tensors = self._tensors(values)
-        first = next(iter(tensors.values()))
-        named: dict[str, Any] = {}
-        for item, value in zip(own.inputs, values, strict=True):
-            if isinstance(item, TensorArg):
-                value = value.contiguous()
-            elif item.kind == "float":
-                value = float(value)
-            named[item.name] = value
-        outputs = []
-        for output in own.outputs:
-            result = self._allocate(output, sizes, own.output_dtype(output, tensors), first)
-            if output.name in self.zeros:
-                result.zero_()
-            named[output.name] = result
-            outputs.append(result)
-        return [named[name] for name in self.rule.names], outputs, sizes
+    def _geometry(self, sizes: Mapping[str, int]) -> _launch.Geometry:
+        grid = self.grid(sizes)
+        if 0 in grid:
+            return grid, (0, 0, 0), 0
+        return grid, self.threads(sizes), self.shared(sizes)[0]
 
-    def _kernel_args(self, values: Sequence[Any]) -> list[Any]:
-        return self._prepare(values)[0]
-
-    def _finish(self, outputs: Sequence[Tensor]) -> Any:
-        results = tuple(
-            value
-            for output, value in zip(self.signature.outputs, outputs, strict=True)
-            if not output.scratch
-        )
-        return results if len(results) != 1 else results[0]
-
-    def _cpu(self, *values: Any) -> Any:
+    def _run_cpu(self, *values: Any) -> Any:
         values = self._filled(values)
         self._checked_sizes(values)
         if self._cpu_function is None:
@@ -116,36 +80,6 @@ class BlockOp(Op):
                 "Give one with @op.cpu."
             )
         return self._cpu_function(*values)
-
-    def _cuda(self, *values: Any) -> Any:
-        args, outputs, sizes = self._prepare(self._filled(values))
-        grid = self.grid(sizes)
-        if 0 not in grid:
-            block, shared = self.threads(sizes), self.shared(sizes)[0]
-            device = outputs[0].device
-            self._on_device(
-                device,
-                lambda: self.kernel.launch(
-                    device.index,
-                    args,
-                    lambda: tuple(_cpu.numba_type(value) for value in args),
-                    _cuda.launch_key(args),
-                    grid,
-                    block,
-                    shared,
-                    self.launch,
-                    self.debug,
-                ),
-            )
-        return self._finish(outputs)
-
-    def _simulate(self, values: Sequence[Any]) -> Any:
-        args, outputs, sizes = self._prepare(values)
-        grid = self.grid(sizes)
-        if 0 not in grid:
-            arrays = [_cpu.as_numpy(value) for value in args]
-            self.kernel.simulate(arrays, grid, self.threads(sizes), self.shared(sizes)[0])
-        return self._finish(outputs)
 
 
 class _Dimensions:
@@ -157,8 +91,7 @@ class _Dimensions:
         self.names: tuple[str, ...] = ()
         if callable(value):
             self.names = tuple(inspect.signature(value).parameters)
-            known = {item.name for item in signature.scalars if item.kind == "int"}
-            known |= {d.text for t in signature.tensors for d in t.dims if d.is_name}
+            known = signature.size_names
             unknown = [name for name in self.names if name not in known]
             if unknown:
                 raise ValueError(

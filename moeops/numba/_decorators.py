@@ -21,7 +21,6 @@ def route(
     require: Sequence[str] = (),
     fastmath: bool = False,
     threads: int = 128,
-    launch: str = "direct",
     replace: bool = False,
 ) -> Callable[[Callable[..., None]], RowOp]:
     """Decorator: a routing rule over one token's row becomes an op ``(logits, top_k, ...) -> (weights, ids)``.
@@ -40,7 +39,6 @@ def route(
         require: further conditions on sizes, such as ``"E % num_groups == 0"``; ``1 <= top_k <= E`` always holds.
         fastmath: let the compiler reorder float arithmetic.
         threads: CUDA threads per block, a thread per row.
-        launch: ``"direct"`` (raw pointers) or ``"numba"`` (Numba's own launch) on CUDA.
         replace: redefine an op of the same name that was made here, for notebooks.
 
     Raises:
@@ -77,7 +75,6 @@ def route(
             finite=("logits",),
             fastmath=fastmath,
             threads=threads,
-            launch=launch,
             replace=replace,
         )
         if score is not None:
@@ -90,7 +87,6 @@ def route(
                 return {"logits": grad}
 
             op.gradient(gradient, saves=("logits", "ids"))
-        op.score, op.scale = score, scale
         return op
 
     return decorate
@@ -115,7 +111,6 @@ def row_kernel(
     finite: Sequence[str] = (),
     fastmath: bool = False,
     threads: int = 128,
-    launch: str = "direct",
     replace: bool = False,
 ) -> Callable[[Callable[..., None]], RowOp]:
     """Decorator: a rule over one row becomes an op with the declared inputs and outputs.
@@ -143,7 +138,6 @@ def row_kernel(
         finite: ``[T, n]`` inputs in which NaN and infinity are errors (on CUDA with ``MOEOPS_DEBUG_CHECKS=1`` only).
         fastmath: let the compiler reorder float arithmetic.
         threads: CUDA threads per block, a thread per row.
-        launch: ``"direct"`` or ``"numba"``.
         replace: redefine an op of the same name that was made here.
 
     Raises:
@@ -169,7 +163,6 @@ def row_kernel(
             finite=finite,
             fastmath=fastmath,
             threads=threads,
-            launch=launch,
             replace=replace,
         )
 
@@ -185,7 +178,6 @@ def block_kernel(
     shared: Any = 0,
     zeros: Sequence[str] = (),
     require: Sequence[str] = (),
-    launch: str = "direct",
     replace: bool = False,
 ) -> Callable[[Any], BlockOp]:
     """Decorator: a raw CUDA kernel (shared memory, warps, atomics) becomes an op.
@@ -204,7 +196,6 @@ def block_kernel(
         shared: bytes of dynamic shared memory, likewise.
         zeros: outputs that are filled with 0 before the launch.
         require: conditions on sizes and int parameters that a call must meet.
-        launch: ``"direct"`` or ``"numba"``.
         replace: redefine an op of the same name that was made here.
 
     Raises:
@@ -232,7 +223,6 @@ def block_kernel(
             threads=threads,
             shared=shared,
             zeros=zeros,
-            launch=launch,
             replace=replace,
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -11,11 +11,71 @@ from moeops import _checks
 from moeops.gates.base import BaseGate, check_top_k
 from moeops.gates.functional import router_logits
 from moeops.numba._row_op import RowOp
-from moeops.numba._signature import TensorArg
 
 InputFunction = Callable[[BaseGate, Tensor], Tensor]
 LossFunction = Callable[[BaseGate, Tensor, Tensor, Tensor], Tensor]
 RoutingFunction = Callable[[BaseGate, Tensor, Tensor, Tensor], Any]
+
+
+class _Recipe(NamedTuple):
+    """What ``as_gate`` was given."""
+
+    op: RowOp
+    inputs: Mapping[str, InputFunction]
+    loss: LossFunction | None
+    routing: RoutingFunction | None
+    setup: Callable[[BaseGate], None] | None
+    numbers: Mapping[str, int | float | bool | None]
+
+
+class RuleGate(BaseGate):
+    """Base of the gates that ``as_gate`` makes: a linear router in float32, then the op."""
+
+    recipe: _Recipe
+
+    def __init__(
+        self,
+        d_model: int,
+        num_expert: int,
+        world_size: int = 1,
+        top_k: int = 2,
+        gate_bias: bool = True,
+        **numbers: int | float | bool,
+    ) -> None:
+        super().__init__(num_expert, world_size)
+        name = type(self).__name__
+        _checks.check_int(name, "d_model", d_model, 1, "Pass the width of x.")
+        check_top_k(name, top_k, self.tot_expert)
+        known = self.recipe.numbers
+        self.options = {**known, **numbers}
+        if None in self.options.values() or self.options.keys() != known.keys():
+            raise TypeError(
+                f"{name}: the numbers {list(known)} must be given or have defaults, got {numbers}. Pass them by name."
+            )
+        self.d_model = d_model
+        self.top_k = top_k
+        self.gate = nn.Linear(d_model, self.tot_expert, bias=gate_bias)
+        if self.recipe.setup is not None:
+            self.recipe.setup(self)
+
+    def forward(self, inp: Tensor) -> Any:
+        """Choose experts: ``inp [T, D]`` to topk_ids ``[T, K]`` and topk_weights ``[T, K]``."""
+        op, inputs, loss, routing, _, _ = self.recipe
+        logits = router_logits(inp, self.gate)  # [T, E]
+        given = {"logits": logits, "top_k": self.top_k, **self.options}
+        given.update({name: function(self, logits) for name, function in inputs.items()})
+        weights, ids = op(*[given[item.name] for item in op.signature.inputs])
+        if loss is not None:
+            self.set_loss(loss(self, logits, ids, weights))
+        return (ids, weights) if routing is None else routing(self, logits, ids, weights)
+
+    def extra_repr(self) -> str:
+        """Sizes and numbers of the gate."""
+        numbers = "".join(f", {key}={value}" for key, value in self.options.items())
+        return (
+            f"op={self.recipe.op.name}, num_expert={self.num_expert}, world_size={self.world_size}, "
+            f"top_k={self.top_k}{numbers}"
+        )
 
 
 def as_gate(
@@ -72,64 +132,10 @@ def as_gate(
             f"as_gate: options must be numbers of {op.name}, {list(numbers)}, got {unknown}. Remove them."
         )
     defaults = {key: options.get(key, number.default) for key, number in numbers.items()}
-    rule_name = "".join(part.title() for part in op.rule.function.__name__.split("_"))
-    gate_name: str = name or f"{rule_name}Gate"
-
-    class RuleGate(BaseGate):
-        def __init__(
-            self,
-            d_model: int,
-            num_expert: int,
-            world_size: int = 1,
-            top_k: int = 2,
-            gate_bias: bool = True,
-            **numbers: int | float | bool,
-        ) -> None:
-            super().__init__(num_expert, world_size)
-            _checks.check_int(gate_name, "d_model", d_model, 1, "Pass the width of x.")
-            check_top_k(gate_name, top_k, self.tot_expert)
-            values = {**defaults, **numbers}
-            missing = [key for key, value in values.items() if value is None]
-            unknown = [key for key in numbers if key not in defaults]
-            if missing or unknown:
-                raise TypeError(
-                    f"{gate_name}: the numbers {list(defaults)} must be given or have defaults, got {numbers}. "
-                    "Pass them by name."
-                )
-            self.d_model = d_model
-            self.top_k = top_k
-            self.options = values
-            self.gate = nn.Linear(d_model, self.tot_expert, bias=gate_bias)
-            if setup is not None:
-                setup(self)
-
-        def forward(self, inp: Tensor) -> Any:
-            """Choose experts: ``inp [T, D]`` to topk_ids ``[T, K]`` and topk_weights ``[T, K]``."""
-            logits = router_logits(inp, self.gate)  # [T, E]
-            arguments: list[Any] = []
-            for item in op.signature.inputs:
-                if item.name == "logits":
-                    arguments.append(logits)
-                elif item.name == "top_k":
-                    arguments.append(self.top_k)
-                elif isinstance(item, TensorArg):
-                    arguments.append(given[item.name](self, logits))
-                else:
-                    arguments.append(self.options[item.name])
-            weights, ids = op(*arguments)
-            if loss is not None:
-                self.set_loss(loss(self, logits, ids, weights))
-            return (ids, weights) if routing is None else routing(self, logits, ids, weights)
-
-        def extra_repr(self) -> str:
-            """Sizes and numbers of the gate."""
-            numbers = "".join(f", {key}={value}" for key, value in self.options.items())
-            return (
-                f"op={op.name}, num_expert={self.num_expert}, world_size={self.world_size}, "
-                f"top_k={self.top_k}{numbers}"
-            )
-
-    RuleGate.__name__ = RuleGate.__qualname__ = gate_name
-    RuleGate.__module__ = op.__module__
-    RuleGate.__doc__ = op.rule.function.__doc__
-    return RuleGate
+    camel = "".join(part.title() for part in op.rule.function.__name__.split("_"))
+    members = {
+        "recipe": _Recipe(op, given, loss, routing, setup, defaults),
+        "__doc__": op.rule.function.__doc__,
+        "__module__": op.__module__,
+    }
+    return type(name or f"{camel}Gate", (RuleGate,), members)

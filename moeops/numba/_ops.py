@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from moeops import _checks
 from moeops._checks import fake_check
-from moeops.numba import _cpu, _cuda
-from moeops.numba._backward import backward_signature
+from moeops.numba import _launch, _loops
 from moeops.numba._rules import Rule
-from moeops.numba._signature import Output, ScalarArg, Signature, TensorArg
+from moeops.numba._signature import KINDS, ScalarArg, Signature, TensorArg
 
+_MAX_PLANS = 256  # per op
+_KIND_TEXT = {
+    "float": "float64, float32, bfloat16 or float16",
+    "int": "int32 or int64",
+    "bool": "bool",
+}
 _REGISTERED: dict[str, Op] = {}
 
 GradientFunction = Callable[
@@ -31,40 +37,70 @@ def registered(name: str) -> Op:
     return _REGISTERED[name]
 
 
+class Buffer(NamedTuple):
+    """An output or scratch space as the kernel writes it, and the type in which it is returned."""
+
+    shape: list[int]
+    dtype: torch.dtype
+    final: torch.dtype
+    zeros: bool
+
+
+class Plan(NamedTuple):
+    """What a CUDA call needs and sizes, types and numbers decide, found out and checked at the first such call."""
+
+    device: torch.device
+    launcher: _launch.Launcher | None  # None where there is nothing to compute
+    packed: list[Any]  # parameters, addresses to be filled in
+    addresses: list[int]  # their places: inputs in the order of the call, then outputs
+    buffers: list[Buffer]
+    geometry: _launch.Geometry
+
+
 class Op:
     """What the decorators return: call it like the op, or use ``torch.ops.<namespace>.<name>``.
 
     Attributes:
         name: ``"namespace::name"``.
         signature: what the signature string says.
-        launch: ``"direct"`` or ``"numba"``; may be set.
-        debug: compile for debugging: bounds checks on CPU, Numba's debug mode on CUDA; may be set. Starts true where
-            the environment has ``MOEOPS_DEBUG_CHECKS=1``.
+        debug: check indices on CPU, and values also on CUDA; may be set. Starts true where the environment has
+            ``MOEOPS_DEBUG_CHECKS=1``.
     """
 
-    kernel: _cuda.Kernel
     overload: Any
+    finite: tuple[str, ...] = ()  # inputs in which NaN and infinity are errors
+    zeros: frozenset[str] = frozenset()  # outputs that start as zeros
+    cast: Mapping[
+        torch.dtype, torch.dtype
+    ] = {}  # types of tensors that the kernel gets in another type
     _library: Any
 
     def __init__(
-        self, name: str, rule: Rule, signature: Signature, launch: str, replace: bool
+        self, name: str, rule: Rule, signature: Signature, parameters: Sequence[str], replace: bool
     ) -> None:
-        if launch not in _cuda.LAUNCHES:
-            raise ValueError(
-                f"{name}: launch must be one of {_cuda.LAUNCHES}, got {launch!r}. Use 'direct'."
-            )
         self.name = name
         self.rule = rule
         self.signature = signature
-        self.launch = launch
-        self.debug = _cpu.DEBUG
+        self.parameters = tuple(parameters)  # of the CUDA kernel, in its order
+        self.kernel = _launch.Kernel(name, self._build, rule.failed)
+        self.debug = _loops.DEBUG
         self.poison = False  # fill outputs so that an unwritten element shows; set by check()
         self._gradient: Callable[..., Any] | None = None
         self._saves: tuple[str, ...] = ()
         self._places: tuple[list[int], list[int], list[tuple[str, int]]] | None = None
+        self._plans: dict[tuple[Any, ...], Plan] = {}
         self._replaced = replace
-        self._defaults = tuple(
-            item.default if isinstance(item, ScalarArg) else None for item in signature.inputs
+        defaults = {item.name: item.default for item in signature.scalars}
+        self._defaults = tuple(defaults.get(item.name) for item in signature.inputs)
+        self._call = inspect.Signature(
+            [
+                inspect.Parameter(
+                    item.name,
+                    inspect.Parameter.POSITIONAL_OR_KEYWORD,
+                    default=inspect.Parameter.empty if default is None else default,
+                )
+                for item, default in zip(signature.inputs, self._defaults, strict=True)
+            ]
         )
         self.__doc__ = rule.function.__doc__
         self.__module__ = rule.function.__module__
@@ -77,20 +113,15 @@ class Op:
 
     def bind(self, *args: Any, **kwargs: Any) -> list[Any]:
         """The arguments of a call in the order of the schema, with the defaults filled in."""
-        names = [item.name for item in self.signature.inputs]
-        values = dict(zip(names, args, strict=False))
-        unknown = [name for name in kwargs if name not in names or name in values]
-        values.update(kwargs)
-        for item in self.signature.scalars:
-            if item.default is not None:
-                values.setdefault(item.name, item.default)
-        missing = [name for name in names if name not in values]
-        if unknown or missing or len(args) > len(names):
+        try:
+            bound = self._call.bind(*args, **kwargs)
+        except TypeError as err:
             raise TypeError(
                 f"{self.name}: a call must have the arguments {self.signature.schema(self.name)}, got {len(args)} by "
-                f"position and {list(kwargs)} by name. Check the call."
-            )
-        return [values[name] for name in names]
+                f"position and {list(kwargs)} by name: {err}. Check the call."
+            ) from None
+        bound.apply_defaults()
+        return list(bound.arguments.values())
 
     def simulate(self, *args: Any, **kwargs: Any) -> Any:
         """Run the CUDA kernel of this op under Numba's simulator, on CPU tensors.
@@ -98,20 +129,22 @@ class Op:
         Raises:
             RuntimeError: the process was not started with ``NUMBA_ENABLE_CUDASIM=1``.
         """
-        _cuda.import_simulator()
-        return self._simulate(self.bind(*args, **kwargs))
+        _launch.import_simulator()
+        values = self.bind(*args, **kwargs)
+        sizes, buffers = self._buffers(values)
+        outputs = self._allocate(buffers, torch.device("cpu"))
+        geometry = self._geometry(sizes)
+        if 0 not in geometry[0]:
+            ordered = self._ordered((*self._arguments(values), *outputs))
+            self.kernel.simulate([_loops.as_numpy(value) for value in ordered], geometry)
+        return self._finish(outputs, buffers)
 
-    def _simulate(self, values: Sequence[Any]) -> Any:
-        raise NotImplementedError
-
-    def numba_types(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        """Numba types of the CUDA kernel's arguments for this call."""
-        return tuple(
-            _cpu.numba_type(value) for value in self._kernel_args(self.bind(*args, **kwargs))
-        )
-
-    def _kernel_args(self, values: Sequence[Any]) -> list[Any]:
-        raise NotImplementedError
+    def kernel_arguments(self, *args: Any, **kwargs: Any) -> list[Any]:
+        """What the CUDA kernel is called with, outputs included, for this call."""
+        values = self.bind(*args, **kwargs)
+        _, buffers = self._buffers(values)
+        device = self._tensors(values)[0].device
+        return self._ordered((*self._arguments(values), *self._allocate(buffers, device)))
 
     def __repr__(self) -> str:
         return f"<moeops.numba op {self.signature.schema(self.name)} from {self.rule.where}>"
@@ -145,52 +178,6 @@ class Op:
 
         return add if function is None else add(function)
 
-    def backward(self, rule: Callable[..., Any]) -> Op:
-        """Decorator: the gradient as another row rule, compiled like the first.
-
-        Its parameters are a choice of ``grad_<output>`` (float outputs, zeros where there is no gradient),
-        ``grad_<input>`` (what it writes, one row each), and the op's own inputs and outputs.
-
-        Returns:
-            The op ``<name>_backward`` that it becomes.
-
-        Raises:
-            TypeError: a parameter is none of these.  ValueError: it writes no gradient, or one of a whole tensor.
-        """
-        from moeops.numba._row_op import RowOp  # a subclass of this one
-
-        signature = backward_signature(self.name, self.signature, rule)
-        op = RowOp(
-            f"{self.name}_backward",
-            Rule.read(f"{self.name}_backward", rule, signature),
-            signature,
-            threads=getattr(self, "row_threads", 128),
-            launch=self.launch,
-            replace=self._replaced,
-        )
-        written = [output.name for output in signature.outputs]
-
-        def gradient(grads, inputs, outputs):
-            known = {**inputs, **outputs}
-            for name, grad in grads.items():
-                known[f"grad_{name}"] = torch.zeros_like(outputs[name]) if grad is None else grad
-            results = op(*(known[item.name] for item in signature.inputs))
-            results = (results,) if isinstance(results, Tensor) else results
-            return {
-                name.removeprefix("grad_"): grad
-                for name, grad in zip(written, results, strict=True)
-            }
-
-        needed = {item.name for item in signature.tensors}
-        float_outputs = {o.name for o in self.signature.returned if self.signature.is_float(o)}
-        tensors = self.signature.tensor_names
-        # The shape of an output is needed where its gradient may be missing.
-        saves = [
-            n for n in tensors if n in needed or (n in float_outputs and f"grad_{n}" in needed)
-        ]
-        self._set_gradient(gradient, tuple(saves))
-        return op
-
     def _set_gradient(self, function: Callable[..., Any], saves: tuple[str, ...]) -> None:
         if self._gradient is not None:
             raise ValueError(
@@ -221,8 +208,8 @@ class Op:
             )
         library = torch.library.Library(namespace, "FRAGMENT")
         library.define(self.signature.schema(name), tags=(torch.Tag.pt2_compliant_tag,))
-        library.impl(name, self._cpu, "CPU")
-        library.impl(name, self._cuda, "CUDA")
+        library.impl(name, self._run_cpu, "CPU")
+        library.impl(name, self._run_cuda, "CUDA")
         torch.library.register_fake(self.name, self._fake, lib=library)
         torch.library.register_autograd(
             self.name, self._run_gradient, setup_context=self._setup, lib=library
@@ -293,21 +280,17 @@ class Op:
             lambda holds, message: torch._check(holds, lambda: f"{self.name}: {message()}"),
         )
         tensors = self._tensors(values)
-        first = next(iter(tensors.values()))
+        by_name = dict(zip((item.name for item in own.tensors), tensors, strict=True))
         outputs = tuple(
-            first.new_empty(
-                [dim(sizes) for dim in output.dims], dtype=own.output_dtype(output, tensors)
+            tensors[0].new_empty(
+                [dim(sizes) for dim in output.dims], dtype=own.output_dtype(output, by_name)
             )
             for output in own.returned
         )
         return outputs if len(outputs) != 1 else outputs[0]
 
-    def _tensors(self, values: Sequence[Any]) -> dict[str, Tensor]:
-        return {
-            item.name: value
-            for item, value in zip(self.signature.inputs, values, strict=True)
-            if isinstance(item, TensorArg)
-        }
+    def _tensors(self, values: Sequence[Any]) -> list[Tensor]:
+        return [value for value in values if isinstance(value, Tensor)]
 
     def _checked_sizes(self, values: Sequence[Any]) -> dict[str, int]:
         """Check a call's arguments against the signature; the value of each size."""
@@ -321,7 +304,7 @@ class Op:
                     f"{self.name}: {item.name} must have {len(item.dims)} dimensions, got "
                     f"{_checks.describe(value)}. Reshape it first."
                 )
-            if value.dtype not in _KINDS[item.kind]:
+            if value.dtype not in KINDS[item.kind]:
                 raise TypeError(
                     f"{self.name}: {item.name} must be {_KIND_TEXT[item.kind]}, got {_checks.describe(value)}. "
                     "Cast it with .to()."
@@ -348,31 +331,124 @@ class Op:
                 )
         return sizes
 
-    def _allocate(
-        self, output: Output, sizes: Mapping[str, int], dtype: torch.dtype, like: Tensor
-    ) -> Tensor:
-        shape = [dim(sizes) for dim in output.dims]
-        if min(shape, default=0) < 0:
-            raise ValueError(
-                f"{self.name}: {output.name} must have sizes of at least 0, got {shape}. Check the int arguments."
-            )
-        result = torch.empty(shape, dtype=dtype, device=like.device)
-        if self.poison:
-            result.fill_(poison_of(dtype))
-        return result
+    def _buffers(self, values: Sequence[Any]) -> tuple[dict[str, int], list[Buffer]]:
+        """Check a call; its sizes, and what its outputs and scratch spaces are."""
+        sizes = self._checked_sizes(values)
+        own = self.signature
+        names = (item.name for item in own.tensors)
+        tensors = dict(zip(names, self._tensors(values), strict=True))
+        buffers = []
+        for output in own.outputs:
+            shape = [dim(sizes) for dim in output.dims]
+            if min(shape, default=0) < 0:
+                raise ValueError(
+                    f"{self.name}: {output.name} must have sizes of at least 0, got {shape}. Check the int arguments."
+                )
+            final = own.output_dtype(output, tensors)
+            dtype = self.cast.get(final, final)
+            buffers.append(Buffer(shape, dtype, final, output.name in self.zeros))
+        return sizes, buffers
 
-    def _cpu(self, *values: Any) -> Any:
+    def _arguments(self, values: Sequence[Any]) -> list[Any]:
+        """The inputs as the kernel takes them: tensors contiguous and in its types, floats as floats."""
+        arguments = []
+        for item, value in zip(self.signature.inputs, values, strict=True):
+            if isinstance(value, Tensor):
+                value = value.to(self.cast.get(value.dtype, value.dtype)).contiguous()
+            elif item.kind == "float":
+                value = float(value)
+            arguments.append(value)
+        return arguments
+
+    def _ordered(self, arguments: Sequence[Any]) -> list[Any]:
+        """Inputs and outputs in the order of the CUDA kernel's parameters."""
+        named = dict(zip(self.signature.names, arguments, strict=True))
+        return [named[name] for name in self.parameters]
+
+    def _allocate(self, buffers: Sequence[Buffer], device: torch.device) -> list[Tensor]:
+        outputs = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, _, _ in buffers]
+        if self.poison or self.zeros:
+            for output, buffer in zip(outputs, buffers, strict=True):
+                if buffer.zeros:
+                    output.zero_()
+                elif self.poison:
+                    output.fill_(poison_of(buffer.dtype))
+        return outputs
+
+    def _finish(self, outputs: Sequence[Tensor], buffers: Sequence[Buffer]) -> Any:
+        results = tuple(
+            value if value.dtype == buffer.final else value.to(buffer.final)
+            for item, value, buffer in zip(self.signature.outputs, outputs, buffers, strict=True)
+            if not item.scratch
+        )
+        return results if len(results) != 1 else results[0]
+
+    def _run_cpu(self, *values: Any) -> Any:
         raise NotImplementedError
 
-    def _cuda(self, *values: Any) -> Any:
+    def _build(self, cuda: Any) -> Any:
+        """Numba's dispatcher of the CUDA kernel."""
         raise NotImplementedError
 
-    def _on_device(self, device: torch.device, function: Callable[[], None]) -> None:
-        if torch.cuda.current_device() == device.index:
-            function()
-        else:
-            with torch.cuda.device(device):
-                function()
+    def _geometry(self, sizes: Mapping[str, int]) -> _launch.Geometry:
+        """Grid, block and shared bytes of a launch."""
+        raise NotImplementedError
+
+    def _run_cuda(self, *values: Any) -> Any:
+        values = self._filled(values)
+        if self.debug:
+            self._check_finite(values)
+        key = tuple([(v.shape, v.dtype, v.device) if isinstance(v, Tensor) else v for v in values])
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._plan(values)
+            if len(self._plans) >= _MAX_PLANS:
+                self._plans.clear()
+            self._plans[key] = plan
+        device = plan.device
+        outputs = self._allocate(plan.buffers, device)
+        launcher = plan.launcher
+        if launcher is not None:
+            packed = plan.packed.copy()
+            tensors = [
+                value.to(self.cast.get(value.dtype, value.dtype)).contiguous()
+                for value in values
+                if isinstance(value, Tensor)
+            ]
+            for place, tensor in zip(plan.addresses, (*tensors, *outputs), strict=True):
+                packed[place] = tensor.data_ptr()
+            stream = torch._C._cuda_getCurrentRawStream(device.index)
+            if torch.cuda.current_device() == device.index:
+                launcher(packed, plan.geometry, stream)
+            else:
+                with torch.cuda.device(device):
+                    launcher(packed, plan.geometry, stream)
+        return self._finish(outputs, plan.buffers)
+
+    def _plan(self, values: Sequence[Any]) -> Plan:
+        """Check a call and compile for it; nothing is allocated or launched."""
+        sizes, buffers = self._buffers(values)
+        device = self._tensors(values)[0].device
+        geometry = self._geometry(sizes)
+        if 0 in geometry[0]:
+            return Plan(device, None, [], [], buffers, geometry)
+        arguments = self._arguments(values)
+        arguments += self._allocate(buffers, torch.device("meta"))
+        ordered = self._ordered(arguments)
+        with torch.cuda.device(device):
+            launcher = self.kernel.launcher(device.index, ordered)
+        packed, places = launcher.pack(ordered)
+        tensors = [n for n, a in zip(self.parameters, ordered, strict=True) if torch.is_tensor(a)]
+        place_of = dict(zip(tensors, places, strict=True))
+        addresses = [place_of[name] for name in self.signature.names if name in place_of]
+        return Plan(device, launcher, packed, addresses, buffers, geometry)
+
+    def _check_finite(self, values: Sequence[Any]) -> None:
+        for item, value in zip(self.signature.inputs, values, strict=True):
+            if item.name in self.finite and not bool(torch.isfinite(value).all()):
+                raise RuntimeError(
+                    f"{self.name}: {item.name} must be finite, got NaN or infinity. Look for a router that diverged."
+                )
 
 
 def poison_of(dtype: torch.dtype) -> float | int | bool:
@@ -380,15 +456,3 @@ def poison_of(dtype: torch.dtype) -> float | int | bool:
     if dtype.is_floating_point:
         return math.nan
     return True if dtype == torch.bool else -0x5AFE5AFE
-
-
-_KINDS: dict[str, tuple[torch.dtype, ...]] = {
-    "float": _checks.FLOAT_DTYPES,
-    "int": _checks.ID_DTYPES,
-    "bool": (torch.bool,),
-}
-_KIND_TEXT = {
-    "float": "float64, float32, bfloat16 or float16",
-    "int": "int32 or int64",
-    "bool": "bool",
-}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -132,8 +131,3 @@ def _global_names(code: types.CodeType) -> set[str]:
 def _is_foreign(function: types.FunctionType) -> bool:
     package = (function.__module__ or "").split(".")[0]
     return package in _FOREIGN
-
-
-def caller_file(function: Callable[..., Any]) -> str:
-    """The file that defines a function, absolute."""
-    return os.path.abspath(function.__code__.co_filename)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ast
+import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,15 +20,11 @@ from moeops import _checks
 
 KINDS: dict[str, tuple[torch.dtype, ...]] = {
     "float": _checks.FLOAT_DTYPES,
-    "int": (torch.int32, torch.int64),
+    "int": _checks.ID_DTYPES,
     "bool": (torch.bool,),
 }
 OUTPUT_DTYPES = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "int64": torch.int64,
-    "int32": torch.int32,
-    "bool": torch.bool,
+    name: getattr(torch, name) for name in ("float64", "float32", "int64", "int32", "bool")
 }
 SCALARS = {"int": "SymInt", "float": "float", "bool": "bool"}
 HINT = "Write it like 'x[T, D], scale: float = 1.0 -> y[T, D]: x'."
@@ -35,31 +32,26 @@ _ITEM = re.compile(
     r"^\s*(?P<name>[A-Za-z_]\w*)\s*(?:\[(?P<dims>.*)\])?"
     r"\s*(?::\s*(?P<kind>\w+))?\s*(?:=\s*(?P<default>\S+))?\s*$"
 )
-_SIZE_NODES = (
-    ast.Expression,
-    ast.BinOp,
-    ast.Add,
-    ast.Sub,
-    ast.Mult,
-    ast.FloorDiv,
-    ast.Mod,
-    ast.Name,
-    ast.Load,
-    ast.Constant,
-)
-_CONDITION_NODES = (
-    *_SIZE_NODES,
-    ast.Compare,
-    ast.Lt,
-    ast.LtE,
-    ast.Gt,
-    ast.GtE,
-    ast.Eq,
-    ast.NotEq,
-    ast.BoolOp,
-    ast.And,
-    ast.Or,
-)
+_ARITHMETIC: dict[type, Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+}
+_COMPARISONS: dict[type, Callable[[Any, Any], Any]] = {
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+}
+Evaluator = Callable[[Mapping[str, Any]], Any]
+
+
+def _refused(op: str, requirement: str, got: str, hint: str = HINT) -> ValueError:
+    return ValueError(f"{op}: signature must {requirement}, got {got}. {hint}")
 
 
 @dataclass(frozen=True)
@@ -69,32 +61,56 @@ class Expression:
     text: str
     names: tuple[str, ...]
     is_name: bool  # a single name, which an input's dimension binds
-    code: Any
+    value: Evaluator
 
     @classmethod
     def parse(cls, op: str, text: str, *, condition: bool = False) -> Expression:
         """Read one expression; anything but names, whole numbers and + - * // % is refused."""
         text = text.strip()
         try:
-            tree = ast.parse(text, mode="eval")
+            tree = ast.parse(text, mode="eval").body
+            value = _condition(tree) if condition else _size(tree)
         except SyntaxError:
-            tree = None
-        nodes = list(ast.walk(tree)) if tree is not None else []
-        allowed = _CONDITION_NODES if condition else _SIZE_NODES
-        if tree is None or not all(
-            isinstance(node, allowed)
-            and not (isinstance(node, ast.Constant) and type(node.value) is not int)
-            for node in nodes
-        ):
-            raise ValueError(
-                f"{op}: signature must hold sizes made of names, whole numbers and + - * // %, got {text!r}. {HINT}"
-            )
-        names = tuple(dict.fromkeys(node.id for node in nodes if isinstance(node, ast.Name)))
-        return cls(text, names, names == (text,), compile(tree, f"<{text}>", "eval"))
+            made_of = "hold sizes made of names, whole numbers and + - * // %"
+            raise _refused(op, made_of, repr(text)) from None
+        found = (node.id for node in ast.walk(tree) if isinstance(node, ast.Name))
+        names = tuple(dict.fromkeys(found))
+        return cls(text, names, names == (text,), value)
 
     def __call__(self, sizes: Mapping[str, Any]) -> Any:
         """The value for these sizes."""
-        return sizes[self.text] if self.is_name else eval(self.code, {"__builtins__": {}}, sizes)
+        return self.value(sizes)
+
+
+def _size(node: ast.expr) -> Evaluator:
+    """A function of the sizes, built once from the parts that sizes are made of; SyntaxError for any other."""
+    if isinstance(node, ast.Name):
+        return operator.itemgetter(node.id)
+    if isinstance(node, ast.Constant) and type(node.value) is int:
+        number = node.value
+        return lambda sizes: number
+    if isinstance(node, ast.BinOp) and type(node.op) in _ARITHMETIC:
+        apply, left, right = _ARITHMETIC[type(node.op)], _size(node.left), _size(node.right)
+        return lambda sizes: apply(left(sizes), right(sizes))
+    raise SyntaxError
+
+
+def _condition(node: ast.expr) -> Evaluator:
+    """The same for comparisons of sizes, joined by ``and`` and ``or``."""
+    if isinstance(node, ast.BoolOp):
+        join = all if isinstance(node.op, ast.And) else any
+        parts = [_condition(value) for value in node.values]
+        return lambda sizes: join(part(sizes) for part in parts)
+    if isinstance(node, ast.Compare) and all(type(op) in _COMPARISONS for op in node.ops):
+        compare = [_COMPARISONS[type(op)] for op in node.ops]
+        terms = [_size(term) for term in (node.left, *node.comparators)]
+
+        def holds(sizes: Mapping[str, Any]) -> bool:
+            values = [term(sizes) for term in terms]
+            return all(c(a, b) for c, a, b in zip(compare, values, values[1:], strict=False))
+
+        return holds
+    raise SyntaxError
 
 
 @dataclass(frozen=True)
@@ -165,6 +181,12 @@ class Signature:
         """Names that the function's parameters must have, in any order."""
         return tuple(item.name for item in (*self.inputs, *self.outputs))
 
+    @cached_property
+    def size_names(self) -> frozenset[str]:
+        """Names of the inputs' sizes and of the int parameters."""
+        sizes = {dim.text for tensor in self.tensors for dim in tensor.dims if dim.is_name}
+        return frozenset(sizes | {item.name for item in self.scalars if item.kind == "int"})
+
     def is_row(self, item: TensorArg | Output) -> bool:
         """The rule sees one row of this tensor, not the whole."""
         return bool(item.dims) and item.dims[0].text == self.row_dim
@@ -184,16 +206,9 @@ class Signature:
     def output_dtype(self, output: Output, tensors: Mapping[str, Tensor]) -> torch.dtype:
         """The type of an output for these inputs."""
         if output.dtype == "float":
-            return _checks.accumulate_dtype(self._first_float(tensors))
-        if output.dtype in OUTPUT_DTYPES:
-            return OUTPUT_DTYPES[output.dtype]
-        return tensors[output.dtype].dtype
-
-    def _first_float(self, tensors: Mapping[str, Tensor]) -> torch.dtype:
-        for item in self.tensors:
-            if item.kind == "float":
-                return tensors[item.name].dtype
-        return torch.float32
+            floats = (tensors[item.name].dtype for item in self.tensors if item.kind == "float")
+            return _checks.accumulate_dtype(next(floats, torch.float32))
+        return OUTPUT_DTYPES.get(output.dtype) or tensors[output.dtype].dtype
 
     def is_float(self, output: Output) -> bool:
         """Holds floats, whatever the inputs' types are."""
@@ -252,22 +267,16 @@ def parse(
         ValueError: the text is not a signature.
     """
     if text.count("->") != 1:
-        raise ValueError(
-            f"{op}: signature must have one '->' between inputs and outputs, got {text!r}. {HINT}"
-        )
+        raise _refused(op, "have one '->' between inputs and outputs", repr(text))
     left, right = text.split("->")
     inputs = tuple(_input(op, part) for part in split_items(left))
     outputs = tuple(_output(op, part) for part in split_items(right))
     tensors = [item for item in inputs if isinstance(item, TensorArg)]
     if not tensors:
-        raise ValueError(f"{op}: signature must name an input tensor, got {text!r}. {HINT}")
-    signature = Signature(
-        text.strip(),
-        inputs,
-        outputs,
-        tuple(Expression.parse(op, part, condition=True) for part in require),
-        row_dim or tensors[0].dims[0].text,
-    )
+        raise _refused(op, "name an input tensor", repr(text))
+    conditions = tuple(Expression.parse(op, part, condition=True) for part in require)
+    row_dim = row_dim or tensors[0].dims[0].text
+    signature = Signature(text.strip(), inputs, outputs, conditions, row_dim)
     _check(op, signature, by_row)
     return signature
 
@@ -284,39 +293,32 @@ def split_items(text: str) -> list[str]:
     return [part.strip() for part in parts if part.strip()]
 
 
-def _match(op: str, text: str) -> re.Match[str]:
+def _item(op: str, text: str) -> tuple[str, tuple[Expression, ...] | None, str, str | None]:
+    """Name, dimensions, what follows the colon, and the default of one item."""
     match = _ITEM.match(text)
     if match is None:
-        raise ValueError(
-            f"{op}: signature must be made of items like 'x[T, D]', got {text!r}. {HINT}"
-        )
-    return match
-
-
-def _dims(op: str, text: str) -> tuple[Expression, ...]:
-    return tuple(Expression.parse(op, part) for part in split_items(text))
+        raise _refused(op, "be made of items like 'x[T, D]'", repr(text))
+    name, dims, kind, default = match.group("name", "dims", "kind", "default")
+    if dims is None:
+        return name, None, kind, default
+    return name, tuple(Expression.parse(op, part) for part in split_items(dims)), kind, default
 
 
 def _input(op: str, text: str) -> TensorArg | ScalarArg:
-    match = _match(op, text)
-    name, dims, kind, default = match.group("name", "dims", "kind", "default")
-    if dims is not None:
-        kind = kind or "float"
-        if kind not in KINDS or default is not None:
-            raise ValueError(
-                f"{op}: signature must give an input tensor one of the kinds {tuple(KINDS)} and no default, "
-                f"got {text!r}. {HINT}"
-            )
-        if not _dims(op, dims):
-            raise ValueError(
-                f"{op}: signature must give an input tensor at least one dimension, got {text!r}. Use a number."
-            )
-        return TensorArg(name, _dims(op, dims), kind)
-    if kind not in SCALARS:
-        raise ValueError(
-            f"{op}: signature must give a number one of the types {tuple(SCALARS)}, got {text!r}. {HINT}"
-        )
-    return ScalarArg(name, kind, None if default is None else _default(op, text, kind, default))
+    name, dims, kind, default = _item(op, text)
+    if dims is None:
+        if kind not in SCALARS:
+            raise _refused(op, f"give a number one of the types {tuple(SCALARS)}", repr(text))
+        value = None if default is None else _default(op, text, kind, default)
+        return ScalarArg(name, kind, value)
+    kind = kind or "float"
+    if kind not in KINDS or default is not None:
+        kinds = f"give an input tensor one of the kinds {tuple(KINDS)} and no default"
+        raise _refused(op, kinds, repr(text))
+    if not dims:
+        least = "give an input tensor at least one dimension"
+        raise _refused(op, least, repr(text), "Use a number.")
+    return TensorArg(name, dims, kind)
 
 
 def _default(op: str, text: str, kind: str, default: str) -> int | float | bool:
@@ -324,65 +326,45 @@ def _default(op: str, text: str, kind: str, default: str) -> int | float | bool:
         value = ast.literal_eval(default)
     except (SyntaxError, ValueError):
         value = None
-    fits = {
-        "int": type(value) is int,
-        "float": type(value) in (int, float),
-        "bool": type(value) is bool,
-    }
-    if not fits[kind]:
-        raise ValueError(f"{op}: signature must give a {kind} default, got {text!r}. {HINT}")
-    assert value is not None
+    fits = {"int": (int,), "float": (int, float), "bool": (bool,)}
+    if type(value) not in fits[kind]:
+        raise _refused(op, f"give a {kind} default", repr(text))
     return float(value) if kind == "float" else value
 
 
 def _output(op: str, text: str) -> Output:
-    match = _match(op, text)
-    name, dims, dtype, default = match.group("name", "dims", "kind", "default")
+    name, dims, dtype, default = _item(op, text)
     if dims is None or dtype is None or default is not None:
-        raise ValueError(
-            f"{op}: signature must give an output dimensions and a type, got {text!r}. {HINT}"
-        )
-    return Output(name, _dims(op, dims), dtype)
+        raise _refused(op, "give an output dimensions and a type", repr(text))
+    return Output(name, dims, dtype)
 
 
 def _check(op: str, signature: Signature, by_row: bool) -> None:
     """Names are unique, sizes are known, and outputs are what a kernel can write."""
-    text = signature.text
+    text = repr(signature.text)
     for name in signature.names:
         if signature.names.count(name) > 1:
-            raise ValueError(
-                f"{op}: signature must use a name once, got {name!r} twice in {text!r}. Rename one."
-            )
+            raise _refused(op, "use a name once", f"{name!r} twice in {text}", "Rename one.")
     if not signature.returned:
-        raise ValueError(
-            f"{op}: signature must have an output, got {text!r}. Names with '_' are scratch."
-        )
-    known = {item.name for item in signature.scalars if item.kind == "int"}
-    for tensor in signature.tensors:
-        known |= {dim.text for dim in tensor.dims if dim.is_name}
-    expressions = [dim for tensor in signature.tensors for dim in tensor.dims]
-    expressions += [dim for output in signature.outputs for dim in output.dims]
+        raise _refused(op, "have an output", text, "Names with '_' are scratch.")
+    known = signature.size_names
+    declared: tuple[TensorArg | Output, ...] = (*signature.tensors, *signature.outputs)
+    expressions = [dim for item in declared for dim in item.dims]
     for expression in (*expressions, *signature.conditions):
         for name in expression.names:
             if name not in known:
-                raise ValueError(
-                    f"{op}: signature must name sizes of its inputs, got {name!r} in {expression.text!r}. "
-                    f"The sizes are {sorted(known)}."
-                )
+                got = f"{name!r} in {expression.text!r}"
+                raise _refused(op, "name sizes of its inputs", got, f"They are {sorted(known)}.")
     floats = [signature.is_float(output) for output in signature.returned]
     if floats != sorted(floats, reverse=True):
-        raise ValueError(
-            f"{op}: signature must list float outputs before others, got {text!r}. "
-            "torch.library.opcheck adds the outputs up from the left."
-        )
+        why = "torch.library.opcheck adds the outputs up from the left."
+        raise _refused(op, "list float outputs before others", text, why)
     types = (*OUTPUT_DTYPES, "float", *(tensor.name for tensor in signature.tensors))
     for output in signature.outputs:
         if output.dtype not in types:
-            raise ValueError(
-                f"{op}: signature must give {output.name} a type out of {types}, got {output.dtype!r}. Pick one."
-            )
+            want = f"give {output.name} a type out of {types}"
+            raise _refused(op, want, repr(output.dtype), "Pick one.")
         if by_row and not signature.is_row(output):
-            raise ValueError(
-                f"{op}: signature must give {output.name} the rows {signature.row_dim!r} as first dimension, "
-                f"got {output.dims[0].text if output.dims else 'none'!r}. A rule writes its own row only."
-            )
+            want = f"give {output.name} the rows {signature.row_dim!r} as first dimension"
+            got = repr(output.dims[0].text if output.dims else "none")
+            raise _refused(op, want, got, "A rule writes its own row only.")

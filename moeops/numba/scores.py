@@ -1,6 +1,8 @@
 """Score functions a routing rule can name: what its weights are, and so what their gradient is.
 
-T tokens, K slots per token, E experts. A slot with id -1 has weight 0 and no gradient.
+``softmax`` and ``sigmoid`` are the chosen scores as they are, ``softmax_topk`` and ``sigmoid_topk`` divide them by
+their sum over the chosen (for softmax, the softmax over the chosen logits), ``relu`` is ``max(z, 0)``. A slot with id
+-1 has weight 0 and no gradient. T tokens, K slots per token, E experts.
 """
 
 from __future__ import annotations
@@ -13,49 +15,10 @@ from moeops import _checks
 SCORES = ("softmax", "sigmoid", "softmax_topk", "sigmoid_topk", "relu")
 
 
-def weights(score: str, logits: Tensor, ids: Tensor, scale: float = 1.0) -> Tensor:
-    """The weights that a rule with this score must produce for these ids, in plain PyTorch.
-
-    ``softmax`` and ``sigmoid`` are the chosen scores as they are, ``softmax_topk`` and ``sigmoid_topk`` divide them by
-    their sum over the chosen (for softmax that is the softmax over the chosen logits), ``relu`` is ``max(z, 0)``.
-
-    Args:
-        score: one of ``SCORES``.
-        logits: ``[T, E]``, any float type.
-        ids: ``[T, K]`` integers in ``[-1, E)``.
-        scale: factor on all weights.
-
-    Returns:
-        ``[T, K]`` float32 (float64 for float64 logits).
-
-    Raises:
-        ValueError: ``score`` is unknown.
-    Gradients: ``logits``, by autograd.
-
-    Example:
-        >>> weights("sigmoid_topk", torch.tensor([[0.0, 1.0, 0.0]]), torch.tensor([[0, 2]])).tolist()
-        [[0.5, 0.5]]
-    """
-    check_score("weights", score)
-    z = logits.to(_checks.accumulate_dtype(logits.dtype))
-    live = ids >= 0  # [T, K]
-    chosen = ids.clamp_min(0).long()
-    if score == "relu":
-        values = torch.relu(z).gather(1, chosen)
-    elif score.startswith("softmax"):
-        values = torch.softmax(z, dim=-1).gather(1, chosen)
-    else:
-        values = torch.sigmoid(z).gather(1, chosen)
-    values = torch.where(live, values, 0)
-    if score.endswith("_topk"):
-        values = values / values.sum(-1, keepdim=True).clamp_min(torch.finfo(z.dtype).tiny)
-    return values * scale
-
-
 def logits_gradient(
     score: str, grad_weights: Tensor, logits: Tensor, ids: Tensor, scale: float = 1.0
 ) -> Tensor:
-    """The gradient of ``weights`` in closed form: plain PyTorch, so that it compiles and differentiates again.
+    """The gradient of such weights in closed form: plain PyTorch, so that it compiles and differentiates again.
 
     Args:
         score: one of ``SCORES``.
@@ -105,4 +68,4 @@ def check_score(op: str, score: object) -> None:
         raise ValueError(f"{op}: score must be one of {SCORES}, got {score!r}. Pick one of them.")
 
 
-__all__: list[str] = ["SCORES", "logits_gradient", "weights"]
+__all__: list[str] = ["SCORES", "logits_gradient"]

@@ -20,7 +20,7 @@ SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "prototype_gate.py"
 
 def test_example(tmp_path):
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--steps", "12", "--out", str(tmp_path), "--no-simulator"],
+        [sys.executable, str(SCRIPT), "--steps", "12", "--out", str(tmp_path)],
         capture_output=True,
         text=True,
         timeout=600,

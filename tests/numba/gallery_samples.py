@@ -1,16 +1,26 @@
-"""Samples and references of the gallery's ops; also run under the simulator, as a script, in a process of its own."""
+"""Samples and references of the gallery's ops and of the block kernels in ``examples/prototypes``.
+
+Also run under the simulator, as a script, in a process of its own.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
+import moeops.numba
 import moeops.numba.gates as gallery
 from moeops import reference
+from moeops.reference import gates_prototypes
 from moeops.types import TokenPlan
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+from prototypes import expert_choice, layout
 
 
 @dataclass(frozen=True)
@@ -166,7 +176,7 @@ CASES = {
     ),
     "top_p": Case(
         gallery.top_p,
-        gallery.reference.top_p,
+        gates_prototypes.top_p,
         lambda: [
             {"logits": logits(T, E), "top_k": E, "mass": mass, "margin": margin}
             for T, E in ROUTING_SIZES
@@ -175,7 +185,7 @@ CASES = {
     ),
     "hash_route": Case(
         gallery.hash_route,
-        gallery.reference.hash_route,
+        gates_prototypes.hash_route,
         lambda: [
             {"token_ids": torch.arange(17), "num_experts": 12, "top_k": 3, "seed": 5},
             {
@@ -187,8 +197,8 @@ CASES = {
         ],
     ),
     "expert_choice": Case(
-        gallery.expert_choice,
-        gallery.reference.expert_choice,
+        expert_choice.expert_choice,
+        expert_choice.expert_choice_reference,
         lambda: [
             {"scores": logits(4, 9), "capacity": 3},
             {"scores": logits(2, 40), "capacity": 40},
@@ -200,15 +210,15 @@ CASES = {
         ],
     ),
     "expert_choice_by_row": Case(
-        gallery.expert_choice_by_row,
-        gallery.reference.expert_choice,
+        expert_choice.expert_choice_by_row,
+        expert_choice.expert_choice_reference,
         lambda: [
             {"scores": logits(4, 9), "capacity": 3},
             {"scores": logits(3, 5).round(), "capacity": 5},
         ],
     ),
     "sort_tokens": Case(
-        gallery.sort_tokens,
+        layout.sort_tokens,
         sort_reference,
         lambda: [
             {"topk_ids": ids(T, K, E, dtype), "num_experts": E}
@@ -218,51 +228,34 @@ CASES = {
         + [{"topk_ids": torch.full((6, 2), 2), "num_experts": 4}],
     ),
     "permute": Case(
-        gallery.permute,
+        layout.permute,
         permute_reference,
         lambda: [{"x": layout_sample(*sizes)[0], **plan(*sizes[:3])} for sizes in LAYOUTS],
         {"dtypes": [torch.float32, torch.float64, torch.bfloat16, torch.float16]},
     ),
     "unpermute": Case(
-        gallery.unpermute,
+        layout.unpermute,
         unpermute_reference,
         unpermute_samples,
         {"dtypes": [torch.float32, torch.float64, torch.bfloat16, torch.float16]},
     ),
-    "permute_by_row": Case(
-        gallery.permute_by_row, permute_by_row_reference, permute_by_row_samples
-    ),
-    "unpermute_by_row": Case(gallery.unpermute_by_row, unpermute_by_row_reference, by_row_samples),
+    "permute_by_row": Case(layout.permute_by_row, permute_by_row_reference, permute_by_row_samples),
+    "unpermute_by_row": Case(layout.unpermute_by_row, unpermute_by_row_reference, by_row_samples),
 }
 
 
 def simulate() -> None:
     """The smallest samples of every op, in float32 and, for the block kernels, in bfloat16."""
-    from moeops.numba._check import compare
-
     for name, case in CASES.items():
         block = name in ("sort_tokens", "permute", "unpermute")
-        dtypes = (torch.float32, torch.bfloat16) if block else (torch.float32,)
-        count = 0
-        for sample in case.samples():
-            if max(v.numel() for v in sample.values() if torch.is_tensor(v)) > 64:
-                continue
-            count += 1
-            for dtype in dtypes:
-                call = {
-                    k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v
-                    for k, v in sample.items()
-                }
-                exact = {
-                    k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v
-                    for k, v in call.items()
-                }
-                actual, expected = case.op.simulate(**call), case.reference(**exact)
-                actual = (actual,) if torch.is_tensor(actual) else actual
-                expected = (expected,) if torch.is_tensor(expected) else expected
-                compare(case.op, actual, expected, dtype, "in the simulator")
-        assert count
-        print(f"{name}: {count} samples")
+        report = moeops.numba.check(
+            case.op,
+            case.reference,
+            case.samples(),
+            dtypes=[torch.float32, torch.bfloat16] if block else [torch.float32],
+            devices=["simulator"],
+        )
+        print(f"{name}: {report.lines[0]}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 require_numba()
 
 from gallery_samples import CASES  # noqa: E402
+from prototypes.expert_choice import BlockExpertChoiceGate  # noqa: E402
 
 import moeops.numba as prototype  # noqa: E402  (skipped without numba)
 import moeops.numba.gates as gallery  # noqa: E402
@@ -21,24 +22,18 @@ def test_op_against_its_reference(device, name):
     """Values in every type, gradients, and opcheck where a gradient is of another kind; see ``check``."""
     case = CASES[name]
     options = {"opcheck": name in ("naive_topk", "switch_jitter", "unpermute"), **case.options}
-    report = prototype.check(
-        case.op, case.reference, case.samples(), devices=[device], simulator=False, **options
-    )
+    report = prototype.check(case.op, case.reference, case.samples(), devices=[device], **options)
     assert report.lines[0].startswith(f"{device}: {len(case.samples())} samples")
 
 
-def test_check_runs_the_simulator_elsewhere():
+def test_check_says_where_it_ran():
     case = CASES["naive_topk"]
-    report = prototype.check(
-        case.op,
-        case.reference,
-        case.samples()[:1],
-        dtypes=[torch.float32],
-        devices=["cpu"],
-        opcheck=False,
-    )
-    assert "simulator: 1 samples, values agree" in report.lines
+    samples = case.samples()[:1]
+    report = prototype.check(case.op, case.reference, samples, dtypes=[torch.float32])
     assert "moeops_numba::naive_topk:\n  cpu: 1 samples in float32, values agree" in str(report)
+    assert "  not run: simulator: needs NUMBA_ENABLE_CUDASIM=1" in str(report)
+    ran = [line.split(":")[0] for line in (*report.lines, *report.skipped)]
+    assert sorted(set(ran)) == ["cpu", "cuda", "simulator"]
 
 
 GATES = {
@@ -46,7 +41,7 @@ GATES = {
     "switch": (gallery.SwitchJitterGate, 1),
     "group_limited": (gallery.GroupLimitedGate, 2),
     "top_p": (gallery.TopPGate, 3),
-    "expert_choice": (gallery.ExpertChoiceGate, 2),
+    "expert_choice": (BlockExpertChoiceGate, 2),
 }
 
 

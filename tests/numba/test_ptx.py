@@ -16,7 +16,7 @@ import numba.cuda  # noqa: E402  (skipped without numba)
 from gallery_samples import CASES  # noqa: E402
 
 import moeops.numba as prototype  # noqa: E402  (skipped without numba)
-from moeops.numba import _cuda  # noqa: E402
+from moeops.numba import _launch  # noqa: E402
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -64,7 +64,7 @@ def test_numpy_that_does_not_fit_is_named(monkeypatch):
         def __getattr__(self, name):
             return getattr(numba.cuda, name)
 
-    monkeypatch.setattr(_cuda, "import_cuda", Broken)
+    monkeypatch.setattr(_launch, "import_cuda", Broken)
     with pytest.raises(
         RuntimeError,
         match=r"test_ptx::double: numba-cuda must .* got numba-cuda .* and numpy .*name_of_another.*pip install",
@@ -74,11 +74,11 @@ def test_numpy_that_does_not_fit_is_named(monkeypatch):
 
 def test_parameters_that_do_not_fit_are_refused():
     entry = ".visible .entry f(.param .u64 a, .param .u64 b) { ret; }"
-    _cuda.check_parameters("ns::op", entry, [None, None])
+    _launch.check_parameters("ns::op", entry, [1, 2.0])
     with pytest.raises(
         RuntimeError, match=r"ns::op: numba-cuda must pass an array .* 9 parameters here, got 2"
     ):
-        _cuda.check_parameters("ns::op", entry, [2])
+        _launch.check_parameters("ns::op", entry, [torch.ones(2, 2)])
 
 
 class RecordingDriver:
@@ -111,12 +111,13 @@ def test_launch_packs_arguments(monkeypatch):
         *(7, 2.5, 1),
         *(0, 0, 5, 1, flags.data_ptr(), 5, 1),
     )
-    driver = RecordingDriver(len(want) // 8, codes=[0, 1, _cuda._INVALID_CONTEXT, 0])
-    monkeypatch.setattr(_cuda, "_loaded", [driver])
-    launcher = _cuda.Launcher("ns::op", 0x1234, args, 0, None)
+    driver = RecordingDriver(len(want) // 8, codes=[0, 1, _launch._INVALID_CONTEXT, 0])
+    monkeypatch.setattr(_launch, "_loaded", [driver])
+    launcher = _launch.Launcher("ns::op", 0x1234, args, 0, None)
     values, addresses = launcher.pack(args)
+    geometry = (2, 1, 1), (64, 1, 1), 16
     assert [values[place] for place in addresses] == [x.data_ptr(), flags.data_ptr()]
-    launcher(values, (2, 1, 1), (64, 1, 1), 16, 99)
+    launcher(values, geometry, 99)
     function, dims, stream, slots = driver.launches[0]
     assert (function, dims, stream) == (0x1234, (2, 1, 1, 64, 1, 1, 16), 99)
     assert b"".join(slots) == want
@@ -124,9 +125,9 @@ def test_launch_packs_arguments(monkeypatch):
         RuntimeError,
         match=r"ns::op: .* got CUDA_ERROR_NAME .* grid \(2, 1, 1\), block \(64, 1, 1\)",
     ):
-        launcher(values, (2, 1, 1), (64, 1, 1), 16, 99)
+        launcher(values, geometry, 99)
     bound = []
-    monkeypatch.setattr(_cuda, "bind_context", bound.append)
-    launcher(values, (2, 1, 1), (64, 1, 1), 16, 99)
+    monkeypatch.setattr(_launch, "bind_context", bound.append)
+    launcher(values, geometry, 99)
     assert bound == [0]
     assert driver.launches[3] == driver.launches[2]

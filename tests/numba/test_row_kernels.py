@@ -11,6 +11,7 @@ require_numba()
 
 import moeops.numba as prototype  # noqa: E402  (skipped without numba)
 from moeops.numba import scores  # noqa: E402
+from moeops.reference import gates_prototypes  # noqa: E402
 from tolerances import assert_close  # noqa: E402
 
 
@@ -159,7 +160,7 @@ def test_score_gradients(score):
     logits = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
     ids = torch.tensor([[0, 2, 4], [1, -1, 3], [-1, -1, -1], [4, 3, 2], [0, 1, 2], [2, -1, -1]])
     grad = torch.randn(6, 3, dtype=torch.float64)
-    weights = scores.weights(score, logits, ids, 1.5)
+    weights = gates_prototypes.score_weights(score, logits, ids, 1.5)
     assert torch.equal(weights[ids < 0], torch.zeros_like(weights[ids < 0]))
     (expected,) = torch.autograd.grad(weights, logits, grad)
     assert_close(

@@ -24,7 +24,7 @@ def hash_route(token_ids, num_experts, top_k, seed, weights, ids):
     """Send a token id to ``top_k`` different experts that depend on nothing else; equal weights.
 
     The experts are ``(first + k * step) mod E`` with two numbers drawn from the id, ``step`` coprime to ``E``.
-    Reference: ``moeops.numba.gates.reference.hash_route``.
+    Reference: ``moeops.reference.gates_prototypes.hash_route``.
     """
     key = scramble((np.int64(token_ids) & 0x7FFFFFFF) ^ scramble(seed & 0x7FFFFFFF))
     first = key % num_experts

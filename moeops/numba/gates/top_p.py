@@ -16,7 +16,7 @@ def top_p(logits, weights, ids, top_k, mass, margin):
     ``q`` is the softmax over the ``top_k`` largest logits. Expert ``k`` is taken while the sum of the earlier ``q`` is
     below ``mass``, and also where its logit lies less than ``margin`` below that of the last one taken so: a near tie
     is not cut. The weights are the softmax over the taken ones; the other slots have id -1 and weight 0.
-    Reference: ``moeops.numba.gates.reference.top_p``.
+    Reference: ``moeops.reference.gates_prototypes.top_p``.
     """
     insert_best(logits, weights, ids, top_k)
     best = weights[0]

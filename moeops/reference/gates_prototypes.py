@@ -1,4 +1,7 @@
-"""The truth for the gallery's ops that ``moeops.reference`` does not hold: slow, readable, right in float64."""
+"""The truth for the routing rules of ``moeops.numba.gates`` that no op has: slow, readable, right in float64.
+
+T tokens, K slots per token, E experts.
+"""
 
 from __future__ import annotations
 
@@ -50,8 +53,17 @@ def hash_route(
     return weights.to(token_ids.device), ids.to(token_ids.device)
 
 
-def expert_choice(scores: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
-    """See ``moeops.numba.gates.expert_choice``: scores ``[E, T]`` to weights and tokens ``[E, C]``."""
-    scores = scores if scores.dtype == torch.float64 else scores.float()
-    tokens = torch.sort(scores, dim=-1, descending=True, stable=True).indices[:, :capacity]
-    return scores.gather(1, tokens), tokens
+def score_weights(score: str, logits: Tensor, ids: Tensor, scale: float = 1.0) -> Tensor:
+    """The weights ``[T, K]`` that a routing rule with this score must give; see ``moeops.numba.scores``."""
+    z = logits if logits.dtype == torch.float64 else logits.float()
+    chosen = ids.clamp_min(0).long()
+    if score == "relu":
+        values = torch.relu(z).gather(1, chosen)
+    elif score.startswith("softmax"):
+        values = torch.softmax(z, dim=-1).gather(1, chosen)
+    else:
+        values = torch.sigmoid(z).gather(1, chosen)
+    values = torch.where(ids >= 0, values, 0)
+    if score.endswith("_topk"):
+        values = values / values.sum(-1, keepdim=True).clamp_min(torch.finfo(z.dtype).tiny)
+    return values * scale

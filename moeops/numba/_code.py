@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moeops.numba import _cpu
+from moeops.numba import _loops
 from moeops.numba._block_op import BlockOp
 from moeops.numba._ops import Op
 from moeops.numba._row_op import RowOp
@@ -34,7 +34,7 @@ def inspect(op: Op, what: str, /, *args: Any, cc: tuple[int, int] = (9, 0), **kw
     if what not in WHAT:
         raise ValueError(f"inspect: what must be one of {WHAT}, got {what!r}. Pick one of them.")
     if what == "ptx":
-        return op.kernel.ptx(op.numba_types(*args, **kwargs), cc)
+        return op.kernel.ptx(op.kernel_arguments(*args, **kwargs), cc)
     if isinstance(op, BlockOp):
         raise ValueError(
             f"inspect: what must be 'ptx' for the block kernel {op.name}, got {what!r}. Its source is your own."
@@ -42,5 +42,5 @@ def inspect(op: Op, what: str, /, *args: Any, cc: tuple[int, int] = (9, 0), **kw
     assert isinstance(op, RowOp)
     if what == "source":
         return f"# CPU\n{op.driver.source('parallel')}\n# CUDA\n{op.kernel_source()}"
-    values = [_cpu.as_numpy(value) for value in op._kernel_args(op.bind(*args, **kwargs))]
+    values = [_loops.as_numpy(value) for value in op.kernel_arguments(*args, **kwargs)]
     return op.driver.code(values, what)

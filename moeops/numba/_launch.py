@@ -2,7 +2,6 @@
 
 Numba's own launch unpacks and checks every argument again, some 0.3 ms per call. Here the compiled function is taken
 from it once, and a call packs the arguments into one prepared buffer and hands that to ``cuLaunchKernel``.
-``launch="numba"`` is the plain launch, for comparison and for a numba-cuda that packs arguments in another way.
 """
 
 from __future__ import annotations
@@ -21,9 +20,11 @@ import torch
 from torch import Tensor
 
 from moeops.numba import _bits
+from moeops.numba._loops import numba_type
 from moeops.numba._rules import INTRINSIC
 
-LAUNCHES = ("direct", "numba")
+Geometry = tuple[tuple[int, int, int], tuple[int, int, int], int]  # grid, block, bytes shared
+
 # How numba-cuda passes an array: these members, one after the other, each in 8 bytes.
 _ARRAY_MEMBERS = ("meminfo", "parent", "nitems", "itemsize", "data", "shape", "strides")
 _INVALID_CONTEXT = 201
@@ -59,7 +60,7 @@ def import_simulator() -> Any:
     if not simulating():
         raise RuntimeError(
             "moeops.numba: NUMBA_ENABLE_CUDASIM must be 1 before numba is imported to simulate CUDA, got a process "
-            "without it. Start python with it, or let moeops.numba.check start one."
+            "without it. Start python with it."
         )
     return cuda
 
@@ -69,27 +70,24 @@ class Kernel:
 
     Args:
         op: the op's name, for messages.
-        build: makes Numba's dispatcher from Numba's cuda module and whether to compile for debugging.
+        build: makes Numba's dispatcher from Numba's cuda module.
         failed: makes the error to raise when Numba refuses the code.
     """
 
     def __init__(
-        self,
-        op: str,
-        build: Callable[[Any, bool], Any],
-        failed: Callable[[str, Exception], Exception],
+        self, op: str, build: Callable[[Any], Any], failed: Callable[[str, Exception], Exception]
     ) -> None:
         self.op = op
         self.build = build
         self.failed = failed
-        self._dispatchers: dict[bool, Any] = {}
+        self._dispatcher: Any = None
         self._launchers: dict[Any, Launcher] = {}
 
-    def dispatcher(self, cuda: Any, debug: bool = False) -> Any:
+    def dispatcher(self, cuda: Any) -> Any:
         """Numba's dispatcher, made at its first use."""
-        if debug not in self._dispatchers:
-            self._dispatchers[debug] = self.build(cuda, debug)
-        return self._dispatchers[debug]
+        if self._dispatcher is None:
+            self._dispatcher = self.build(cuda)
+        return self._dispatcher
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -107,50 +105,24 @@ class Kernel:
                 "'moeops[numba-cuda]'."
             ) from err
 
-    def ptx(self, types: tuple[Any, ...], cc: tuple[int, int]) -> str:
-        """PTX for a compute capability; needs libNVVM and NVRTC, no device."""
+    def ptx(self, args: Sequence[Any], cc: tuple[int, int]) -> str:
+        """PTX for arguments of these types and a compute capability; needs libNVVM and NVRTC, no device."""
         cuda = import_cuda()
         function = self.dispatcher(cuda).py_func
         with self._explained():
-            text, _ = cuda.compile_ptx(function, types, cc=cc)
-        check_parameters(self.op, text, [getattr(kind, "ndim", None) for kind in types])
+            text, _ = cuda.compile_ptx(function, tuple(numba_type(arg) for arg in args), cc=cc)
+        check_parameters(self.op, text, args)
         return text
 
-    def launch(
-        self,
-        index: int,
-        args: Sequence[Any],
-        types: Callable[[], tuple[Any, ...]],
-        key: Any,
-        grid: tuple[int, int, int],
-        block: tuple[int, int, int],
-        shared: int,
-        how: str,
-        debug: bool,
-    ) -> None:
-        """Launch on torch's current stream of device ``index``, which must be the current device."""
-        if how == "numba" or debug:
-            self._launch_with_numba(index, args, grid, block, shared, debug)
-            return
-        launcher = self.launcher(index, args, types, key)
-        values, _ = launcher.pack(args)
-        launcher(values, grid, block, shared, torch._C._cuda_getCurrentRawStream(index))
+    def launcher(self, index: int, args: Sequence[Any]) -> Launcher:
+        """The function for arguments of these types on device ``index``, compiled and loaded at its first use."""
+        # The numbers' types never change.
+        key = (index, *(arg.dtype for arg in args if isinstance(arg, Tensor)))
+        if key not in self._launchers:
+            self._launchers[key] = self._compile(index, args)
+        return self._launchers[key]
 
-    def launcher(
-        self,
-        index: int,
-        args: Sequence[Any],
-        types: Callable[[], tuple[Any, ...]],
-        key: Any,
-    ) -> Launcher:
-        """The loaded function for these types, compiled at its first use."""
-        launcher = self._launchers.get((index, key))
-        if launcher is None:
-            launcher = self._compile(index, args, types())
-            self._launchers[index, key] = launcher
-        return launcher
-
-    def _compile(self, index: int, args: Sequence[Any], types: tuple[Any, ...]) -> Launcher:
+    def _compile(self, index: int, args: Sequence[Any]) -> Launcher:
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 f"{self.op}: the op must be called once before a CUDA graph is captured, got its first call with these "
@@ -159,40 +131,15 @@ class Kernel:
         cuda = import_cuda()
         bind_context(index)
         with self._explained():
-            compiled = self.dispatcher(cuda).compile(types)
-        check_parameters(
-            self.op, compiled.inspect_asm(None), [getattr(kind, "ndim", None) for kind in types]
-        )
+            compiled = self.dispatcher(cuda).compile(tuple(numba_type(arg) for arg in args))
+        check_parameters(self.op, compiled.inspect_asm(None), args)
         function = compiled._codelibrary.get_cufunc()
         return Launcher(self.op, int(function.handle), args, index, function)
 
-    def _launch_with_numba(
-        self,
-        index: int,
-        args: Sequence[Any],
-        grid: tuple[int, int, int],
-        block: tuple[int, int, int],
-        shared: int,
-        debug: bool,
-    ) -> None:
-        cuda = import_cuda()
-        if getattr(_bound, "index", None) != index:
-            bind_context(index)
-        stream = cuda.external_stream(torch.cuda.current_stream(index).cuda_stream)
-        arrays = [_as_device_array(cuda, value) for value in args]
-        with self._explained():
-            self.dispatcher(cuda, debug)[grid, block, stream, shared](*arrays)
-
-    def simulate(
-        self,
-        args: Sequence[Any],
-        grid: tuple[int, int, int],
-        block: tuple[int, int, int],
-        shared: int,
-    ) -> None:
+    def simulate(self, args: Sequence[Any], geometry: Geometry) -> None:
         """Run under Numba's simulator on NumPy arrays."""
-        cuda = import_simulator()
-        self.dispatcher(cuda)[grid, block, 0, shared](*args)
+        grid, block, shared = geometry
+        self.dispatcher(import_simulator())[grid, block, 0, shared](*args)
 
 
 class Launcher:
@@ -235,15 +182,9 @@ class Launcher:
                 values.append(value)
         return values, addresses
 
-    def __call__(
-        self,
-        values: Sequence[Any],
-        grid: tuple[int, int, int],
-        block: tuple[int, int, int],
-        shared: int,
-        stream: int,
-    ) -> None:
+    def __call__(self, values: Sequence[Any], geometry: Geometry, stream: int) -> None:
         """Launch with packed parameters on the current device."""
+        grid, block, shared = geometry
         if shared > self._shared_limit:
             self._raise_shared_limit(shared)
         with self._lock:
@@ -282,8 +223,11 @@ class Launcher:
         )
 
 
-def device_function(cuda: Any, options: dict[str, Any]) -> Callable[[Any], Any]:
-    """What compiles functions that a kernel calls."""
+def device_function(cuda: Any, **options: Any) -> Callable[[Any], Any]:
+    """What compiles functions that a kernel calls: inlined before typing, so that PTX can be made without a device."""
+    options["device"] = True
+    if not simulating():
+        options["inline"] = "always"
     intrinsics = {} if simulating() else _bits.cuda_intrinsics()
 
     def compile_one(function: Any) -> Any:
@@ -294,28 +238,22 @@ def device_function(cuda: Any, options: dict[str, Any]) -> Callable[[Any], Any]:
     return compile_one
 
 
-def check_parameters(op: str, ptx: str, ndims: Sequence[int | None]) -> None:
+def check_parameters(op: str, ptx: str, args: Sequence[Any]) -> None:
     """The compiled kernel takes its arguments as ``Launcher`` packs them."""
     entry = ptx[ptx.index(".entry") :]
     entry = entry[: entry.index(")")]
     found = re.findall(r"\.param \.(\w+)", entry)
-    want = sum(1 if ndim is None else len(_ARRAY_MEMBERS) - 2 + 2 * ndim for ndim in ndims)
+    want = sum(len(_pack_format(arg)) for arg in args)
     if len(found) != want:
         raise RuntimeError(
             f"{op}: numba-cuda must pass an array as {', '.join(_ARRAY_MEMBERS)}, {want} parameters here, got "
-            f"{len(found)}. This version packs arguments in another way; use launch='numba'."
+            f"{len(found)}. Install a version that does with pip install 'moeops[numba-cuda]'."
         )
 
 
 def bind_context(index: int) -> None:
     """Make torch's context current in this thread: torch skips that where the device is already the current one."""
     torch.cuda.mem_get_info(index)
-    _bound.index = index
-
-
-def launch_key(args: Sequence[Any]) -> tuple[Any, ...]:
-    """What decides the types of a launch: the tensors' types; the numbers' types never change."""
-    return tuple([value.dtype for value in args if isinstance(value, Tensor)])
 
 
 def _pack_format(value: Any) -> str:
@@ -323,13 +261,6 @@ def _pack_format(value: Any) -> str:
         return "q" * (len(_ARRAY_MEMBERS) - 2 + 2 * value.dim())
     # A bool is read from the first byte of its 8.
     return "d" if isinstance(value, float) else "q"
-
-
-def _as_device_array(cuda: Any, value: Any) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    value = value.detach()
-    return cuda.as_cuda_array(value.view(torch.uint16) if value.dtype == torch.bfloat16 else value)
 
 
 def _numba_errors() -> tuple[type[Exception], ...]:
@@ -343,7 +274,6 @@ def _numba_errors() -> tuple[type[Exception], ...]:
 
 
 _loaded: list[Any] = []
-_bound = threading.local()
 
 
 def _driver() -> Any:

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from moeops.gates.base import BaseGate
 from moeops.gates.functional import expert_capacity, router_logits
-from moeops.numba._bits import widen
-from moeops.numba._decorators import block_kernel, row_kernel
+from moeops.numba import block_kernel, row_kernel, widen
 from moeops.types import Routing
 
 THREADS = 512
@@ -17,7 +16,7 @@ HALVINGS = 24
 
 
 @block_kernel(
-    "moeops_numba::expert_choice",
+    "example::expert_choice",
     "scores[E, T], capacity: int -> weights[E, capacity]: float, tokens[E, capacity]: int64",
     grid=lambda E: E,
     threads=lambda T: THREADS if T > 64 else 32,
@@ -28,7 +27,7 @@ def expert_choice(scores, capacity, weights, tokens):
 
     A mark that ``capacity`` scores reach is found by halving, each step a count over the row; a scan over the threads
     in shared memory, for each stretch of tokens, gives those that reach it their places, earlier tokens first among
-    equals; a sorting network puts them in order. Reference: ``moeops.numba.gates.reference.expert_choice``.
+    equals; a sorting network puts them in order. Reference: ``expert_choice_reference``.
     """
     lows = cuda.shared.array(THREADS, float64)
     highs = cuda.shared.array(THREADS, float64)
@@ -178,7 +177,7 @@ def count_equal(scores, expert, mark):
 
 
 @row_kernel(
-    "moeops_numba::expert_choice_by_row",
+    "example::expert_choice_by_row",
     "scores[E, T], capacity: int -> weights[E, capacity]: float, tokens[E, capacity]: int64",
     require=("capacity <= T",),
     finite=("scores",),
@@ -245,7 +244,14 @@ def _expert_choice_gradient(grads, inputs, outputs):
     return {"scores": torch.zeros_like(scores).scatter(1, outputs["tokens"], grad)}
 
 
-class ExpertChoiceGate(BaseGate):
+def expert_choice_reference(scores: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+    """The same in plain PyTorch: scores ``[E, T]`` to weights and tokens ``[E, C]``."""
+    scores = scores if scores.dtype == torch.float64 else scores.float()
+    tokens = torch.sort(scores, dim=-1, descending=True, stable=True).indices[:, :capacity]
+    return scores.gather(1, tokens), tokens
+
+
+class BlockExpertChoiceGate(BaseGate):
     """Each expert takes its ``C`` best tokens by ``softmax(W x)`` over the experts; a token has 0 to E experts.
 
     Args:
@@ -257,7 +263,7 @@ class ExpertChoiceGate(BaseGate):
     Source: Zhou et al. 2022, arXiv:2202.09368.
 
     Example:
-        >>> routing = ExpertChoiceGate(8, 4, 1, top_k=2)(torch.randn(6, 8))
+        >>> routing = BlockExpertChoiceGate(8, 4, 1, top_k=2)(torch.randn(6, 8))
         >>> (routing.topk_ids >= 0).sum(0).tolist()
         [3, 3, 3, 3]
     """

@@ -9,9 +9,7 @@ import numba
 import torch
 from numba import cuda, int32
 
-from moeops.numba._bits import narrow, widen
-from moeops.numba._cpu import as_numpy
-from moeops.numba._decorators import block_kernel, row_kernel
+from moeops.numba import block_kernel, narrow, row_kernel, widen
 
 THREADS = 256
 MAX_TOP_K = 64
@@ -23,7 +21,7 @@ def expert_of(topk_id, num_experts):
 
 
 @block_kernel(
-    "moeops_numba::sort_tokens",
+    "example::sort_tokens",
     "topk_ids[T, K]: int, num_experts: int -> "
     "row_to_pair[T * K]: int32, pair_to_row[T, K]: int32, expert_offsets[num_experts + 1]: int32",
     grid=lambda num_experts: num_experts + 1,
@@ -112,14 +110,13 @@ def _sort_tokens_cpu(topk_ids, num_experts):
     pair_to_row = topk_ids.new_empty(topk_ids.shape, dtype=torch.int32)
     expert_offsets = topk_ids.new_empty(num_experts + 1, dtype=torch.int32)
     outputs = (row_to_pair, pair_to_row, expert_offsets)
-    _counting_sort(
-        as_numpy(topk_ids.contiguous()), num_experts, *(as_numpy(output) for output in outputs)
-    )
+    arrays = [output.numpy() for output in outputs]
+    _counting_sort(topk_ids.contiguous().numpy(), num_experts, *arrays)
     return outputs
 
 
 @block_kernel(
-    "moeops_numba::permute",
+    "example::permute",
     "x[T, D], row_to_pair[R]: int, pair_to_row[T, K]: int, expert_offsets[E1]: int -> rows[R, D]: x",
     grid=lambda T: T,
     threads=lambda D: min(THREADS, (D + 31) // 32 * 32) if D > 0 else 32,
@@ -143,7 +140,7 @@ def permute(x, row_to_pair, pair_to_row, expert_offsets, rows):
 
 
 @row_kernel(
-    "moeops_numba::permute_by_row",
+    "example::permute_by_row",
     "row_to_pair[R]: int, x[T, D], top_k: int, expert_offsets[E1]: int -> rows[R, D]: x",
 )
 def permute_by_row(row_to_pair, x, top_k, expert_offsets, rows, row):
@@ -167,7 +164,7 @@ def _permute_gradient(grads, inputs, outputs):
 
 
 @block_kernel(
-    "moeops_numba::unpermute",
+    "example::unpermute",
     "rows[R, D], weights[T, K], row_to_pair[R]: int, pair_to_row[T, K]: int, expert_offsets[E1]: int -> y[T, D]: rows",
     grid=lambda T: T,
     threads=lambda D: min(THREADS, (D + 31) // 32 * 32) if D > 0 else 32,
@@ -193,7 +190,7 @@ def unpermute(rows, weights, row_to_pair, pair_to_row, expert_offsets, y):
 
 
 @row_kernel(
-    "moeops_numba::unpermute_by_row",
+    "example::unpermute_by_row",
     "weights[T, K], pair_to_row[T, K]: int, rows[R, D], expert_offsets[E1]: int -> y[T, D]: rows",
 )
 def unpermute_by_row(weights, pair_to_row, rows, expert_offsets, y):

@@ -37,6 +37,17 @@ def row_argument(signature: Signature, name: str) -> str:
     return f"{name}[__t : __t + 1]" if isinstance(item, Output) else f"{name}[__t]"
 
 
+def define(name: str, source: str, names: dict[str, Any]) -> Any:
+    """The function ``name`` that a generated source defines.
+
+    The only place where the library runs generated text. Numba compiles functions with as many parameters as the
+    signature has; nothing but the signature's names, which are checked to be identifiers, gets into the text.
+    """
+    namespace = {"__name__": __name__, **names}
+    exec(compile(source, f"<moeops.numba {name}>", "exec"), namespace)
+    return namespace[name]
+
+
 class RowDriver:
     """The compiled loop of one rule: parallel, serial, and with bounds checks.
 
@@ -85,11 +96,10 @@ class RowDriver:
                 return numba.njit(**options)(function)
 
             rule = compile_one(with_compiled_callees(self.rule.function, compile_one))
-            namespace = {"__rule": rule, "__prange": numba.prange, "__isfinite": np.isfinite}
-            code = compile(self.source(variant), f"<moeops.numba loop of {self.rule.op}>", "exec")
-            exec(code, namespace)
+            names = {"__rule": rule, "__prange": numba.prange, "__isfinite": np.isfinite}
+            loop = define("loop", self.source(variant), names)
             jit = numba.njit(parallel=variant == "parallel", **options)
-            self._compiled[variant] = jit(namespace["loop"])
+            self._compiled[variant] = jit(loop)
         return self._compiled[variant]
 
     def __call__(self, values: Sequence[Any], *, debug: bool) -> None:

@@ -1,0 +1,1 @@
+"""Block kernels with shared memory, written with ``moeops.numba``: what the native ops of the same names do."""
