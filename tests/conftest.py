@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
 from moeops import _extension
+
+# Modules that are no tests have asserts too: their errors show values. Before anything imports them.
+_HELPERS = (path for path in Path(__file__).parent.rglob("*.py") if path.stem != "conftest")
+pytest.register_assert_rewrite(*(p.stem for p in _HELPERS if not p.stem.startswith("test_")))
+
+from tolerances import VALUES_DTYPES  # noqa: E402  (asserts are rewritten from here on)
 
 # Workers that share the cores would spend their time waiting for each other's threads; test_threads.py sets its own.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -50,7 +57,7 @@ def dtype(request) -> torch.dtype:
 
 
 @pytest.fixture(
-    params=[*((dtype, False) for dtype in FLOAT_DTYPES), (torch.float32, True)],
+    params=VALUES_DTYPES,
     ids=lambda p: _dtype_id(p[0]) + ("_nan_filled" if p[1] else ""),
 )
 def values_dtype(request):

@@ -63,9 +63,6 @@ def test_a_shared_gate_counts_once(clear):
     assert gate.has_loss is not clear
 
 
-# --- losses as options of a gate --------------------------------------------------------------------
-
-
 def test_added_losses(device):
     """They come on top of the gate's own, for a gate with a loss and for one without."""
     x = torch.randn(12, D, device=device)

@@ -28,9 +28,6 @@ T, E, K = 9, 5, 3
 D = 8
 
 
-# --- straight-line references -----------------------------------------------------------------------
-
-
 def probabilities(logits):
     return torch.exp(logits) / torch.exp(logits).sum(-1, keepdim=True)
 

@@ -9,21 +9,36 @@ from gate_checks import D, assert_gradient, parameters_float64
 from tolerances import assert_close
 
 
-def check_values(gate, reference, dtype, device, T=13):
-    """Ids, weights, loss and every gradient; ``reference(logits)`` returns (ids, weights, loss or None)."""
+def linear_logits(x, params):
+    """What a router ``gate.gate`` makes of the tokens."""
+    logits = x @ params["gate.weight"].t()
+    return logits + params["gate.bias"] if "gate.bias" in params else logits
+
+
+def check_values(
+    gate, reference, dtype, device, T=13, *, x=None, router=linear_logits, seed=None, call=None
+):
+    """Ids, weights, loss and every gradient against float64; returns what the gate did.
+
+    ``reference(router(x, params))`` returns (ids, weights, loss or None). ``x`` are the tokens, random ones by
+    default; ``seed`` is set before the gate draws, and before the reference; ``call(x)`` runs the gate.
+    """
     gate = gate.to(device, dtype)
-    x = torch.randn(T, D, device=device).to(dtype).requires_grad_()
+    x = torch.randn(T, D) if x is None else x
+    x = x.to(device, dtype).requires_grad_()
     router_type = torch.float64 if dtype == torch.float64 else torch.float32
-    routing = gate(x)
+    if seed is not None:
+        torch.manual_seed(seed)
+    routing = (call or gate)(x)
     ids, weights = routing[:2]
     loss = gate.get_loss()
+    assert not gate.has_loss
 
     params = parameters_float64(gate)
     x64 = x.detach().cpu().double().requires_grad_()
-    logits = x64 @ params["gate.weight"].t()
-    if "gate.bias" in params:
-        logits = logits + params["gate.bias"]
-    want_ids, want_weights, want_loss = reference(logits)
+    if seed is not None:
+        torch.manual_seed(seed)
+    want_ids, want_weights, want_loss = reference(router(x64, params))
     assert ids.dtype == torch.int64
     assert weights.dtype == router_type
     assert torch.equal(ids.cpu(), want_ids)
@@ -40,7 +55,10 @@ def check_values(gate, reference, dtype, device, T=13):
     want.backward()
     assert_gradient(x.grad, x64.grad, dtype, "gradient of x")
     for name, parameter in gate.named_parameters():
-        assert_gradient(parameter.grad, params[name].grad, dtype, f"gradient of {name}")
+        if params[name].grad is None:
+            assert parameter.grad is None, name
+        else:
+            assert_gradient(parameter.grad, params[name].grad, dtype, f"gradient of {name}")
     return routing
 
 

@@ -133,9 +133,6 @@ def test_errors(call, match):
         call(*pairs(3, 2))
 
 
-# --- options of Switch and GShard that are built on it --------------------------------------------------
-
-
 @pytest.mark.parametrize("policy", ["position", "choice", "priority", "batch"])
 @pytest.mark.parametrize("compat", [False, True], ids=["ours", "fastmoe"])
 def test_gshard(policy, compat, device):

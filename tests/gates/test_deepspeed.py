@@ -6,15 +6,14 @@ from functools import partial
 
 import pytest
 import torch
+from choice_checks import check_values, linear_logits
 from gate_checks import (
     D,
     E,
-    assert_gradient,
     check_checkpoint,
     check_compile,
     check_export,
     gradcheck,
-    parameters_float64,
 )
 
 from moeops.gates import DeepSpeedGate
@@ -48,58 +47,42 @@ def sample(probs, uniform):
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
 def test_values_and_gradients(options, training, dtype, device):
     T, k = 23, options["top_k"]
-    gate = DeepSpeedGate(D, E, 1, **{"min_capacity": 2, **options})
-    gate = gate.to(device, dtype).train(training)
-    x = torch.randn(T, D, device=device).to(dtype).requires_grad_()
-    router_type = torch.float64 if dtype == torch.float64 else torch.float32
-    torch.manual_seed(3)
-    ids, weights = gate(x)
-    loss = gate.get_loss()
-
-    # The numbers that the gate drew, in its order.
-    torch.manual_seed(3)
-    draws = training or gate.compat
+    gate = DeepSpeedGate(D, E, 1, **{"min_capacity": 2, **options}).train(training)
 
     def uniform(*shape):
+        router_type = torch.float64 if dtype == torch.float64 else torch.float32
         return torch.rand(*shape, dtype=router_type, device=device).cpu().double()
 
-    params = parameters_float64(gate)
-    x64 = x.detach().cpu().double().requires_grad_()
-    jittered = x64
-    if gate.noisy_gate_policy == "Jitter" and training:
-        jittered = x64 * (0.99 + 0.02 * uniform(T, D))
-    logits = jittered @ params["gate.weight"].t()
-    chosen = None
-    if gate.noisy_gate_policy == "RSample" and training:
-        chosen = sample(torch.softmax(logits.detach(), -1), uniform(T))
-    if k == 2 and gate.top2_2nd_expert_sampling and draws:
-        first = logits.detach().argmax(-1, keepdim=True)
-        others = torch.softmax(logits.detach(), -1).scatter(1, first, 0)
-        chosen = torch.cat((first, sample(others, uniform(T))), dim=1)
-    order = uniform(T) if k == 1 and gate.use_rts and draws and gate.drop_tokens else None
-    factor = gate.capacity_factor if training else gate.eval_capacity_factor
-    capacity = deepspeed_capacity(T, E, k, factor, gate.min_capacity)
-    want_ids, want_weights, want_loss = deepspeed_gate(
-        logits,
-        k,
-        capacity if gate.drop_tokens else None,
-        ids=chosen,
-        draws=order,
-        drop_policy=gate.drop_policy,
-    )
-    assert torch.equal(ids.cpu(), want_ids)
-    assert weights.dtype == router_type
-    assert_close(weights, want_weights, router_type, "weights")
-    assert_close(loss, want_loss, router_type, "loss")
+    # The numbers that the gate drew, in its order.
+    draws = training or gate.compat
+
+    def router(x, params):
+        jitters = gate.noisy_gate_policy == "Jitter" and training
+        return linear_logits(x * (0.99 + 0.02 * uniform(T, D)) if jitters else x, params)
+
+    def wanted(logits):
+        chosen = None
+        if gate.noisy_gate_policy == "RSample" and training:
+            chosen = sample(torch.softmax(logits.detach(), -1), uniform(T))
+        if k == 2 and gate.top2_2nd_expert_sampling and draws:
+            first = logits.detach().argmax(-1, keepdim=True)
+            others = torch.softmax(logits.detach(), -1).scatter(1, first, 0)
+            chosen = torch.cat((first, sample(others, uniform(T))), dim=1)
+        order = uniform(T) if k == 1 and gate.use_rts and draws and gate.drop_tokens else None
+        factor = gate.capacity_factor if training else gate.eval_capacity_factor
+        capacity = deepspeed_capacity(T, E, k, factor, gate.min_capacity)
+        return deepspeed_gate(
+            logits,
+            k,
+            capacity if gate.drop_tokens else None,
+            ids=chosen,
+            draws=order,
+            drop_policy=gate.drop_policy,
+        )
+
+    ids, _ = check_values(gate, wanted, dtype, device, T, router=router, seed=3)
     if not gate.drop_tokens or gate.min_capacity > T:
         assert not bool((ids == -1).any())
-
-    factors = torch.randn(T, k, dtype=torch.float64)
-    ((weights * factors.to(weights)).sum() + 3 * loss).backward()
-    ((want_weights * factors).sum() + 3 * want_loss).backward()
-    assert_gradient(x.grad, x64.grad, dtype, "gradient of x")
-    grad = gate.gate.weight.grad
-    assert_gradient(grad, params["gate.weight"].grad, dtype, "gradient of the router")
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])

@@ -25,9 +25,6 @@ from tolerances import TOLERANCES, assert_close
 D, E = 8, 5
 
 
-# --- straight-line references -----------------------------------------------------------------------
-
-
 def best(logits, k):
     """The k largest entries per row, best first, ties by lower id."""
     return torch.sort(logits.detach(), dim=-1, descending=True, stable=True).indices[:, :k]
@@ -290,9 +287,6 @@ def test_router_stays_in_float32_under_autocast(name, device):
     assert x.grad.dtype == torch.float32
 
 
-# --- the loss ---------------------------------------------------------------------------------------
-
-
 def test_loss_is_handed_over_once():
     gate = SwitchGate(D, E, 1)
     assert not gate.has_loss
@@ -352,9 +346,6 @@ def test_deepcopy_and_pickle_after_a_forward(name):
     assert gate.has_loss == had_loss
 
 
-# --- a user's own gate ------------------------------------------------------------------------------
-
-
 class SigmoidGate(BaseGate):
     def __init__(self, d_model, num_expert, world_size, top_k=2):
         super().__init__(num_expert, world_size)
@@ -380,9 +371,6 @@ def test_own_gate():
 def test_base_gate_has_no_forward():
     with pytest.raises(NotImplementedError, match=r"BaseGate: forward must be written"):
         BaseGate(4)(torch.randn(2, 3))
-
-
-# --- bad input --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -118,9 +118,6 @@ def test_own_table():
             gate.set_table(torch.tensor(table))
 
 
-# --- token ids in a model ---------------------------------------------------------------------------
-
-
 class Model(nn.Module):
     """Embedding and two layers with hash gates; the second one may be checkpointed."""
 

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from choice_checks import check_values
 from gate_checks import (
     D,
     E,
@@ -62,36 +63,17 @@ def reference(x, w, w_noise, k, noise):
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_values_and_gradients(training, k, dtype, device):
     T = 19
-    gate = NoisyGate(D, E, 1, k).to(device, dtype).train(training)
-    x = torch.randn(T, D, device=device).to(dtype).requires_grad_()
-    router_type = torch.float64 if dtype == torch.float64 else torch.float32
-    torch.manual_seed(3)
-    ids, weights = gate(x)
-    loss = gate.get_loss()
-    torch.manual_seed(3)
-    noise = torch.randn(T, E, dtype=router_type, device=device).cpu().double()
+    gate = NoisyGate(D, E, 1, k).train(training)
 
-    x64 = x.detach().cpu().double().requires_grad_()
-    params = parameters_float64(gate)
-    want_ids, want_weights, want_loss = reference(
-        x64, params["gate.weight"], params["noise.weight"], k, noise if training else None
-    )
-    assert ids.dtype == torch.int64
-    assert torch.equal(ids.cpu(), want_ids)
-    assert weights.dtype == router_type
-    assert_close(weights, want_weights, router_type, "weights")
-    assert_close(loss, want_loss, router_type, "loss")
+    def wanted(tokens_and_params):
+        x, params = tokens_and_params
+        router_type = torch.float64 if dtype == torch.float64 else torch.float32
+        noise = torch.randn(T, E, dtype=router_type, device=device).cpu().double()
+        noise = noise if training else None
+        return reference(x, params["gate.weight"], params["noise.weight"], k, noise)
 
-    factors = torch.randn(T, k, dtype=torch.float64)
-    ((weights * factors.to(weights)).sum() + 3 * loss).backward()
-    ((want_weights * factors).sum() + 3 * want_loss).backward()
-    assert_gradient(x.grad, x64.grad, dtype, "gradient of x")
-    assert_gradient(gate.gate.weight.grad, params["gate.weight"].grad, dtype, "gradient of W")
-    if training:
-        want = params["noise.weight"].grad
-        assert_gradient(gate.noise.weight.grad, want, dtype, "gradient of W_noise")
-    else:
-        assert gate.noise.weight.grad is None
+    check_values(gate, wanted, dtype, device, T, router=lambda *both: both, seed=3)
+    assert (gate.noise.weight.grad is None) == (not training)
 
 
 @pytest.mark.parametrize("k", [1, 2, 4])

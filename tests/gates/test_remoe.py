@@ -68,9 +68,6 @@ def test_nan_is_refused():
     refuses_nan(ReMoEGate(D, E))
 
 
-# --- the coefficient --------------------------------------------------------------------------------
-
-
 def test_update_raises_lowers_and_keeps(device):
     gate = ReMoEGate(D, E, top_k=2, coefficient=1.0).to(device)
     for active, want in ((21, 1.5), (19, 1.0), (20, 1.0), (0, 1 / 1.5)):
@@ -162,8 +159,6 @@ def test_coefficient_keeps_its_type_and_value(tmp_path):
     meta = ReMoEGate(D, E, top_k=1).to("meta").to(torch.bfloat16)
     assert meta.coefficient.dtype == torch.float32
 
-
-# --- capture ----------------------------------------------------------------------------------------
 
 FULL = partial(ReMoEGate, row_budget=1.5, max_k=4, coefficient=0.01)
 

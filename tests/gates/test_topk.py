@@ -6,16 +6,15 @@ from functools import partial
 
 import pytest
 import torch
+from choice_checks import check_values
 from gate_checks import (
     D,
     E,
-    assert_gradient,
     best,
     check_checkpoint,
     check_compile,
     check_export,
     gradcheck,
-    parameters_float64,
 )
 
 from moeops.gates import GptOssGate, MixtralGate, NaiveGate, Qwen3Gate, TopKGate
@@ -60,32 +59,17 @@ OPTIONS = [
 @pytest.mark.parametrize("k", [1, 2, E])
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
 def test_values_and_gradients(options, k, bias, dtype, device):
-    T = 13
-    gate = TopKGate(D, E, 1, k, bias, balance=True, **options).to(device, dtype)
-    x = torch.randn(T, D, device=device).to(dtype).requires_grad_()
-    router_type = torch.float64 if dtype == torch.float64 else torch.float32
-    ids, weights, logits = gate(x, return_all_scores=True)
-    loss = gate.get_loss()
+    gate = TopKGate(D, E, 1, k, bias, balance=True, **options)
+    seen = []
 
-    params = parameters_float64(gate)
-    x64 = x.detach().cpu().double().requires_grad_()
-    logits64 = x64 @ params["gate.weight"].t()
-    if bias:
-        logits64 = logits64 + params["gate.bias"]
-    want_ids, want_weights, want_loss = reference(logits64, k, **options)
-    assert torch.equal(ids.cpu(), want_ids)
-    assert ids.dtype == torch.int64
-    assert weights.dtype == logits.dtype == router_type
-    assert_close(logits, logits64, router_type, "logits")
-    assert_close(weights, want_weights, router_type, "weights")
-    assert_close(loss, want_loss, router_type, "loss")
+    def wanted(logits):
+        seen.append(logits)
+        return reference(logits, k, **options)
 
-    factors = torch.randn(T, k, dtype=torch.float64)
-    ((weights * factors.to(weights)).sum() + 3 * loss).backward()
-    ((want_weights * factors).sum() + 3 * want_loss).backward()
-    assert_gradient(x.grad, x64.grad, dtype, "gradient of x")
-    for name, parameter in gate.named_parameters():
-        assert_gradient(parameter.grad, params[name].grad, dtype, f"gradient of {name}")
+    call = partial(gate, return_all_scores=True)
+    _, weights, logits = check_values(gate, wanted, dtype, device, call=call)
+    assert logits.dtype == weights.dtype
+    assert_close(logits, seen[0], logits.dtype, "logits")
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
@@ -119,9 +103,6 @@ def test_loss_survives_scores_that_are_all_zero():
     loss.backward()
     assert_close(loss, torch.ones(()), torch.float32)
     assert bool(gate.gate.bias.grad.isfinite().all())
-
-
-# --- presets ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("k", [2, 4])
@@ -193,8 +174,6 @@ def test_equals_transformers(name):
     assert_close(weights, want_weights, torch.float32)
 
 
-# --- capture ----------------------------------------------------------------------------------------
-
 SIGMOID = partial(TopKGate, score="sigmoid", scale=2.5, balance=True)
 
 
@@ -222,9 +201,6 @@ def test_export(strict, training, device):
 @pytest.mark.parametrize("compile_it", [False, True], ids=["eager", "compiled"])
 def test_checkpoint(compile_it):
     check_checkpoint(SIGMOID, compile_it)
-
-
-# --- bad input --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

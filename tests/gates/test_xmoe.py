@@ -8,13 +8,12 @@ from functools import partial
 
 import pytest
 import torch
+from choice_checks import check_values
 from gate_checks import (
     CaptureTests,
     D,
     E,
-    assert_gradient,
     gradcheck,
-    parameters_float64,
 )
 
 from moeops.gates import XMoEGate
@@ -37,36 +36,27 @@ def logits_of(gate, params, x):
     [("softmax", False, True), ("softmax", True, False), ("sigmoid", False, False)],
 )
 def test_values_and_gradients(score, renormalize, bias, k, dtype, device):
-    T = 13
-    gate = XMoEGate(
-        D, E, 1, k, bias, proj_dim=P, score=score, renormalize=renormalize, balance=True
-    ).to(device, dtype)
-    x = torch.randn(T, D, device=device).to(dtype).requires_grad_()
-    router_type = torch.float64 if dtype == torch.float64 else torch.float32
-    ids, weights, logits = gate(x, return_all_scores=True)
-    loss = gate.get_loss()
+    options = {"score": score, "renormalize": renormalize}
+    gate = XMoEGate(D, E, 1, k, bias, proj_dim=P, balance=True, **options)
+    seen = []
 
-    params = parameters_float64(gate)
-    x64 = x.detach().cpu().double().requires_grad_()
-    logits64 = logits_of(gate, params, x64)
-    scores = fast.scores(logits64, score)
-    want_ids = fast.best(logits64, k)
-    want = scores.gather(1, want_ids)
-    if renormalize:
-        want = want / want.sum(-1, keepdim=True)
-    (want_loss,) = fast.balance_losses([scores / scores.sum(-1, keepdim=True)], [want_ids])
-    assert torch.equal(ids.cpu(), want_ids)
-    assert weights.dtype == logits.dtype == router_type
-    assert_close(logits, logits64, router_type, "logits")
-    assert_close(weights, want, router_type, "weights")
-    assert_close(loss, want_loss, router_type, "loss")
+    def wanted(logits):
+        seen.append(logits)
+        scores = fast.scores(logits, score)
+        ids = fast.best(logits, k)
+        weights = scores.gather(1, ids)
+        if renormalize:
+            weights = weights / weights.sum(-1, keepdim=True)
+        (loss,) = fast.balance_losses([scores / scores.sum(-1, keepdim=True)], [ids])
+        return ids, weights, loss
 
-    factors = torch.randn(T, k, dtype=torch.float64)
-    ((weights * factors.to(weights)).sum() + 3 * loss).backward()
-    ((want * factors).sum() + 3 * want_loss).backward()
-    assert_gradient(x.grad, x64.grad, dtype, "gradient of x")
-    for name, parameter in gate.named_parameters():
-        assert_gradient(parameter.grad, params[name].grad, dtype, f"gradient of {name}")
+    def router(x, params):
+        return logits_of(gate, params, x)
+
+    call = partial(gate, return_all_scores=True)
+    _, weights, logits = check_values(gate, wanted, dtype, device, router=router, call=call)
+    assert logits.dtype == weights.dtype
+    assert_close(logits, seen[0], logits.dtype, "logits")
 
 
 def test_gradcheck():

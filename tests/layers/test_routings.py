@@ -237,9 +237,6 @@ def test_nests(name, number, device):
     assert_close(rest["image"], want[:, D:].reshape(T, 2, 3), torch.float64)
 
 
-# --- rows ---------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_experts_work_on_the_rows_they_need(name):
     record = record_of(name, "cpu")
@@ -314,8 +311,6 @@ def test_fused_experts_on_rows(activation, dtype, device):
         experts(rows, torch.ones(9, 1), plan, expert_offsets=offsets)
 
 
-# --- capture ------------------------------------------------------------------------------------------
-
 GATES = {
     "expert_choice": ExpertChoiceGate,
     "soft": partial(SoftMoEGate, num_slots=2),
@@ -368,9 +363,6 @@ def test_no_host_sync(kind, gate, cuda_device):
         layer(x, mask).backward(ones)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-# --- bad input ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

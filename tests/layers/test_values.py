@@ -157,9 +157,6 @@ def test_non_contiguous_tokens(device):
     assert_close(layer(x), layer(x.contiguous()), torch.float32)
 
 
-# --- FMoE: experts, nests, masks, hooks --------------------------------------------------------------
-
-
 def test_experts_may_change_the_width(device):
     layer = FMoE(3, D, expert=lambda d: nn.Linear(d, 5), dtype=torch.float64, device=device)
     x = torch.randn(11, D, dtype=torch.float64, device=device)
@@ -317,9 +314,6 @@ def test_subclass_with_fused_experts():
     assert_close(layer(x), dense_mixture(x, ids, weights, experts), torch.float64)
 
 
-# --- gates given in other ways ----------------------------------------------------------------------
-
-
 def test_gate_as_class_factory_and_module():
     assert type(FMoETransformerMLP(E, D, H).gate) is NaiveGate
     assert FMoETransformerMLP(E, D, H, gate_bias=False).gate.gate.bias is None
@@ -369,9 +363,6 @@ def test_positional_order_is_fastmoe_s():
     assert (mlp.num_expert, mlp.d_model, mlp.d_hidden, mlp.expert_rank) == (3, D, H, 2)
     assert mlp.experts.fused_activation == "relu"
     assert mlp.experts.w_up.dp_comm == "dp"
-
-
-# --- parameters -------------------------------------------------------------------------------------
 
 
 def test_state_dict_names_and_shapes():

@@ -224,8 +224,6 @@ def test_strided_input(device):
         assert torch.equal(a, b)
 
 
-# --- prototype_route and relu_route --------------------------------------------------------------------
-
 PROTOTYPES = [
     (13, 4, 2),
     (0, 4, 2),
@@ -286,9 +284,6 @@ def test_gradcheck_of_other_routes(output, device):
         assert torch.autograd.gradcheck(lambda z, r=route: getattr(r(z), output), (logits,))
 
 
-# --- chosen_weights -----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("renormalize", [True, False], ids=["renormalized", "as_scored"])
 @pytest.mark.parametrize(("T", "E", "K"), SIZES, ids=SIZE_IDS)
 @scores
@@ -311,9 +306,6 @@ def test_chosen_weights_take_int32(device):
     ids = torch.tensor([[3, -1]], dtype=torch.int32, device=device)
     weights = moeops.chosen_weights(torch.zeros(1, 4, device=device), ids, renormalize=False)
     assert weights.tolist() == [[0.25, 0.0]]
-
-
-# --- errors -------------------------------------------------------------------------------------------
 
 
 def test_public_errors(device):

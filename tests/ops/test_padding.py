@@ -5,11 +5,17 @@ import torch
 
 import moeops
 from moeops import reference
-from samples import SAMPLES, SMALL, Sample, assert_matches_reference
+from samples import SAMPLES, SMALL, Sample, assert_matches_reference, every_pair
+from tolerances import VALUES_DTYPES
+
+every_size_in_every_type = pytest.mark.parametrize(
+    ("sample", "values_dtype", "capacity"),
+    every_pair(SAMPLES, VALUES_DTYPES, [0, 4, 40]),
+    indirect=["values_dtype"],
+)
 
 
-@pytest.mark.parametrize("sample", SAMPLES, ids=str)
-@pytest.mark.parametrize("capacity", [0, 4, 40])
+@every_size_in_every_type
 def test_pad_rows(sample, capacity, values_dtype, device):
     offsets = sample.plan(device).expert_offsets
     assert_matches_reference(
@@ -20,8 +26,7 @@ def test_pad_rows(sample, capacity, values_dtype, device):
     )
 
 
-@pytest.mark.parametrize("sample", SAMPLES, ids=str)
-@pytest.mark.parametrize("capacity", [0, 4, 40])
+@every_size_in_every_type
 def test_unpad_rows(sample, capacity, values_dtype, device):
     offsets = sample.plan(device).expert_offsets
     assert_matches_reference(

@@ -153,9 +153,6 @@ def test_no_columns(device):
     assert moeops.unpermute_tokens(rows, plan, torch.ones(13, 2, device=device)).shape == (13, 0)
 
 
-# --- errors ------------------------------------------------------------------------------------------
-
-
 def test_public_errors(device):
     plan = Sample("plain").plan(device)
     x = torch.randn(13, 8, device=device)

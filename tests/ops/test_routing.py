@@ -150,9 +150,6 @@ def test_strided_and_expanded_inputs(device):
     assert torch.equal(grad, want)
 
 
-# --- errors ------------------------------------------------------------------------------------------
-
-
 def test_public_errors(device):
     logits = torch.randn(5, 6, device=device)
     for arguments, error, text in (

@@ -123,9 +123,6 @@ def test_bare_ops_refuse_bad_arguments(device):
         backward(torch.ones(6, dtype=torch.float64, device=device), logits, "softmax")
 
 
-# --- alignment_sum ------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("T", "E", "K", "size"),
     [(13, 12, 2, 4), (0, 4, 2, 2), (7, 33, 5, 11), (5, 128, 8, 32), (3, 512, 1, 64), (9, 6, 6, 6)],

@@ -5,13 +5,16 @@ import torch
 
 import moeops
 from moeops import reference
-from samples import SAMPLES, Sample
+from samples import SAMPLES, Sample, every_pair
 
-ID_DTYPES = pytest.mark.parametrize("id_dtype", [torch.int32, torch.int64], ids=["int32", "int64"])
+INTS = [torch.int32, torch.int64]
+ID_DTYPES = pytest.mark.parametrize("id_dtype", INTS, ids=["int32", "int64"])
+FILLED = [False, True]  # of the fixture
 
 
-@pytest.mark.parametrize("sample", SAMPLES, ids=str)
-@ID_DTYPES
+@pytest.mark.parametrize(
+    ("sample", "id_dtype", "filled"), every_pair(SAMPLES, INTS, FILLED), indirect=["filled"]
+)
 def test_sort_tokens(sample, id_dtype, device, filled):
     ids = sample.ids(device, id_dtype)
     plan = moeops.sort_tokens(ids, sample.E, sample.num_rows)
@@ -94,8 +97,9 @@ COUNTED = [
 ]
 
 
-@pytest.mark.parametrize("sample", COUNTED, ids=str)
-@ID_DTYPES
+@pytest.mark.parametrize(
+    ("sample", "id_dtype", "filled"), every_pair(COUNTED, INTS, FILLED), indirect=["filled"]
+)
 def test_count_tokens(sample, id_dtype, device, filled):
     ids = sample.ids(device, id_dtype)
     counts = moeops.count_tokens(ids, sample.E)
@@ -131,10 +135,11 @@ def test_drop_out_of_range(id_dtype, device):
         assert torch.equal(got.cpu(), expected)
 
 
-@pytest.mark.parametrize("sample", SAMPLES, ids=str)
-@pytest.mark.parametrize("capacity", [0, 3, 10**6])
-@pytest.mark.parametrize("priority_dtype", [None, torch.float32, torch.bfloat16], ids=str)
-@ID_DTYPES
+@pytest.mark.parametrize(
+    ("sample", "capacity", "priority_dtype", "id_dtype", "filled"),
+    every_pair(SAMPLES, [0, 3, 10**6], [None, torch.float32, torch.bfloat16], INTS, FILLED),
+    indirect=["filled"],
+)
 def test_limit_capacity(sample, capacity, priority_dtype, id_dtype, device, filled):
     ids = sample.ids(device, id_dtype)
     priority = None
@@ -149,9 +154,11 @@ def test_limit_capacity(sample, capacity, priority_dtype, id_dtype, device, fill
     assert torch.equal(kept.cpu(), want)
 
 
-@pytest.mark.parametrize("sample", SAMPLES, ids=str)
-@pytest.mark.parametrize("capacity", [0, 3])
-@ID_DTYPES
+@pytest.mark.parametrize(
+    ("sample", "capacity", "id_dtype", "filled"),
+    every_pair(SAMPLES, [0, 3], INTS, FILLED),
+    indirect=["filled"],
+)
 def test_limit_capacity_by_choice(sample, capacity, id_dtype, device, filled):
     ids = sample.ids(device, id_dtype)
     kept = moeops.limit_capacity(ids, sample.E, capacity, by_choice=True)
