@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moeops import _checks
-from moeops.gates.base import BaseGate, exporting, records
+from moeops.gates.base import exporting, records
 from moeops.layers.moe import FMoE
 from moeops.layers.walk import LayerHook, add_hook, find_layers, remove_hook
 from moeops.types import Routing, SlotRouting
@@ -218,7 +218,7 @@ def _check_weighs(op: str, gate: Any) -> None:
 
     # A subclass with a forward of its own must say how it weighs: the inherited answer may be another gate's.
     found = definer("weights_at")
-    if found in (None, BaseGate) or found is not definer("forward"):
+    if found is None or found is not definer("forward"):
         raise TypeError(
             f"{op}: the gate must have weights_at beside its forward for weights='gate', got {type(gate).__name__} "
             "without. Write one, or use weights='recorded'."

@@ -345,14 +345,15 @@ def _steps(splits: Splits, hierarchy: Hierarchy) -> list[_Swap | _Leg]:
     if hierarchy.form == "2d":
         # middle: source in this node, target node; all of it for this rank's place.
         return [
-            _Swap(num_nodes, local_size, sends, equal),
-            _Leg(inside, _strides(sends, local_size), _runs(middle, num_nodes)),
-            _Swap(local_size, num_nodes, middle, equal),
-            _Leg(across, _strides(middle, num_nodes), _runs(receives, local_size)),
+            _Swap(num_nodes, local_size, sends, equal),  # target's place, target node
+            _Leg(inside, _strides(sends, local_size), _runs(middle, num_nodes)),  # middle
+            _Swap(local_size, num_nodes, middle, equal),  # target node, source in this node
+            _Leg(across, _strides(middle, num_nodes), _runs(receives, local_size)),  # source
         ]
     idle = [0] * (local_size - 1)
     total_sent, total_received = sum(sends), sum(receives)
     if inside.rank != 0:
+        # All rows go to the leader, and all come from it.
         nothing = [0, *idle]
         return [
             _Leg(inside, [total_sent, *idle], nothing),
@@ -362,11 +363,11 @@ def _steps(splits: Splits, hierarchy: Hierarchy) -> list[_Swap | _Leg]:
     sent, arrived = middle[: size * local_size], middle[size * local_size :]
     by_node = _runs(sent, local_size)
     return [
-        _Leg(inside, [total_sent, *idle], _runs(sent, size)),
-        _Swap(local_size, num_nodes, by_node, equal),
-        _Leg(across, _strides(by_node, num_nodes), _runs(arrived, local_size * local_size)),
-        _Swap(size, local_size, arrived, equal),
-        _Leg(inside, _strides(arrived, local_size), [total_received, *idle]),
+        _Leg(inside, [total_sent, *idle], _runs(sent, size)),  # source in this node, target
+        _Swap(local_size, num_nodes, by_node, equal),  # target node, source in this node
+        _Leg(across, _strides(by_node, num_nodes), _runs(arrived, local_size**2)),  # arrived
+        _Swap(size, local_size, arrived, equal),  # target here, source
+        _Leg(inside, _strides(arrived, local_size), [total_received, *idle]),  # source
     ]
 
 

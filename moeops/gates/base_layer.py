@@ -113,8 +113,8 @@ def balanced_assignment(scores: Tensor) -> Tensor:
     Raises:
         ValueError: ``scores`` is not ``[T, E]``, or on CPU not finite.  TypeError: it is not float.
     Gradients: none.  Host sync: none.  Deterministic: yes.
-    Cost: about 100 small kernels that pass
-    over the scores, and 6 sorts of T priorities. One op to a compiler, ``torch.ops.moeops_gates.balanced_assignment``.
+    Cost: about 100 small kernels that pass over the scores, and 6 sorts of T priorities. One op to a compiler,
+    ``torch.ops.moeops_gates.balanced_assignment``.
     Source: BASE layers, arXiv:2103.16716, has an auction; Sinkhorn prices: S-BASE, arXiv:2202.01169, section 3.
 
     Example:

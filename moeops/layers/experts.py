@@ -1,4 +1,4 @@
-"""The experts of a transformer MLP with fused weights. N rows, E experts, D model width, H hidden width."""
+"""The experts of a transformer MLP with fused weights. R rows, E experts, D model width, H hidden width."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class FusedExperts(nn.Module):
 
     With an activation that has no fused kernel (any module or function that is not ReLU, SiLU or exact GELU) the block
     is composed of ``permute_tokens``, ``grouped_linear``, the activation, ``grouped_linear`` and ``unpermute_tokens``.
-    Same parameters and result, more memory. The activation then sees rows ``[N, H]`` of all experts, and one row more
+    Same parameters and result, more memory. The activation then sees rows ``[R, H]`` of all experts, and one row more
     per dropped pair, whose result is not used.
 
     With ``num_shards`` it holds one shard of every expert: ``H / P`` hidden units, and a part of ``b_down``. The

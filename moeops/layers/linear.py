@@ -1,4 +1,4 @@
-"""One linear layer per expert. N rows, E experts."""
+"""One linear layer per expert. R rows, E experts."""
 
 from __future__ import annotations
 
@@ -90,12 +90,12 @@ class FMoELinear(nn.Module):
         """Apply each expert to its rows.
 
         Args:
-            inp: rows in expert order, ``[N, in_feat]``.
-            fwd_expert_count: rows per expert, ``[E]``, any integer type; their sum is at most ``N``. Counts on the
+            inp: rows in expert order, ``[R, in_feat]``.
+            fwd_expert_count: rows per expert, ``[E]``, any integer type; their sum is at most ``R``. Counts on the
                 device of ``inp`` are not copied to the host and their values not checked there.
 
         Returns:
-            ``[N, out_feat]``; rows past the last expert's are zero.
+            ``[R, out_feat]``; rows past the last expert's are zero.
 
         Raises:
             ValueError: a shape does not fit, or counts on the CPU are negative or more than the rows.

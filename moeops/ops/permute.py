@@ -9,8 +9,6 @@ from moeops import _checks
 from moeops._checks import fake_check
 from moeops.types import TokenPlan
 
-# --- permute_tokens -------------------------------------------------------------------------------
-
 
 @torch.library.register_fake("moeops::permute_tokens")
 def _permute_tokens_fake(x, row_to_pair, pair_to_row, expert_offsets):
@@ -63,9 +61,6 @@ def permute_tokens(x: Tensor, plan: TokenPlan) -> Tensor:
         _checks.check_plan(op, plan, "x", x)
         _checks.check_size(op, "x", x, 0, plan[1].shape[0], "the plan's tokens")
     return torch.ops.moeops.permute_tokens(x, *plan)
-
-
-# --- unpermute_tokens -----------------------------------------------------------------------------
 
 
 @torch.library.register_fake("moeops::unpermute_tokens")

@@ -1,7 +1,8 @@
 """The truth for every op, in plain PyTorch: slow, readable, right in float64, differentiable by autograd.
 
-Same names and arguments as the public functions. T tokens, K experts per token, N = T * K pairs, R rows, E experts,
-D model width, H hidden width of one expert, C capacity in rows. Loops and host copies are welcome here.
+Names and arguments of the public functions, but for ``topk_route``, whose ``group_score`` serves ``topk_route_balance``
+too. T tokens, K experts per token, N = T * K pairs, R rows, E experts, D model width, H hidden width of one expert, C
+capacity in rows. Loops and host copies are welcome here.
 """
 
 from __future__ import annotations

@@ -111,6 +111,7 @@ def to_fused(
         index, _, rest = name[len(prefix) :].partition(".")
         return (prefix + _LIST_NAMES.get(rest, rest), int(index)) if index.isdigit() else None
 
+    # Collect, by the fused name, the parts of every expert.
     found: dict[str, dict[int, list[Tensor]]] = {}
     for key in list(parts):
         head, name, tail = split_name(key)
@@ -123,6 +124,7 @@ def to_fused(
                 f"{op}: every one of {num_experts} experts must have {key} to be fused, got experts "
                 f"{sorted(by_expert)}. Load it into a layer with a list of experts."
             )
+        # In the order of experts, as they lie in the fused tensor; a number, such as a step count, is kept once.
         rows = [part for index in range(num_experts) for part in by_expert[index]]
         if rows[0].dim() == 0:
             if any(not torch.equal(row, rows[0]) for row in rows):
@@ -132,6 +134,7 @@ def to_fused(
                 )
             rows = rows[:1]
         parts[key] = rows
+    # The optimizer's groups name a fused tensor once, and in one group only.
     for number, group in enumerate(groups or ()):
         names = [new[0] if (new := new_name(name)) else name for name in group["params"]]
         group["params"] = list(dict.fromkeys(names))

@@ -1,0 +1,39 @@
+"""Pages name files and functions that are there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+PLACES = ("", "moeops", "moeops/csrc/cuda", "moeops/distributed/checkpoint", "docs")
+_FILE = r"`((?:[\w.]+/)*\w+\.(?:py|cpp|cu|cuh|h))`"
+
+
+def find(name: str) -> Path | None:
+    return next((ROOT / place / name for place in PLACES if (ROOT / place / name).exists()), None)
+
+
+def test_the_architecture_names_files_and_functions_that_are_there():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    files = [name for name in re.findall(_FILE, text) if "foo." not in name]
+    assert len(files) > 40
+    assert [name for name in files if find(name) is None] == []
+    # A function or class beside its file: `layers/moe.py` `forward`, `_forward`.
+    for name, names in re.findall(_FILE + r"((?:,? `\w[\w.]*`)+)", text):
+        source = find(name).read_text()
+        for function in re.findall(r"`([\w.]+)`", names):
+            found = re.search(rf"(?:def|class) {function.rpartition('.')[2]}\b", source)
+            if function.endswith((".py", ".cpp", ".cu")):
+                continue
+            assert found, f"{name} {function}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_between_pages_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#\s]*)#?[^)\s]*\)", page.read_text()):
+        if target and "://" not in target:
+            assert (page.parent / target).exists(), target
