@@ -13,6 +13,7 @@ GROUP = "block"
 
 register(GROUP, "dense", "dense matmul limit")(peers.dense_limit)
 register(GROUP, "bmm", "equal-group bmm", default_on=("cuda",))(peers.equal_groups)
+register(GROUP, "weights", "read of the chosen weights", default_on=())(peers.weights_read)
 
 
 @register(GROUP, "moeops", "moeops.moe_mlp", ours=True)

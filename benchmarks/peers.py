@@ -96,6 +96,22 @@ def equal_groups(problem: BlockProblem) -> Case:
     return _two_products(*_limit_tensors(shape, problem.x, (shape.num_experts,), rows))
 
 
+def weights_read(problem: BlockProblem) -> Case:
+    """The weights of every chosen expert read once, and nothing else: what bounds a decoding step."""
+    chosen = problem.topk_ids.unique()
+    weights = [w.detach()[chosen].view(-1) for w in (problem.w_up, problem.w_down)]
+
+    def forward() -> tuple[Tensor]:
+        norms = [torch.linalg.vector_norm(w, dtype=torch.float32) for w in weights]
+        return (torch.stack(norms),)
+
+    def check(outputs: Sequence[Tensor], grads: Mapping[str, Tensor] | None) -> dict[str, float]:
+        want = torch.stack([w.double().norm() for w in weights])
+        return compare({"norms": outputs[0]}, {"norms": want}, torch.float32)
+
+    return Case(forward, check)
+
+
 # --- transformers -----------------------------------------------------------------------------------
 
 

@@ -14,7 +14,7 @@ class LaneShape(Shape):
     activation: str = "gelu"
 
 
-# Published models, and a decoding batch.
+# Published models, and decoding batches of qwen3_30b.
 CUDA_SHAPES = (
     MODELS["qwen3_30b"],
     MODELS["qwen3_235b"],
@@ -22,6 +22,9 @@ CUDA_SHAPES = (
     MODELS["finegrain"],
     MODELS["gptoss_20b"],
     Shape("small_512", 512, 2048, 768, 128, 8),
+    Shape("decode_64", 64, 2048, 768, 128, 8),
+    Shape("decode_8", 8, 2048, 768, 128, 8),
+    Shape("decode_1", 1, 2048, 768, 128, 8),
 )
 CPU_SHAPES = (
     Shape("cpu_small", 1024, 256, 256, 16, 2),
