@@ -1,8 +1,8 @@
 """A transformers model whose experts run in moeops: ``python -m benchmarks.whole_model``.
 
-A Qwen3-MoE of full width with few layers and random weights, in bfloat16: a training step (forward, backward, AdamW) and
-a decode step of a few tokens without cache, compiled and eager, with moeops' experts, with transformers' own grouped_mm,
-and with its loop over experts. The implementations' losses of the first step must agree.
+A Qwen3-MoE of full width with few layers and random weights, in bfloat16: a training step (forward, backward, AdamW)
+and a decode step of a few tokens without cache, compiled and eager, with moeops' experts, with transformers' own
+grouped_mm, and with its loop over experts. The implementations' losses of the first step must agree.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Row:
 
 
 def moeops_experts(module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor):
-    """transformers' contract for an experts implementation, for SiLU-gated experts without biases."""
+    """Transformers' contract for an experts implementation, for SiLU-gated experts without biases."""
     plan = moeops.sort_tokens(top_k_index, module.num_experts)
     return moeops.moe_mlp(hidden_states, top_k_weights, plan, module.gate_up_proj, module.down_proj)
 
@@ -102,11 +102,8 @@ def measure(experts: str, compiled: bool, args: argparse.Namespace) -> tuple[Row
             return run(input_ids=tokens).logits
 
     decode_ms = median_ms(decode, 4 * args.repeats)
-    row = Row(experts, compiled, train_ms, ids.numel() / train_ms * 1e3, decode_ms, peak)
-    del model, optimizer, run
-    gc.collect()
-    torch.cuda.empty_cache()
-    return row, first_loss
+    tokens_per_s = ids.numel() / train_ms * 1e3
+    return Row(experts, compiled, train_ms, tokens_per_s, decode_ms, peak), first_loss
 
 
 def median_ms(function: Callable[[], Tensor], repeats: int) -> float:
@@ -155,6 +152,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows, losses = [], {}
     for experts in args.implementations.split(","):
         for compiled in (True, False) if experts != "eager" else (False,):
+            gc.collect()  # the model before
+            torch.cuda.empty_cache()
             row, losses[experts, compiled] = measure(experts, compiled, args)
             rows.append(row)
             print(
