@@ -1,50 +1,46 @@
-"""One file holds a whole run: weights, optimizer, step, history, random state. Plain tensors, numbers and strings."""
+"""A run in one folder, by ``moeops.distributed``: weights, optimizer, and beside them step, history and random state.
+
+The library writes the whole model, whatever ranks held which experts, and cuts it again for the ranks that load it.
+"""
 
 from __future__ import annotations
 
-import os
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lm.errors import UsageError
+from moeops.distributed import read_extra
 
-FORMAT = "moeops-train-lm-3"
+FORMAT = "moeops-train-lm-4"
 
 
-def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write ``state`` so that ``path`` holds the old file or the new one, never half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def is_saved(path: Path) -> bool:
+    """Whether a checkpoint was written to the end."""
+    return (path / "checkpoint.json").is_file()
+
+
+@contextlib.contextmanager
+def resuming(path: Path) -> Iterator[None]:
+    """Say what a checkpoint that cannot be read means for ``--resume``."""
     try:
-        with temporary.open("wb") as file:
-            torch.save({"format": FORMAT, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)  # the rename itself must survive a power cut
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def load_checkpoint(path: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """Read a checkpoint that was written with the same ``config``; runs no code from the file."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        yield
     except FileNotFoundError:
         raise UsageError(
             f"--resume must find a checkpoint, got none at {path}. Check --out or start without --resume."
         ) from None
-    except Exception as err:  # a damaged file fails in many ways: zip, pickle, EOF, OS
-        reason = str(err).splitlines()[0] if str(err) else type(err).__name__
+    except (ValueError, RuntimeError) as err:  # damaged, or another rank could not read it
         raise UsageError(
-            f"--resume must find a readable checkpoint, got {path}: {reason}. Remove it or start without --resume."
+            f"--resume must find a readable checkpoint, got {path}: {str(err).splitlines()[0]} Remove it or start "
+            "without --resume."
         ) from err
+
+
+def read_state(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Read what is saved beside the tensors, if the checkpoint was written with the same ``config``."""
+    with resuming(path):
+        state = read_extra(path)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UsageError(
             f"--resume must find a checkpoint of train_lm.py ({FORMAT}), got {path}. Pass another --out."

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
+from lm.checkpoint import is_saved
 from lm.data import Batches, Corpus, load_corpus, order0_entropy
 from lm.errors import UsageError
 from lm.gates import GATES
@@ -157,7 +159,7 @@ def run_one(
     if record is not None:
         return record
     batches = Batches(corpus, options.batch, options.context, seed, device)
-    checkpoint = path.with_suffix(".pt")
+    checkpoint = path.with_name(f"{path.stem}-checkpoint")
     make = dict(compiled=options.compile, eval_every=max(1, options.steps // 4))  # fmt: skip
 
     def trainer(resume: bool) -> Trainer:
@@ -168,9 +170,9 @@ def run_one(
         )  # fmt: skip
 
     try:
-        training = trainer(checkpoint.exists())
+        training = trainer(is_saved(checkpoint))
     except UsageError:  # what was left there is of other options, or damaged
-        checkpoint.unlink(missing_ok=True)
+        shutil.rmtree(checkpoint, ignore_errors=True)
         training = trainer(False)
     result = training.run(stop)
     if not result.finished:
@@ -186,7 +188,7 @@ def run_one(
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(record) + "\n", encoding="utf-8")
     os.replace(partial, path)
-    checkpoint.unlink(missing_ok=True)
+    shutil.rmtree(checkpoint, ignore_errors=True)
     return record
 
 

@@ -1,15 +1,13 @@
 """Several processes that train one model: who they are, and what travels between them. W ranks.
 
 Each rank reads its share of every batch. Parameters that all ranks hold are averaged after the backward; with expert
-parallelism each rank holds E / W experts of every layer, or shards of more experts. A checkpoint is one file, written
-by rank 0, that holds the whole model as one rank would write it, so that any number of ranks can go on from it.
+parallelism each rank holds E / W experts of every layer, or shards of more experts.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
-import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,11 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lm.errors import UsageError
-from moeops.dispatch.shards import ShardSpan, join_shards, take_shard
 from moeops.gates import BaseGate
-from moeops.layers import FusedExperts
-
-Spans = dict[str, list[ShardSpan]]
 
 
 @dataclass(frozen=True)
@@ -67,30 +61,6 @@ class Ranks:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         return values
-
-    def part_of(self, whole: Tensor, spans: list[ShardSpan]) -> Tensor:
-        """This rank's experts, or shards of them, of a tensor of all experts."""
-        expert_rank, shard = divmod(self.rank, len(spans))
-        return take_shard(whole.chunk(self.size // len(spans))[expert_rank], spans[shard])
-
-    def join(self, part: Tensor, spans: list[ShardSpan]) -> Tensor:
-        """The inverse of ``part_of`` on rank 0, where all ranks' parts meet; elsewhere the part itself."""
-        shapes = []
-        for dim, _, ranges in spans:
-            width = sum(length for _, length in ranges)
-            shapes.append((*part.shape[:dim], width, *part.shape[dim + 1 :]))
-        sizes = [math.prod(shape) for shape in shapes]
-        flat = part.new_zeros(max(sizes))  # what is gathered must have one size
-        flat[: part.numel()] = part.reshape(-1)
-        flats = [torch.empty_like(flat) for _ in range(self.size)] if self.is_first else None
-        dist.gather(flat, flats)
-        if flats is None:
-            return part
-        experts = []
-        for first in range(0, self.size, len(spans)):
-            found = zip(flats[first:], sizes, shapes, strict=False)
-            experts.append(join_shards([f[:n].view(s) for f, n, s in found], spans))
-        return torch.cat(experts)
 
 
 ONE_RANK = Ranks()
@@ -163,43 +133,3 @@ def balance_over_ranks(model: torch.nn.Module, ranks: Ranks) -> None:
                 gate.global_balance = True
             if getattr(gate, "balance", None) is True:
                 gate.balance = "global"
-
-
-def expert_spans(model: torch.nn.Module) -> Spans:
-    """What each shard of an expert holds of it, for every parameter that ranks divide."""
-    spans: Spans = {}
-    for prefix, experts in model.named_modules():
-        if isinstance(experts, FusedExperts):
-            for name, _ in experts.named_parameters():
-                shards = range(experts.num_shards)
-                spans[f"{prefix}.{name}"] = [experts.shard_span(name, shard) for shard in shards]
-    return spans
-
-
-def share_of(ranks: Ranks, spans: Spans, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What of a whole model's tensors, named ``PARAMETER`` or ``PARAMETER/STATE``, belongs to this rank."""
-    found = {name: spans.get(name.partition("/")[0]) for name in tensors}
-    return {
-        name: ranks.part_of(x, found[name]) if found[name] else x for name, x in tensors.items()
-    }
-
-
-def whole_of(ranks: Ranks, spans: Spans, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of ``share_of``, on rank 0; every rank must call."""
-    found = {name: spans.get(name.partition("/")[0]) for name in tensors}
-    return {name: ranks.join(x, found[name]) if found[name] else x for name, x in tensors.items()}
-
-
-def map_optimizer(
-    optimizer: torch.optim.Optimizer, names: dict[torch.nn.Parameter, str], state: dict, convert
-) -> dict[str, Any]:
-    """An optimizer's state with ``convert`` applied to the states that have a parameter's shape, by its name."""
-    order = [p for group in optimizer.param_groups for p in group["params"]]
-    converted = {}
-    for index, values in state["state"].items():
-        by_name = {f"{names[order[index]]}/{key}": value for key, value in values.items()}
-        # Scalars, such as the step count, are the same on all ranks.
-        tensors = {n: v for n, v in by_name.items() if isinstance(v, Tensor) and v.dim() > 0}
-        by_name.update(convert(tensors))
-        converted[index] = {n.rpartition("/")[2]: value for n, value in by_name.items()}
-    return {**state, "state": converted}

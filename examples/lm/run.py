@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from lm.checkpoint import is_saved
 from lm.data import Batches, Corpus, load_corpus, order0_entropy
 from lm.errors import UsageError
 from lm.gates import warning
@@ -72,7 +73,7 @@ def run_on(ranks: Ranks, device: torch.device, options: argparse.Namespace) -> i
     results: dict[str, Result] = {}
     for name in names:
         # The second run of a comparison may not have begun when the first one was stopped.
-        resume = options.resume and (name == names[0] or checkpoint_path(options, name).exists())
+        resume = options.resume and (name == names[0] or is_saved(checkpoint_path(options, name)))
         trainer = make_trainer(
             options, name, batches, windows, corpus, device, ranks, resume=resume
         )
@@ -138,7 +139,7 @@ def make_folder(path: Path) -> None:
 
 def checkpoint_path(options: argparse.Namespace, name: str) -> Path:
     """Where the run called ``name`` keeps its checkpoint."""
-    return options.out / f"{name}.pt"
+    return options.out / f"{name}-checkpoint"
 
 
 def make_trainer(

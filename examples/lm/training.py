@@ -3,33 +3,30 @@
 from __future__ import annotations
 
 import math
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lm.checkpoint import load_checkpoint, save_checkpoint
+from lm.checkpoint import FORMAT, read_state, resuming
 from lm.data import Batches
 from lm.errors import UsageError
 from lm.model import GPT, ModelConfig
-from lm.parallel import (
-    ONE_RANK,
-    Ranks,
-    balance_over_ranks,
-    expert_spans,
-    map_optimizer,
-    share_of,
-    whole_of,
-)
+from lm.parallel import ONE_RANK, Ranks, balance_over_ranks
 from moeops import LoadMonitor
-from moeops.distributed import DistributedGroupedDataParallel, clip_grad_norm_
+from moeops.distributed import (
+    DistributedGroupedDataParallel,
+    clip_grad_norm_,
+    load_checkpoint,
+    save_checkpoint,
+)
 
 BITS = 1 / math.log(2)  # nats to bits
 LOG_EVERY = 10  # steps between two looks at the losses, which wait for the device
@@ -212,7 +209,7 @@ class Trainer:
         batches: where the data comes from.
         windows: fixed held-out batches.
         fingerprint: of the text.
-        checkpoint: file to write, and to read when ``resume``.
+        checkpoint: folder to write, and to read when ``resume``.
         device: where to train.
         compiled: use ``torch.compile``.
         eval_every: steps between two validations, each of which also saves a checkpoint.
@@ -253,18 +250,17 @@ class Trainer:
         self._history = History()
         self._pending: list[Tensor] = []  # losses that still live on the device
         self._ranks = ranks
-        self._divided = expert_parallel and ranks.size > 1 and model_config.gate is not None
+        divided = expert_parallel and ranks.size > 1 and model_config.gate is not None
         torch.manual_seed(config.seed)
+        whole = None
         try:
             self._model = GPT(model_config)
-            if self._divided:
-                # The weights are those that one rank draws.
-                whole = self._model.state_dict()
-                self._model = GPT(model_config, ranks.size, num_shards)
-                self._spans = expert_spans(self._model)
-                self._model.load_state_dict(share_of(ranks, self._spans, whole))
+            if divided:
+                whole, self._model = self._model, GPT(model_config, ranks.size, num_shards)
         except (ValueError, TypeError) as err:
             raise UsageError(f"the options must fit each other, got: {err}") from err
+        if whole is not None and not resume:
+            self._start_as(whole)
         self._model.to(device)
         self._parallel = None
         if ranks.size > 1:
@@ -275,6 +271,14 @@ class Trainer:
         self._monitor = None if model_config.gate is None else LoadMonitor(self._model)
         if resume:
             self._load()
+
+    def _start_as(self, whole: GPT) -> None:
+        """Take the weights that one rank draws: saved once, and cut for these ranks like any checkpoint."""
+        start = self._checkpoint.with_name(f"{self._checkpoint.name}.start")
+        save_checkpoint(start, whole)
+        load_checkpoint(start, self._model)
+        if self._ranks.is_first:
+            shutil.rmtree(start)
 
     @property
     def model(self) -> GPT:
@@ -409,45 +413,30 @@ class Trainer:
         return tokens / stopwatch.seconds if stopwatch.steps else 0.0
 
     def _save(self) -> None:
-        """Write the whole model, wherever its experts are; all ranks take part, rank 0 writes."""
+        """Write the whole model, wherever its experts are, and what else it takes to go on; all ranks take part."""
         ranks = self._ranks
         random_state = {"cpu": torch.get_rng_state()}
         if self._device.type == "cuda":
             random_state["cuda"] = torch.cuda.get_rng_state(self._device)
-        model, optimizer = self._model.state_dict(), self._optimizer.state_dict()
-        if self._divided:
-            model = whole_of(ranks, self._spans, model)
-            optimizer = self._map_optimizer(
-                optimizer, lambda values: whole_of(ranks, self._spans, values)
-            )
         monitor = {} if self._monitor is None else self._monitor.state_dict()
         state = {
+            "format": FORMAT,
             "config": self._identity,
             "step": self._step,
-            "model": model,
             "monitor": {name: ranks.mean(totals) * ranks.size for name, totals in monitor.items()},
-            "optimizer": optimizer,
             "history": asdict(self._history),
             "random_state": ranks.gather(random_state),
         }
-        if ranks.is_first:
-            save_checkpoint(self._checkpoint, state)
-        ranks.gather(None)  # nobody goes on, or ends, before the file is there
+        save_checkpoint(self._checkpoint, self._model, self._optimizer, state)
 
     def _load(self) -> None:
         ranks = self._ranks
-        state: dict[str, Any] = load_checkpoint(self._checkpoint, self._identity)
-        model, optimizer = state["model"], state["optimizer"]
-        if self._divided:
-            model = share_of(ranks, self._spans, model)
-            optimizer = self._map_optimizer(
-                optimizer, lambda values: share_of(ranks, self._spans, values)
-            )
+        state = read_state(self._checkpoint, self._identity)
+        with resuming(self._checkpoint):
+            load_checkpoint(self._checkpoint, self._model, self._optimizer)
         self._step = state["step"]
-        self._model.load_state_dict(model)
         if self._monitor is not None and ranks.is_first:  # the counters are those of all ranks
             self._monitor.load_state_dict(state["monitor"])
-        self._optimizer.load_state_dict(optimizer)
         self._history = History(**state["history"])
         if len(state["random_state"]) != ranks.size:
             return  # ranks that were not there before go on from the seed
@@ -455,10 +444,6 @@ class Trainer:
         torch.set_rng_state(random_state["cpu"])
         if self._device.type == "cuda" and "cuda" in random_state:
             torch.cuda.set_rng_state(random_state["cuda"], self._device)
-
-    def _map_optimizer(self, state: dict[str, Any], convert: Callable) -> dict[str, Any]:
-        names = {parameter: name for name, parameter in self._model.named_parameters()}
-        return map_optimizer(self._optimizer, names, state, convert)
 
 
 def _diverged(step: int) -> UsageError:

@@ -73,7 +73,9 @@ class ExchangeOptions(DispatchOptions):
 
     def _build_plain(self, ranks: ExpertRanks, num_slots: int) -> Dispatcher:
         """The dispatcher for so many experts and replicas on each rank."""
-        raise NotImplementedError
+        raise NotImplementedError(
+            f"{type(self).__name__}: _build_plain must be written by the subclass."
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 from moeops.dispatch.base import Block, Dispatcher, Experts
 from moeops.types import Routing, SlotRouting
 
-__all__ = ["ShardSpan", "ShardedDispatcher", "join_shards", "route_to_shards", "take_shard"]
+__all__ = ["ShardSpan", "ShardedDispatcher", "route_to_shards", "take_shard"]
 
 
 def route_to_shards(
@@ -123,15 +123,3 @@ def take_shard(whole: Tensor, span: ShardSpan) -> Tensor:
         [2, 3, 6, 7]
     """
     return torch.cat([whole.narrow(span.dim, start, n) for start, n in span.ranges], span.dim)
-
-
-def join_shards(shards: list[Tensor], spans: list[ShardSpan]) -> Tensor:
-    """Put the shards of all ranks together, the inverse of ``take_shard``."""
-    shape = list(shards[0].shape)
-    shape[spans[0].dim] = spans[0].size
-    whole = shards[0].new_empty(shape)
-    for shard, (dim, _, ranges) in zip(shards, spans, strict=True):
-        parts = shard.split([length for _, length in ranges], dim)
-        for part, (start, length) in zip(parts, ranges, strict=True):
-            whole.narrow(dim, start, length).copy_(part)
-    return whole

@@ -17,7 +17,12 @@ from moeops.cost.model import CostModel
 from moeops.dispatch.options import Exact, Static
 from moeops.dispatch.replicas import Placement
 from moeops.dispatch.shadowing import ShadowPolicy
-from moeops.distributed.checkpoint import load_checkpoint, merge_checkpoint, save_checkpoint
+from moeops.distributed.checkpoint import (
+    load_checkpoint,
+    merge_checkpoint,
+    read_extra,
+    save_checkpoint,
+)
 from moeops.distributed.grad_sync import (
     DistributedGroupedDataParallel,
     clip_grad_norm_,
@@ -44,6 +49,7 @@ __all__ = [
     "load_checkpoint",
     "merge_checkpoint",
     "rank_group",
+    "read_extra",
     "save_checkpoint",
     "scale_expert_gradients",
 ]

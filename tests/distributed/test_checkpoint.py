@@ -17,7 +17,12 @@ from processes import Ranks, launch
 from torch import nn
 
 from moeops import FMoETransformerMLP
-from moeops.distributed import load_checkpoint, merge_checkpoint, save_checkpoint
+from moeops.distributed import (
+    load_checkpoint,
+    merge_checkpoint,
+    read_extra,
+    save_checkpoint,
+)
 from moeops.distributed.checkpoint import files
 
 ALONE = Ranks(0, 1, "cpu")
@@ -183,12 +188,42 @@ def test_extra_is_plain_python_and_comes_back(tmp_path):
     model = nn.Linear(2, 2)
     extra = {"step": 3, "names": ["a", ("b", None)], "state": torch.get_rng_state()}
     save_checkpoint(tmp_path / "saved", model, extra=extra)
-    loaded = load_checkpoint(tmp_path / "saved", model)
-    assert torch.equal(loaded.pop("state"), extra.pop("state"))
-    assert loaded == extra
+    merge_checkpoint(tmp_path / "saved", tmp_path / "merged.pt")
+    state = extra.pop("state")
+    for loaded in (
+        load_checkpoint(tmp_path / "saved", model),
+        read_extra(tmp_path / "saved"),
+        read_extra(tmp_path / "merged.pt"),
+    ):
+        assert torch.equal(loaded.pop("state"), state)
+        assert loaded == extra
     with pytest.raises(TypeError, match="extra, extra states"):
         save_checkpoint(tmp_path / "saved", model, extra={"path": Path("x"), "model": model})
     assert load_checkpoint(tmp_path / "saved", model)["step"] == 3
+
+
+def test_extra_is_read_alone(saved, tmp_path):
+    """Damage of tensors is not looked for, but no file may be missing, and what is read is checked."""
+    holder = json.loads((saved / files.INDEX).read_text())["contents"]["objects"]["values"]["file"]
+    with pytest.raises(FileNotFoundError, match="read_extra: path must hold a checkpoint"):
+        read_extra(tmp_path / "nothing")
+    for file in saved.glob("data-*/*"):
+        data = file.read_bytes()
+        changed = bytearray(data)
+        changed[len(data) // 2] ^= 1
+        file.write_bytes(changed)
+        if file.name == holder:
+            with pytest.raises(ValueError, match=f"read_extra: .*{file.name} is damaged"):
+                read_extra(saved)
+        else:
+            assert read_extra(saved)["step"] == 2
+        file.unlink()
+        with pytest.raises(ValueError, match=f"{file.name} is missing"):
+            read_extra(saved)
+        file.write_bytes(data)
+    torch.save({"extra": 3}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="must be a file of merge_checkpoint"):
+        read_extra(tmp_path / "other.pt")
 
 
 class WithState(nn.Linear):

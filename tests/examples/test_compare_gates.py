@@ -74,7 +74,7 @@ def test_table_and_picture(run, tmp_path):
     assert "(a) not causal" in text
     assert "(b)" not in text
     assert (tmp_path / "out" / "compare_gates.png").read_bytes().startswith(b"\x89PNG")
-    assert not list((tmp_path / "out" / "runs").glob("*.pt"))
+    assert not list((tmp_path / "out" / "runs").glob("*-checkpoint"))
 
 
 def test_finished_runs_are_kept(run, tmp_path, monkeypatch):
@@ -113,7 +113,7 @@ def test_ctrl_c_goes_on_in_the_middle(run, tmp_path, monkeypatch):
     code, stdout, _ = run("--gates", "naive")
     assert code == 130
     assert "the same command goes on" in stdout
-    assert (tmp_path / "out" / "runs" / "naive-0.pt").exists()
+    assert (tmp_path / "out" / "runs" / "naive-0-checkpoint").exists()
     monkeypatch.setattr(Trainer, "run", real)
     assert run("--gates", "naive")[0] == 0
     got = json.loads((tmp_path / "out" / "runs" / "naive-0.json").read_text())

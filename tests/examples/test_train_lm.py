@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import signal
 import subprocess
@@ -18,14 +19,15 @@ for package in PACKAGES:
     pytest.importorskip(package, reason="needs the extra `examples`")
 
 import train_lm  # noqa: E402
-from lm.checkpoint import save_checkpoint  # noqa: E402
+from lm.checkpoint import is_saved  # noqa: E402
 from lm.data import Batches, load_corpus, order0_entropy  # noqa: E402
 from lm.errors import UsageError  # noqa: E402
 from lm.gates import GATES  # noqa: E402
 from lm.model import BIAS_SPEED, GPT, ModelConfig  # noqa: E402
-from train_lm_cases import ROOT, SCRIPT, read_metrics  # noqa: E402
+from train_lm_cases import ROOT, SCRIPT, read_checkpoint, read_metrics  # noqa: E402
 
 import moeops  # noqa: E402
+from moeops.distributed import save_checkpoint  # noqa: E402
 
 
 def test_compiled_run_learns(text, tmp_path):
@@ -57,7 +59,11 @@ def test_compiled_run_learns(text, tmp_path):
         r"bits/byte, [\d,]+ tokens/s, expert load \d+% to \d+%", result.stderr
     )  # the progress bar
     assert (out / "train_lm.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(p.name for p in out.iterdir()) == ["metrics.json", "moe.pt", "train_lm.png"]
+    assert sorted(p.name for p in out.iterdir()) == [
+        "metrics.json",
+        "moe-checkpoint",
+        "train_lm.png",
+    ]
 
 
 def test_compare_dense(quick, tmp_path):
@@ -149,7 +155,7 @@ def test_help_names_gates_that_see_the_future(capsys):
 def test_deepseek_moves_its_bias_each_step(quick, tmp_path):
     code, _, stderr = quick("--gate", "deepseek", "--steps", "6")
     assert code == 0, stderr
-    state = torch.load(tmp_path / "out" / "moe.pt", weights_only=True)
+    state = read_checkpoint(tmp_path / "out" / "moe-checkpoint")
     biases = [v for k, v in find_tensors(state) if k.endswith("selection_bias")]
     loads = [v for k, v in find_tensors(state) if k.endswith("gate.loads")]
     assert len(biases) == len(loads) == 2
@@ -214,13 +220,15 @@ def test_ctrl_c_saves_and_resume_gives_the_uninterrupted_run(text, quick, tmp_pa
         text=True,
     )
     deadline = time.monotonic() + 120
-    while not (out / "moe.pt").exists() and time.monotonic() < deadline:  # written first at step 20
+    while (
+        not is_saved(out / "moe-checkpoint") and time.monotonic() < deadline
+    ):  # written first at step 20
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
     assert "stopped by Ctrl-C and saved" in stdout
-    state = torch.load(out / "moe.pt", weights_only=True)
+    state = read_checkpoint(out / "moe-checkpoint")
     assert 20 <= state["step"] < 60
     assert len(state["history"]["train"]) == state["step"]
     assert not read_metrics(out)["runs"]["moe"]["finished"]
@@ -242,21 +250,24 @@ def test_stopped_comparison_goes_on(quick, tmp_path):
     assert len(read_metrics(tmp_path / "out")["runs"]["dense"]["train"]) == 30
 
 
-def test_checkpoint_is_weights_only_and_replaced_whole(tmp_path, monkeypatch):
-    path = tmp_path / "checkpoint.pt"
-    save_checkpoint(path, {"step": 1, "model": {"w": torch.ones(3)}})
-    before = path.read_bytes()
-    assert torch.load(path, weights_only=True)["step"] == 1
+def test_a_checkpoint_is_replaced_whole(quick, tmp_path, monkeypatch):
+    """A run that fails while it saves leaves the checkpoint of before, from which another goes on."""
+    assert quick("--steps", "40", "--eval-every", "20")[0] == 0
+    folder = tmp_path / "out" / "moe-checkpoint"
+    before = (folder / "checkpoint.json").read_bytes()
 
-    def fail(state, file):
-        file.write(b"half a file")
+    def fail(*args):
         raise OSError("disk full")
 
-    monkeypatch.setattr(torch, "save", fail)
+    monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
-        save_checkpoint(path, {"step": 2})
-    assert path.read_bytes() == before
-    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
+        quick("--steps", "40", "--eval-every", "20")
+    monkeypatch.undo()
+    assert (folder / "checkpoint.json").read_bytes() == before
+    assert len(list(folder.glob("data-*"))) == 1
+    code, stdout, stderr = quick("--steps", "40", "--resume")
+    assert code == 0, stderr
+    assert "resumed at step 40" in stdout
 
 
 def test_files_are_held_out_whole(text):
@@ -343,12 +354,21 @@ def test_other_checkpoints_are_refused(quick, tmp_path):
     code, _, stderr = quick("--steps", "1", "--resume", "--d-hidden", "64")
     assert code == 2
     assert "got d_hidden = 64 where" in stderr
-    assert "moe.pt has 32" in stderr
-    (tmp_path / "out" / "moe.pt").write_bytes(b"nonsense")
+    assert "moe-checkpoint has 32" in stderr
+    folder = tmp_path / "out" / "moe-checkpoint"
+    data = next(folder.glob("data-*/*.distcp"))
+    whole = data.read_bytes()
+    data.write_bytes(whole[:-8])
     code, _, stderr = quick("--steps", "1", "--resume")
     assert code == 2
     assert "--resume must find a readable checkpoint" in stderr
-    torch.save({"weights": torch.ones(1)}, tmp_path / "out" / "moe.pt")
+    assert data.name in stderr
+    data.write_bytes(whole)
+    (folder / "checkpoint.json").write_bytes(b"nonsense")
+    code, _, stderr = quick("--steps", "1", "--resume")
+    assert code == 2
+    assert "--resume must find a readable checkpoint" in stderr
+    save_checkpoint(folder, torch.nn.Linear(2, 2), extra={"step": 1})
     code, _, stderr = quick("--steps", "1", "--resume")
     assert code == 2
     assert "--resume must find a checkpoint of train_lm.py" in stderr

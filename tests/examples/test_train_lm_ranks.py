@@ -15,9 +15,10 @@ import torch
 for package in ("matplotlib", "numpy", "tqdm"):  # the extra "examples"
     pytest.importorskip(package, reason="needs the extra `examples`")
 
+from lm.checkpoint import is_saved  # noqa: E402
 from lm.errors import UsageError  # noqa: E402
 from lm.parallel import Ranks, check_shares  # noqa: E402
-from train_lm_cases import SCRIPT, read_metrics  # noqa: E402
+from train_lm_cases import SCRIPT, read_checkpoint, read_metrics  # noqa: E402
 
 # In bits per byte, over 60 steps in float32: sums in another order make differences of 1e-6 in the first steps. It
 # holds for gates that neither draw random numbers nor limit experts by the tokens of their own rank.
@@ -55,14 +56,16 @@ def test_two_ranks_stop_and_resume_and_train_what_one_rank_trains(text, quick, t
         text=True,
     )
     deadline = time.monotonic() + 120
-    while not (out / "moe.pt").exists() and time.monotonic() < deadline:  # written first at step 20
+    while (
+        not is_saved(out / "moe-checkpoint") and time.monotonic() < deadline
+    ):  # written first at step 20
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode != 0
     assert "2 ranks, experts divided, each in 2 shards" in stdout, stderr
     assert stdout.count("stopped by Ctrl-C and saved") == 1, stderr
-    state = torch.load(out / "moe.pt", weights_only=True)
+    state = read_checkpoint(out / "moe-checkpoint")
     assert 20 <= state["step"] < 60
     whole = {name: x.shape for name, x in state["model"].items()}
     assert whole["blocks.0.mlp.experts.w_up"] == (4, 64, 32)  # the whole layer
@@ -108,7 +111,8 @@ def test_ranks_train_what_one_rank_trains(text, quick, tmp_path, num_ranks, opti
     )
     assert result.returncode == 0, result.stderr
     assert_same_curves(tmp_path / "many", tmp_path / "one")
-    models = [torch.load(tmp_path / each / "moe.pt")["model"] for each in ("many", "one")]
+    folders = (tmp_path / each / "moe-checkpoint" for each in ("many", "one"))
+    models = [read_checkpoint(folder)["model"] for folder in folders]
     assert models[0].keys() == models[1].keys()
     for name, value in models[0].items():
         # Steps are about 3e-3, whatever the gradient: one that is almost zero may have the other sign.
@@ -118,7 +122,7 @@ def test_ranks_train_what_one_rank_trains(text, quick, tmp_path, num_ranks, opti
     assert all(dropped == [0.0] * len(dropped) for _, dropped in metrics["dropped"])
     assert sorted(p.name for p in (tmp_path / "many").iterdir()) == [
         "metrics.json",
-        "moe.pt",
+        "moe-checkpoint",
         "train_lm.png",
     ]
 

@@ -32,7 +32,7 @@ from moeops.distributed.checkpoint.ranks import (
 from moeops.distributed.checkpoint.sources import VALUES, Folder, explain_dcp, open_source
 from moeops.distributed.checkpoint.state import LocalState, ModelState, Piece
 
-__all__ = ["load_checkpoint", "merge_checkpoint", "save_checkpoint"]
+__all__ = ["load_checkpoint", "merge_checkpoint", "read_extra", "save_checkpoint"]
 
 LAYOUTS = ("fused", "per_expert")
 
@@ -206,6 +206,30 @@ def load_checkpoint(
 
     everywhere(op, everyone(), finish)
     return values["extra"]
+
+
+def read_extra(path: str | os.PathLike[str]) -> Any:
+    """Read what ``save_checkpoint`` saved as ``extra``, without a model: to build one by it, or to look at the step.
+
+    Every rank calls it; rank 0 reads, and all get its answer.
+
+    Args:
+        path: the folder, or a merged file.
+
+    Returns:
+        ``extra`` as it was saved, its tensors on the CPU.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.  ValueError: a file is missing, or the one that holds ``extra`` is
+        damaged, and is named.  RuntimeError: reading failed on rank 0.
+    """
+    op = "read_extra"
+
+    def read() -> Any:
+        source = open_source(op, Path(path))
+        return None if source is None else source.extra(op)
+
+    return everywhere(op, everyone(), read)[0]
 
 
 def merge_checkpoint(

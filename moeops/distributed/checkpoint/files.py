@@ -109,8 +109,10 @@ def read_index(op: str, path: Path) -> dict[str, Any]:
     return contents
 
 
-def check_files(op: str, path: Path, index: dict[str, Any], first: int, step: int) -> None:
-    """Compare sizes of all files of a checkpoint, and digests of every ``step``-th, with the index."""
+def check_files(
+    op: str, path: Path, index: dict[str, Any], first: int, step: int, only: str | None = None
+) -> None:
+    """Compare sizes of all files of a checkpoint, and digests of every ``step``-th or of one, with the index."""
     chunks = [chunk for entry in index["tensors"].values() for chunk in entry["chunks"]]
     named = {place["file"] for place in (*chunks, *index["objects"].values())}
     if not named <= index["files"].keys():
@@ -130,7 +132,8 @@ def check_files(op: str, path: Path, index: dict[str, Any], first: int, step: in
             raise ValueError(
                 f"{op}: {file} is damaged: it must have {expected['bytes']} bytes, got {size}. Load another checkpoint."
             )
-        if number % step == first and digest_of(file) != expected:
+        chosen = number % step == first if only is None else name == only
+        if chosen and digest_of(file) != expected:
             raise ValueError(
                 f"{op}: {file} is damaged: it does not fit its digest. Load another checkpoint."
             )

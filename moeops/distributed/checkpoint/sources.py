@@ -42,6 +42,9 @@ class Source(Protocol):
     def read(self, op: str, wanted: dict[str, list[Piece]]) -> dict[str, Any]:
         """Fill tensors; return the values that are none."""
 
+    def extra(self, op: str) -> Any:
+        """Read what was saved as ``extra`` in this process alone, and find damage there."""
+
 
 @contextlib.contextmanager
 def explain_dcp(op: str, path: Path) -> Iterator[None]:
@@ -104,6 +107,12 @@ class Folder:
             )
         return state[VALUES]
 
+    def extra(self, op: str) -> Any:
+        """Read ``extra`` from the one file that holds it."""
+        file = self.index["objects"][VALUES]["file"]
+        files.check_files(op, self.path, self.index, 0, 1, only=file)
+        return self.read(op, {}, alone=True)["extra"]
+
 
 class File:
     """A merged checkpoint."""
@@ -130,8 +139,12 @@ class File:
                 f"{op}: {self.path} is damaged: {bad} does not fit its checksum. Load another checkpoint."
             )
 
-    def fit(self, op: str, state: ModelState) -> None:
-        """Open the file and name its tensors as the model does."""
+    def extra(self, op: str) -> Any:
+        """Read ``extra``; the tensors are only mapped."""
+        self.check(op, 0, 1)
+        return self._contents(op)["extra"]
+
+    def _contents(self, op: str) -> dict[str, Any]:
         merged = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
         if not isinstance(merged, dict) or (merged.get("format"), merged.get("version")) != (
             files.FORMAT,
@@ -141,6 +154,11 @@ class File:
                 f"{op}: path must be a file of merge_checkpoint, version {files.VERSION}, got {self.path}. Load other "
                 "files with torch.load."
             )
+        return merged
+
+    def fit(self, op: str, state: ModelState) -> None:
+        """Open the file and name its tensors as the model does."""
+        merged = self._contents(op)
         self.parts: layouts.Parts = {f"model/{name}": [t] for name, t in merged["model"].items()}
         groups, optimizer = None, merged["optimizer"]
         if optimizer is not None:
