@@ -328,4 +328,8 @@ inline Tensor as_contiguous(const Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 
+inline std::optional<Tensor> contiguous_or_none(const std::optional<Tensor>& t) {
+  return t ? std::optional<Tensor>(as_contiguous(*t)) : t;
+}
+
 }  // namespace moeops

@@ -26,25 +26,11 @@ const acc_t* data_or_null(const std::optional<Tensor>& t) {
   return t ? static_cast<const acc_t*>(t->const_data_ptr()) : nullptr;
 }
 
-std::optional<Tensor> dense(const std::optional<Tensor>& t) {
-  return t ? std::optional<Tensor>(as_contiguous(*t)) : t;
-}
-
 // A vector or a scalar of any float type in the accumulate type of the logits.
 std::optional<Tensor> prepared(const std::optional<Tensor>& t, const Tensor& logits) {
   const ScalarType acc = accumulate_type(logits.scalar_type());
-  return t && t->scalar_type() != acc ? dense(torch::stable::to(*t, acc)) : dense(t);
-}
-
-// Loads a token's logits; whether all of them are finite.
-template <typename scalar_t>
-bool load_row(const scalar_t* row, int64_t num_experts, accumulate_t<scalar_t>* z) {
-  bool finite = true;
-  for (int64_t e = 0; e < num_experts; ++e) {
-    z[e] = static_cast<accumulate_t<scalar_t>>(row[e]);
-    finite &= std::abs(z[e]) <= std::numeric_limits<accumulate_t<scalar_t>>::max();
-  }
-  return finite;
+  return t && t->scalar_type() != acc ? contiguous_or_none(torch::stable::to(*t, acc))
+                                      : contiguous_or_none(t);
 }
 
 // The outputs of a route with K slots: weights, sums, loss, ids and counts. route(t, row, scratch,
@@ -123,7 +109,7 @@ std::vector<acc_t> sum_gradients(const std::optional<Tensor>& grad_sums,
                                  int64_t num_tokens) {
   const auto num_experts = static_cast<int64_t>(counts.numel());
   std::vector<acc_t> wanted(num_experts, acc_t(0));
-  if (const std::optional<Tensor> given = dense(grad_sums)) {
+  if (const std::optional<Tensor> given = contiguous_or_none(grad_sums)) {
     const auto* data = static_cast<const acc_t*>(given->const_data_ptr());
     std::copy(data, data + num_experts, wanted.begin());
   }
@@ -139,9 +125,6 @@ std::vector<acc_t> sum_gradients(const std::optional<Tensor>& grad_sums,
   }
   return wanted;
 }
-
-// --- topk_route_balance
-// ---------------------------------------------------------------------------
 
 // One divisor of all logits; 1 if there is none.
 template <typename acc_t>
@@ -176,24 +159,28 @@ Outputs topk_route_balance(const Tensor& logits, const std::optional<Tensor>& bi
     const acc_t* biases = bias ? bias_values.data() : nullptr;
     const acc_t* drawn = data_or_null<acc_t>(draws);
     const acc_t heat = read_temperature<acc_t>(kOp, divisor);
-    route_all<scalar_t>(kOp, source, num_counted, outputs,
-                        [&](int64_t t, const scalar_t*, acc_t* z, int32_t* order, acc_t* weights,
-                            int64_t* ids, acc_t* sums) {
-                          if (divisor) {
-                            for (int64_t e = 0; e < num_experts; ++e) z[e] /= heat;
-                          }
-                          RouteScratch<acc_t> scratch;
-                          scratch.scores = z + num_experts;
-                          scratch.choice = z + 2 * num_experts;
-                          scratch.worth = z + 3 * num_experts;
-                          scratch.order = order;
-                          route_token<acc_t>(options, z, biases, drawn ? drawn + t : nullptr,
-                                             num_experts, scratch, weights, ids);
-                          with_score(score, [&](auto sigmoid) {
-                            add_shares(sigmoid, z, scratch.choice, scratch.scores, sums,
-                                       num_experts);
-                          });
-                        });
+    route_all<scalar_t>(
+        kOp, source, num_counted, outputs,
+        [&](int64_t t, const scalar_t*, acc_t* z, int32_t* order, acc_t* weights, int64_t* ids,
+            acc_t* sums) {
+          if (divisor) {
+            for (int64_t e = 0; e < num_experts; ++e) z[e] /= heat;
+          }
+          RouteScratch<acc_t> scratch;
+          scratch.scores = z + num_experts;
+          scratch.choice = z + 2 * num_experts;
+          scratch.worth = z + 3 * num_experts;
+          scratch.order = order;
+          const bool has_scores = route_token<acc_t>(
+              options, z, biases, drawn ? drawn + t : nullptr, num_experts, scratch, weights, ids);
+          if (has_scores && options.score == Score::kSoftmax) {
+            for (int64_t e = 0; e < num_experts; ++e) sums[e] += scratch.scores[e];
+            return;
+          }
+          with_score(score, [&](auto sigmoid) {
+            add_shares(sigmoid, z, scratch.choice, scratch.scores, sums, num_experts);
+          });
+        });
   });
   return outputs;
 }
@@ -212,7 +199,7 @@ Tensor topk_route_balance_backward(const std::optional<Tensor>& grad_topk_weight
   const int64_t num_tokens = logits.size(0), num_experts = logits.size(1);
   const RouteOptions options{topk_ids.size(1), parse_score(kOp, score), renormalize, scale, 1, 1};
   const Tensor source = as_contiguous(logits), ids = as_contiguous(topk_ids);
-  const std::optional<Tensor> weight_grads = dense(grad_topk_weights),
+  const std::optional<Tensor> weight_grads = contiguous_or_none(grad_topk_weights),
                               divisor = prepared(temperature, logits);
   Tensor grad_logits = torch::stable::new_empty(logits, logits.sizes());
   if (grad_logits.numel() == 0) return grad_logits;
@@ -261,19 +248,6 @@ Tensor topk_route_balance_backward(const std::optional<Tensor>& grad_topk_weight
   return grad_logits;
 }
 
-// --- prototype_route
-// ------------------------------------------------------------------------------
-
-// shares [size] become the softmax of z [size]; returns the first of the best.
-template <typename acc_t>
-int64_t softmax_of(const acc_t* z, int64_t size, acc_t* shares) {
-  const int64_t best = std::max_element(z, z + size) - z;
-  acc_t sum = 0;
-  for (int64_t i = 0; i < size; ++i) sum += shares[i] = std::exp(z[i] - z[best]);
-  for (int64_t i = 0; i < size; ++i) shares[i] /= sum;
-  return best;
-}
-
 Outputs prototype_route(const Tensor& logits, int64_t num_prototypes) {
   constexpr const char* kOp = "prototype_route";
   check_prototypes(kOp, logits, num_prototypes);
@@ -287,7 +261,9 @@ Outputs prototype_route(const Tensor& logits, int64_t num_prototypes) {
                             int64_t* ids, acc_t* sums) {
                           acc_t* shares = z + num_experts;
                           for (int64_t g = 0; g < num_prototypes; ++g) {
-                            ids[g] = g * size + softmax_of(z + g * size, size, shares + g * size);
+                            const acc_t* own = z + g * size;
+                            softmax_row(own, shares + g * size, size);
+                            ids[g] = std::max_element(own, own + size) - z;
                             weights[g] = shares[ids[g]];
                           }
                           for (int64_t e = 0; e < num_experts; ++e) sums[e] += shares[e];
@@ -308,7 +284,7 @@ Tensor prototype_route_backward(const std::optional<Tensor>& grad_topk_weights,
   const int64_t num_tokens = logits.size(0), num_experts = logits.size(1);
   const int64_t groups = topk_ids.size(1), size = num_experts / groups;
   const Tensor source = as_contiguous(logits), ids = as_contiguous(topk_ids);
-  const std::optional<Tensor> weight_grads = dense(grad_topk_weights);
+  const std::optional<Tensor> weight_grads = contiguous_or_none(grad_topk_weights);
   Tensor grad_logits = torch::stable::new_empty(logits, logits.sizes());
   if (grad_logits.numel() == 0) return grad_logits;
   const auto* id_data = static_cast<const int64_t*>(ids.const_data_ptr());
@@ -328,7 +304,7 @@ Tensor prototype_route_backward(const std::optional<Tensor>& grad_topk_weights,
         load_row(data + t * num_experts, num_experts, z);
         for (int64_t g = 0; g < groups; ++g) {
           const int64_t first = g * size, chosen = id_data[t * groups + g];
-          softmax_of(z + first, size, shares + first);
+          softmax_row(z + first, shares + first, size);
           const auto grad_of = [&](int64_t e) {
             return wanted[e] + (given && e == chosen ? given[t * groups + g] : acc_t(0));
           };
@@ -343,9 +319,6 @@ Tensor prototype_route_backward(const std::optional<Tensor>& grad_topk_weights,
   });
   return grad_logits;
 }
-
-// --- relu_route
-// -----------------------------------------------------------------------------------
 
 Outputs relu_route(const Tensor& logits) {
   constexpr const char* kOp = "relu_route";
@@ -380,7 +353,7 @@ Tensor relu_route_backward(const std::optional<Tensor>& grad_topk_weights,
                       tokens_per_expert);
   const int64_t num_tokens = logits.size(0), num_experts = logits.size(1);
   const Tensor source = as_contiguous(logits);
-  const std::optional<Tensor> weight_grads = dense(grad_topk_weights);
+  const std::optional<Tensor> weight_grads = contiguous_or_none(grad_topk_weights);
   Tensor grad_logits = torch::stable::new_empty(logits, logits.sizes());
   if (grad_logits.numel() == 0) return grad_logits;
   MOEOPS_DISPATCH_FLOAT(logits.scalar_type(), kOp, [&] {

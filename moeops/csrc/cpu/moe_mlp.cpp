@@ -203,10 +203,6 @@ class RowBuffers {
   bool split_;
 };
 
-std::optional<Tensor> contiguous_or_none(const std::optional<Tensor>& t) {
-  return t ? std::optional<Tensor>(as_contiguous(*t)) : t;
-}
-
 std::tuple<Tensor, Tensor> moe_mlp(const Tensor& x, const Tensor& topk_weights, const Tensor& w_up,
                                    const Tensor& w_down, const std::optional<Tensor>& b_up,
                                    const std::optional<Tensor>& b_down, const Tensor& row_to_pair,

@@ -24,30 +24,97 @@ struct NoisyToken {
   acc_t* noisy;
   acc_t* noise;
   acc_t* sigma;
+  acc_t* marks;  // what an expert's noisy logit has to exceed to be chosen
 
-  static constexpr int64_t kKinds = 4;
+  static constexpr int64_t kKinds = 5;
   NoisyToken(acc_t* scratch, int64_t num_experts)
       : clean(scratch),
         noisy(scratch + num_experts),
         noise(scratch + 2 * num_experts),
-        sigma(scratch + 3 * num_experts) {}
+        sigma(scratch + 3 * num_experts),
+        marks(scratch + 4 * num_experts) {}
 
-  // Whether all noisy logits are finite.
-  template <typename scalar_t>
-  bool load(const scalar_t* clean_row, const scalar_t* spread_row, const scalar_t* noise_row,
-            int64_t num_experts, acc_t min_noise) const {
-    bool finite = true;
-    for (int64_t e = 0; e < num_experts; ++e) {
-      const acc_t spread = static_cast<acc_t>(spread_row[e]);
-      clean[e] = static_cast<acc_t>(clean_row[e]);
-      noise[e] = static_cast<acc_t>(noise_row[e]);
-      sigma[e] = std::max(spread, acc_t(0)) + std::log1p(std::exp(-std::abs(spread))) + min_noise;
-      noisy[e] = clean[e] + noise[e] * sigma[e];
-      finite &= std::abs(noisy[e]) <= std::numeric_limits<acc_t>::max();
-    }
-    return finite;
+  // The last chosen logit for the experts that were left out, the first that was left out for the
+  // others.
+  void set_marks(const acc_t let_in, const acc_t left_out, int64_t num_experts) {
+    std::fill(marks, marks + num_experts, let_in);
+    left_out_ = left_out;
   }
+  template <typename id_t>
+  void mark_chosen(const id_t* ids, int64_t top_k) {
+    for (int64_t k = 0; k < top_k; ++k) marks[ids[k]] = left_out_;
+  }
+
+ private:
+  acc_t left_out_ = 0;
 };
+
+// Fills all but the marks; whether all noisy logits are finite.
+template <typename scalar_t>
+MOEOPS_WIDEST_VECTORS bool load_token(const NoisyToken<accumulate_t<scalar_t>>& token,
+                                      const scalar_t* __restrict clean_row,
+                                      const scalar_t* __restrict spread_row,
+                                      const scalar_t* __restrict noise_row, int64_t num_experts,
+                                      accumulate_t<scalar_t> min_noise) {
+  using acc_t = accumulate_t<scalar_t>;
+  acc_t* __restrict clean = token.clean;
+  acc_t* __restrict noisy = token.noisy;
+  acc_t* __restrict noise = token.noise;
+  acc_t* __restrict sigma = token.sigma;
+  int32_t bad = 0;
+  for (int64_t e = 0; e < num_experts; ++e) {
+    clean[e] = static_cast<acc_t>(clean_row[e]);
+    noise[e] = static_cast<acc_t>(noise_row[e]);
+    sigma[e] = softplus(static_cast<acc_t>(spread_row[e])) + min_noise;
+    noisy[e] = clean[e] + noise[e] * sigma[e];
+    bad |= !(std::abs(noisy[e]) <= std::numeric_limits<acc_t>::max());
+  }
+  return bad == 0;
+}
+
+// Adds to each expert's load the probability that fresh noise lets the token choose it.
+template <typename acc_t>
+MOEOPS_WIDEST_VECTORS void add_loads(const NoisyToken<acc_t>& token, acc_t* __restrict loads,
+                                     int64_t num_experts) {
+  const acc_t* __restrict clean = token.clean;
+  const acc_t* __restrict sigma = token.sigma;
+  const acc_t* __restrict marks = token.marks;
+  for (int64_t e = 0; e < num_experts; ++e) {
+    loads[e] += normal_cdf((clean[e] - marks[e]) / sigma[e]);
+  }
+}
+
+// How fast the load rises with each clean logit, times the load's gradient, and the distance of the
+// logit to its mark in units of the noise.
+template <typename acc_t>
+MOEOPS_WIDEST_VECTORS void load_rises(const NoisyToken<acc_t>& token,
+                                      const acc_t* __restrict over_load, acc_t* __restrict rises,
+                                      acc_t* __restrict distances, int64_t num_experts) {
+  const acc_t* __restrict clean = token.clean;
+  const acc_t* __restrict sigma = token.sigma;
+  const acc_t* __restrict marks = token.marks;
+  for (int64_t e = 0; e < num_experts; ++e) {
+    distances[e] = (clean[e] - marks[e]) / sigma[e];
+    rises[e] = over_load[e] * normal_density(distances[e]) / sigma[e];
+  }
+}
+
+// Both gradients of a token from those of its noisy logits and from the load's own rises.
+template <typename scalar_t>
+MOEOPS_WIDEST_VECTORS void store_gradients(
+    scalar_t* __restrict grad_clean, scalar_t* __restrict grad_spread,
+    const NoisyToken<accumulate_t<scalar_t>>& token, const scalar_t* __restrict spread_row,
+    const accumulate_t<scalar_t>* __restrict grad, const accumulate_t<scalar_t>* __restrict rises,
+    const accumulate_t<scalar_t>* __restrict distances, int64_t num_experts) {
+  using acc_t = accumulate_t<scalar_t>;
+  const acc_t* __restrict noise = token.noise;
+  for (int64_t e = 0; e < num_experts; ++e) {
+    const acc_t logistic = sigmoid(static_cast<acc_t>(spread_row[e]));
+    grad_clean[e] = static_cast<scalar_t>(rises[e] + grad[e]);
+    grad_spread[e] =
+        static_cast<scalar_t>((grad[e] * noise[e] - rises[e] * distances[e]) * logistic);
+  }
+}
 
 // How much the squared coefficient of variation rises with a value: offset + slope * value.
 struct Variation {
@@ -103,11 +170,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> noisy_topk_route(cons
     std::vector<int32_t> orders(ranges.count() * num_experts);
     FirstError bad_logit;
     ranges.run([&](int64_t range, int64_t begin, int64_t end) {
-      const NoisyToken<acc_t> token(values.data() + range * kKinds * num_experts, num_experts);
+      NoisyToken<acc_t> token(values.data() + range * kKinds * num_experts, num_experts);
       int32_t* order = orders.data() + range * num_experts;
       for (int64_t t = begin * kTokensPerSum; t < std::min(num_tokens, end * kTokensPerSum); ++t) {
         const int64_t row = t * num_experts;
-        if (!token.load(clean_data + row, spread_data + row, noise_data + row, num_experts,
+        if (!load_token(token, clean_data + row, spread_data + row, noise_data + row, num_experts,
                         static_cast<acc_t>(min_noise))) {
           bad_logit.report(t);
           continue;
@@ -117,9 +184,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> noisy_topk_route(cons
         acc_t* loads = sums + num_experts;
         const acc_t top = token.noisy[order[0]], let_in = token.noisy[order[top_k - 1]];
         acc_t total = 0;
-        for (int64_t k = 0; k < top_k; ++k) total += std::exp(token.noisy[order[k]] - top);
+        for (int64_t k = 0; k < top_k; ++k) total += exponential(token.noisy[order[k]] - top);
         for (int64_t k = 0; k < top_k; ++k) {
-          const acc_t weight = std::exp(token.noisy[order[k]] - top) / total;
+          const acc_t weight = exponential(token.noisy[order[k]] - top) / total;
           weight_data[t * top_k + k] = weight;
           id_data[t * top_k + k] = order[k];
           sums[order[k]] += weight;
@@ -129,15 +196,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> noisy_topk_route(cons
           for (int64_t e = 0; e < num_experts; ++e) loads[e] += 1;
           continue;
         }
-        const acc_t left_out = token.noisy[order[top_k]];
-        std::sort(order, order + top_k);
-        for (int64_t e = 0, next = 0; e < num_experts; ++e) {
-          const bool in = next < top_k && order[next] == e;
-          next += in;
-          // Phi(x) is erfc(-x / sqrt(2)) / 2.
-          const acc_t distance = ((in ? left_out : let_in) - token.clean[e]) / token.sigma[e];
-          loads[e] += acc_t(0.5) * std::erfc(distance * acc_t(0.70710678118654752440));
-        }
+        token.set_marks(let_in, token.noisy[order[top_k]], num_experts);
+        token.mark_chosen(order, top_k);
+        add_loads(token, loads, num_experts);
       }
     });
     STD_TORCH_CHECK(!bad_logit.found(), kOp,
@@ -163,9 +224,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> noisy_topk_route(cons
 template <typename acc_t>
 std::vector<acc_t> sum_gradient(const std::optional<Tensor>& grad_sums,
                                 const std::optional<Tensor>& grad_loss, const Tensor& sums) {
-  const Tensor dense = as_contiguous(sums);
-  const auto* values = static_cast<const acc_t*>(dense.const_data_ptr());
-  const auto count = static_cast<int64_t>(dense.numel());
+  const Tensor source = as_contiguous(sums);
+  const auto* values = static_cast<const acc_t*>(source.const_data_ptr());
+  const auto count = static_cast<int64_t>(source.numel());
   std::vector<acc_t> wanted(count, acc_t(0));
   if (grad_loss) {
     const Variation along = variation(values, count);
@@ -215,13 +276,17 @@ std::tuple<Tensor, Tensor> noisy_topk_route_backward(
     auto* spread_target = static_cast<scalar_t*>(grad_spread.mutable_data_ptr());
     const Ranges ranges(num_tokens, grain_rows(num_experts));
     constexpr int64_t kKinds = NoisyToken<acc_t>::kKinds;
-    // Per range: the token, the gradient of its noisy logits, and which experts it chose.
-    std::vector<acc_t> values(ranges.count() * (kKinds + 2) * num_experts);
+    // Per range: the token, the gradient of its noisy logits, the powers of the chosen ones, the
+    // rises of its load and the distances to the marks.
+    constexpr int64_t kRows = kKinds + 4;
+    std::vector<acc_t> values(ranges.count() * kRows * num_experts);
     ranges.run([&](int64_t range, int64_t begin, int64_t end) {
-      acc_t* scratch = values.data() + range * (kKinds + 2) * num_experts;
-      const NoisyToken<acc_t> token(scratch, num_experts);
+      acc_t* scratch = values.data() + range * kRows * num_experts;
+      NoisyToken<acc_t> token(scratch, num_experts);
       acc_t* grad = scratch + kKinds * num_experts;
-      acc_t* chosen = grad + num_experts;
+      acc_t* powers = grad + num_experts;
+      acc_t* rises = powers + num_experts;
+      acc_t* distances = rises + num_experts;
       for (int64_t t = begin; t < end; ++t) {
         const int64_t row = t * num_experts;
         const int64_t* own_ids = id_data + t * top_k;
@@ -233,49 +298,42 @@ std::tuple<Tensor, Tensor> noisy_topk_route_backward(
           bad_token.report(t);
           continue;
         }
-        token.load(clean_data + row, spread_data + row, noise_data + row, num_experts,
+        load_token(token, clean_data + row, spread_data + row, noise_data + row, num_experts,
                    static_cast<acc_t>(min_noise));
-        std::fill(grad, grad + 2 * num_experts, acc_t(0));
+        std::fill(grad, grad + num_experts, acc_t(0));
         acc_t top = -std::numeric_limits<acc_t>::infinity(), total = 0, dot = 0;
         for (int64_t k = 0; k < top_k; ++k) top = std::max(top, token.noisy[own_ids[k]]);
         for (int64_t k = 0; k < top_k; ++k) {
           const int64_t e = own_ids[k];
-          chosen[e] = std::exp(token.noisy[e] - top);
-          total += chosen[e];
+          powers[e] = exponential(token.noisy[e] - top);
+          total += powers[e];
           grad[e] = (weight_grads ? weight_grads[t * top_k + k] : 0) + over_importance[e];
-          dot += chosen[e] * grad[e];
+          dot += powers[e] * grad[e];
         }
         for (int64_t k = 0; k < top_k; ++k) {
           const int64_t e = own_ids[k];
-          grad[e] = chosen[e] / total * (grad[e] - dot / total);
+          grad[e] = powers[e] / total * (grad[e] - dot / total);
         }
-        // The marks first: what the load takes from one expert's own logit it gives to them.
+        // The load depends on the marks, too: what it takes from one expert's own logit it gives to
+        // the logit that is its mark.
         const int64_t last = own_ids[top_k - 1], left = next_data[t];
-        const auto rise_of = [&](int64_t e, acc_t& distance) {
-          const acc_t mark = token.noisy[chosen[e] > 0 ? left : last];
-          distance = (token.clean[e] - mark) / token.sigma[e];
-          const acc_t density =
-              std::exp(acc_t(-0.5) * distance * distance) * acc_t(0.39894228040143267794);
-          return over_load[e] * density / token.sigma[e];
-        };
-        acc_t distance = 0;
-        // exp may round a chosen expert's weight to 0; its place among the chosen decides.
-        for (int64_t k = 0; k < top_k; ++k) {
-          chosen[own_ids[k]] = 1;
+        if (left >= 0) {
+          token.set_marks(token.noisy[last], token.noisy[left], num_experts);
+          token.mark_chosen(own_ids, top_k);
+          load_rises(token, over_load.data(), rises, distances, num_experts);
+          std::copy(rises, rises + num_experts, powers);
+          acc_t by_chosen = 0;
+          for (int64_t k = 0; k < top_k; ++k) {
+            by_chosen += powers[own_ids[k]];
+            powers[own_ids[k]] = 0;
+          }
+          grad[last] -= sum_of(powers, num_experts);
+          grad[left] -= by_chosen;
+        } else {
+          std::fill(rises, rises + 2 * num_experts, acc_t(0));
         }
-        acc_t to_last = 0, to_left = 0;
-        for (int64_t e = 0; left >= 0 && e < num_experts; ++e) {
-          (chosen[e] > 0 ? to_left : to_last) -= rise_of(e, distance);
-        }
-        grad[last] += to_last;
-        if (left >= 0) grad[left] += to_left;
-        for (int64_t e = 0; e < num_experts; ++e) {
-          const acc_t rise = left >= 0 ? rise_of(e, distance) : acc_t(0);
-          const acc_t logistic = 1 / (1 + std::exp(-static_cast<acc_t>(spread_data[row + e])));
-          clean_target[row + e] = static_cast<scalar_t>(rise + grad[e]);
-          spread_target[row + e] =
-              static_cast<scalar_t>((grad[e] * token.noise[e] - rise * distance) * logistic);
-        }
+        store_gradients(clean_target + row, spread_target + row, token, spread_data + row, grad,
+                        rises, distances, num_experts);
       }
     });
   });

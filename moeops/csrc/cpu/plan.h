@@ -30,7 +30,7 @@ struct Offsets {
 inline Offsets read_offsets(const char* op, const Tensor& offsets, const Tensor& like,
                             int64_t num_rows) {
   check_offsets(op, offsets, like);
-  Tensor holder = contiguous(offsets);
+  Tensor holder = as_contiguous(offsets);
   const auto* data = static_cast<const int32_t*>(holder.const_data_ptr());
   const int64_t num_experts = offsets.size(0) - 1;
   STD_TORCH_CHECK(data[0] == 0, op, ": expert_offsets must start with 0, got ", data[0],
@@ -63,8 +63,8 @@ struct Plan {
 inline Plan read_plan(const char* op, const Tensor& row_to_pair, const Tensor& pair_to_row,
                       const Tensor& expert_offsets, const Tensor& like) {
   check_plan(op, row_to_pair, pair_to_row, expert_offsets, like);
-  Plan plan{contiguous(row_to_pair),
-            contiguous(pair_to_row),
+  Plan plan{as_contiguous(row_to_pair),
+            as_contiguous(pair_to_row),
             nullptr,
             nullptr,
             read_offsets(op, expert_offsets, like, row_to_pair.numel()),

@@ -31,12 +31,7 @@ void route_kernel(accumulate_t<scalar_t>* weights, int64_t* ids, const scalar_t*
                                       orders.data() + range * num_experts};
     for (int64_t token = begin; token < end; ++token) {
       const scalar_t* source = logits + token * num_experts;
-      bool finite = true;
-      for (int64_t e = 0; e < num_experts; ++e) {
-        z[e] = static_cast<acc_t>(source[e]);
-        finite &= std::abs(z[e]) <= std::numeric_limits<acc_t>::max();
-      }
-      if (!finite) {
+      if (!load_row(source, num_experts, z)) {
         bad_logit.report(token);
         continue;
       }
@@ -97,9 +92,7 @@ void route_backward_kernel(scalar_t* grad_logits, const accumulate_t<scalar_t>* 
     acc_t* scores = z + num_experts;
     acc_t* grad = scores + num_experts;
     for (int64_t token = begin; token < end; ++token) {
-      for (int64_t e = 0; e < num_experts; ++e) {
-        z[e] = static_cast<acc_t>(logits[token * num_experts + e]);
-      }
+      load_row(logits + token * num_experts, num_experts, z);
       const int64_t first = token * options.top_k;
       const int64_t bad = route_token_grads(options, z, grad_weights + first, ids + first,
                                             num_experts, scores, grad);
@@ -158,7 +151,9 @@ void chosen_kernel(accumulate_t<scalar_t>* weights, const scalar_t* logits, cons
   const int64_t top_k = options.top_k;
   const bool over_all = options.score == Score::kSoftmax && !options.renormalize;
   const Ranges ranges(num_tokens, grain_rows(over_all ? num_experts : top_k));
-  ranges.run([&](int64_t, int64_t begin, int64_t end) {
+  std::vector<acc_t> values(over_all ? ranges.count() * num_experts : 0);  // per range: logits
+  ranges.run([&](int64_t range, int64_t begin, int64_t end) {
+    acc_t* z = values.data() + (over_all ? range * num_experts : 0);
     for (int64_t t = begin; t < end; ++t) {
       const scalar_t* row = logits + t * num_experts;
       acc_t* own = weights + t * top_k;
@@ -170,16 +165,17 @@ void chosen_kernel(accumulate_t<scalar_t>* weights, const scalar_t* logits, cons
         top = std::max(top, own[k]);
       }
       if (over_all) {
-        for (int64_t e = 0; e < num_experts; ++e) top = std::max(top, static_cast<acc_t>(row[e]));
-        for (int64_t e = 0; e < num_experts; ++e) sum += std::exp(static_cast<acc_t>(row[e]) - top);
+        load_row(row, num_experts, z);
+        top = largest_of(z, num_experts);
+        sum = softmax_powers(z, top, z, num_experts);
       }
       for (int64_t k = 0; k < top_k; ++k) {
         if (own[k] == kLowest) {
           own[k] = 0;
         } else if (options.score == Score::kSigmoid) {
-          own[k] = 1 / (1 + std::exp(-own[k]));
+          own[k] = sigmoid(own[k]);
         } else {
-          own[k] = std::exp(own[k] - top);
+          own[k] = exponential(own[k] - top);
         }
         if (!over_all) sum += own[k];
       }

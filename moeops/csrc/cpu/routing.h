@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "checks.h"
+#include "cpu/scores.h"
 #include "dispatch.h"
 
 namespace moeops::cpu {
@@ -27,13 +28,10 @@ inline Score parse_score(const char* op, const std::string& score) {
 template <typename acc_t>
 void compute_scores(Score score, const acc_t* logits, acc_t* scores, int64_t num_experts) {
   if (score == Score::kSigmoid) {
-    for (int64_t e = 0; e < num_experts; ++e) scores[e] = 1 / (1 + std::exp(-logits[e]));
-    return;
+    sigmoid_row(logits, scores, num_experts);
+  } else {
+    softmax_row(logits, scores, num_experts);
   }
-  const acc_t top = *std::max_element(logits, logits + num_experts);
-  acc_t sum = 0;
-  for (int64_t e = 0; e < num_experts; ++e) sum += scores[e] = std::exp(logits[e] - top);
-  for (int64_t e = 0; e < num_experts; ++e) scores[e] /= sum;
 }
 
 // The top_k ids by falling value, ties by lower id. `order` has room for every expert.
@@ -66,7 +64,7 @@ void mask_groups(acc_t* choice, int64_t num_experts, int64_t num_groups, int64_t
   const int64_t size = num_experts / num_groups;
   for (int64_t g = 0; g < num_groups; ++g) {
     if (by_sum) {
-      group_worth[g] = std::accumulate(choice + g * size, choice + (g + 1) * size, acc_t(0));
+      group_worth[g] = sum_of(choice + g * size, size);
       continue;
     }
     acc_t best = kOut, second = kOut;
@@ -121,9 +119,7 @@ void sample_last(const acc_t* z, int64_t num_experts, int64_t top_k, acc_t unifo
   for (int64_t k = 0; k + 1 < top_k; ++k) {
     powers[order[k]] = -std::numeric_limits<acc_t>::infinity();
   }
-  const acc_t top = *std::max_element(powers, powers + num_experts);
-  acc_t total = 0;
-  for (int64_t e = 0; e < num_experts; ++e) total += powers[e] = std::exp(powers[e] - top);
+  const acc_t total = softmax_powers(powers, largest_of(powers, num_experts), powers, num_experts);
   acc_t mass = 0;
   for (int64_t e = 0; e < num_experts; ++e) {
     if (powers[e] == 0) continue;
@@ -134,9 +130,10 @@ void sample_last(const acc_t* z, int64_t num_experts, int64_t top_k, acc_t unifo
 }
 
 // Chooses and weighs the experts of one token with finite logits `z`. `uniform`, if there is one,
-// samples the last choice. Dropped choices get id -1 and weight 0.
+// samples the last choice. Dropped choices get id -1 and weight 0. Returns whether scratch.scores
+// holds the scores of all experts.
 template <typename acc_t>
-void route_token(const RouteOptions& options, const acc_t* z, const acc_t* bias,
+bool route_token(const RouteOptions& options, const acc_t* z, const acc_t* bias,
                  const acc_t* uniform, int64_t num_experts, const RouteScratch<acc_t>& scratch,
                  acc_t* weights, int64_t* ids) {
   const auto [scores, choice, worth, order] = scratch;
@@ -161,19 +158,20 @@ void route_token(const RouteOptions& options, const acc_t* z, const acc_t* bias,
   }
   select_top(all_free ? z : choice, num_experts, top_k, order);
   const bool limited = options.top_p < 1 || options.min_score > 0;
-  if (by_logit) {
-    const acc_t top = all_free ? z[order[0]] : *std::max_element(z, z + num_experts);
+  // Scores of a group that is far below another one may be zero; renormalised ones are not.
+  const bool has_scores = !all_free && (!by_logit || !options.renormalize || limited);
+  if (!has_scores) {
+    const acc_t top = all_free ? z[order[0]] : largest_of(z, num_experts);
     if (uniform) sample_last(z, num_experts, top_k, *uniform, choice, order);
     // A renormalised softmax may leave out the common divisor, unless its scores are compared.
     acc_t divisor = 1, shift = options.renormalize && !limited ? z[order[0]] : top;
     if (options.score == Score::kSoftmax && (!options.renormalize || limited)) {
-      divisor = 0;
-      for (int64_t e = 0; e < num_experts; ++e) divisor += std::exp(z[e] - top);
+      divisor = softmax_powers(z, top, choice, num_experts);
     }
     for (int64_t k = 0; k < top_k; ++k) {
       const acc_t own = z[order[k]];
-      scores[order[k]] = options.score == Score::kSigmoid ? 1 / (1 + std::exp(-own))
-                                                          : std::exp(own - shift) / divisor;
+      scores[order[k]] =
+          options.score == Score::kSigmoid ? sigmoid(own) : exponential(own - shift) / divisor;
     }
   }
   acc_t sum = 0;
@@ -194,6 +192,7 @@ void route_token(const RouteOptions& options, const acc_t* z, const acc_t* bias,
     weights[k] = k < kept ? scores[order[k]] / sum * static_cast<acc_t>(options.scale) : acc_t(0);
     ids[k] = k < kept ? order[k] : -1;
   }
+  return has_scores;
 }
 
 // The gradient of one token's weights with respect to its logits `z`; pairs with id -1 have none.

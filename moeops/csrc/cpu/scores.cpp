@@ -93,6 +93,22 @@ Tensor score_sums_backward(const Tensor& grad_sums, const Tensor& logits,
   return out;
 }
 
+// The sum of what the probabilities have above `bound`; `above` is raised by their number.
+template <typename acc_t>
+MOEOPS_WIDEST_VECTORS acc_t excess_of(const acc_t* probs, int64_t count, acc_t bound,
+                                      int64_t& above) {
+  acc_t sum = 0;
+  int32_t number = 0;
+#pragma omp simd reduction(+ : sum, number)
+  for (int64_t e = 0; e < count; ++e) {
+    const bool below = probs[e] <= bound;  // NaN is not
+    sum += below ? acc_t(0) : probs[e] - bound;
+    number += below ? 0 : 1;
+  }
+  above += number;
+  return sum;
+}
+
 // One token of alignment_sum: probabilities in `probs`, and what the experts outside the group of
 // the first choice have above the last one.
 template <typename acc_t>
@@ -101,28 +117,28 @@ struct Excess {
   int64_t above = 0;
   int64_t first = -1, last = -1;  // -1: dropped
   int64_t group_size = 1;
+  int64_t group_begin = 0, group_end = 0;  // of the first choice
 
   bool has(const acc_t* probs, int64_t e) const {
-    return e / group_size != first / group_size && !(probs[e] <= probs[last]);
+    return (e < group_begin || e >= group_end) && !(probs[e] <= probs[last]);
   }
 
   template <typename scalar_t>
   void find(const scalar_t* logits, const int64_t* ids, int64_t top_k, int64_t num_experts,
             acc_t* z, acc_t* probs) {
-    for (int64_t e = 0; e < num_experts; ++e) z[e] = static_cast<acc_t>(logits[e]);
-    const acc_t factor =
-        1 / score_powers(std::false_type{}, z, probs, static_cast<acc_t*>(nullptr), num_experts);
-    for (int64_t e = 0; e < num_experts; ++e) probs[e] *= factor;
+    load_row(logits, num_experts, z);
+    softmax_row(z, probs, num_experts);
     first = ids[0];
     last = ids[top_k - 1];
     sum = 0;
     above = 0;
     if (first < 0 || last < 0) return;
-    for (int64_t e = 0; e < num_experts; ++e) {
-      if (!has(probs, e)) continue;
-      sum += probs[e] - probs[last];
-      ++above;
-    }
+    group_begin = first / group_size * group_size;
+    group_end = group_begin + group_size;
+    const int64_t begin = std::min(group_begin, num_experts),
+                  end = std::min(group_end, num_experts);
+    sum = excess_of(probs, begin, probs[last], above) +
+          excess_of(probs + end, num_experts - end, probs[last], above);
   }
 };
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <limits>
 #include <string>
@@ -71,6 +72,43 @@ inline acc_t score_powers(Sigmoid, const acc_t* __restrict z, acc_t* __restrict 
     for (int64_t e = 0; e < num_experts; ++e) powers[e] = exponential(z[e] - top);
   }
   return sum_of(powers, num_experts);
+}
+
+// powers[e] = exp(z[e] - top), whose sum is returned; `powers` may be `z`.
+template <typename acc_t>
+MOEOPS_WIDEST_VECTORS acc_t softmax_powers(const acc_t* z, acc_t top, acc_t* powers,
+                                           int64_t count) {
+  for (int64_t e = 0; e < count; ++e) powers[e] = exponential(z[e] - top);
+  return sum_of(powers, count);
+}
+
+// shares = softmax(z).
+template <typename acc_t>
+MOEOPS_WIDEST_VECTORS void softmax_row(const acc_t* __restrict z, acc_t* __restrict shares,
+                                       int64_t count) {
+  const acc_t top = largest_of(z, count);
+  for (int64_t e = 0; e < count; ++e) shares[e] = exponential(z[e] - top);
+  const acc_t sum = sum_of(shares, count);
+  for (int64_t e = 0; e < count; ++e) shares[e] /= sum;
+}
+
+template <typename acc_t>
+MOEOPS_WIDEST_VECTORS void sigmoid_row(const acc_t* __restrict z, acc_t* __restrict scores,
+                                       int64_t count) {
+  for (int64_t e = 0; e < count; ++e) scores[e] = sigmoid(z[e]);
+}
+
+// Loads a token's logits; whether all of them are finite.
+template <typename scalar_t>
+MOEOPS_WIDEST_VECTORS bool load_row(const scalar_t* __restrict row, int64_t num_experts,
+                                    accumulate_t<scalar_t>* __restrict z) {
+  using acc_t = accumulate_t<scalar_t>;
+  int32_t bad = 0;
+  for (int64_t e = 0; e < num_experts; ++e) {
+    z[e] = static_cast<acc_t>(row[e]);
+    bad |= !(std::abs(z[e]) <= std::numeric_limits<acc_t>::max());
+  }
+  return bad == 0;
 }
 
 template <typename Sigmoid, typename scalar_t>
