@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from processes import Ranks, start_rank
 from torch import nn
 
 from moeops import FMoE, FMoETransformerMLP
@@ -26,6 +25,7 @@ from moeops.distributed import (
     save_checkpoint,
 )
 from moeops.distributed.checkpoint import files
+from processes import Ranks, start_rank
 
 E, D, H = 4, 6, 5
 SHARDED_H = 4

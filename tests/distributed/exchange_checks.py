@@ -8,7 +8,6 @@ import re
 import pytest
 import torch
 import torch.distributed as dist
-from processes import Ranks
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -16,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moeops.comm.exchange import Exchange, all_to_all_rows, exchange_counts
 from moeops.distributed import all_gather_counts, all_reduce_sum, rank_group
+from processes import Ranks
 
 DTYPES = (
     *(torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64),

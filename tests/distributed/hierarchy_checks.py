@@ -23,7 +23,6 @@ from parallel_cases import (
     uneven,
     with_record,
 )
-from processes import Ranks
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -37,6 +36,7 @@ from moeops.distributed import (
     hierarchical_all_to_all,
     hierarchical_counts,
 )
+from processes import Ranks
 
 _built: dict[int, Hierarchy] = {}
 

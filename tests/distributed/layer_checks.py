@@ -31,7 +31,6 @@ from parallel_cases import (
     token_counts,
     uneven,
 )
-from processes import Ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -40,6 +39,7 @@ from moeops import LoadMonitor, RoutingReplay
 from moeops.dispatch.local import LocalDispatcher
 from moeops.distributed import expert_range
 from moeops.gates import ExpertChoiceGate, Llama4Gate, SoftMoEGate
+from processes import Ranks
 
 # A capacity with room for every pair, so that nothing is dropped.
 DISPATCHES = (

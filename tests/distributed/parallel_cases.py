@@ -9,12 +9,12 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from processes import Ranks
 from torch import Tensor, nn
 
 from moeops import FMoE, FMoETransformerMLP
 from moeops.dispatch.options import DISPATCHES
 from moeops.gates import BaseGate
+from processes import Ranks
 
 D, H, K = 6, 5, 2
 

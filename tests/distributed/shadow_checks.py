@@ -28,7 +28,6 @@ from parallel_cases import (
     uneven,
     with_record,
 )
-from processes import Ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -42,6 +41,7 @@ from moeops.distributed import (
     build_hierarchy,
 )
 from moeops.gates import Llama4Gate, SoftMoEGate
+from processes import Ranks
 
 # Weights cost nothing, so an expert is taken where it makes the slowest rank any faster.
 FREE = ShadowPolicy(1.0, 1.0, 0.0, max_shadows=3)

@@ -24,7 +24,6 @@ from parallel_cases import (
     uneven,
     with_record,
 )
-from processes import Ranks
 from sync_checks import STEPS, TOKENS, automatic, explicit, train
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -36,6 +35,7 @@ from moeops import FMoE, FMoETransformerMLP, LoadMonitor
 from moeops.distributed import build_hierarchy, clip_grad_norm_, scale_expert_gradients
 from moeops.gates import ExpertChoiceGate, Llama4Gate, SoftMoEGate, SwipeGate, SwitchGate
 from moeops.layers import FusedExperts
+from processes import Ranks
 
 H = 8
 LOCAL = 3  # experts of a rank; neither a multiple nor a divisor of the shards

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_checks import Net, assert_loads, build, save, worker
-from processes import Ranks, launch
 from torch import nn
 
 from moeops import FMoETransformerMLP
@@ -24,6 +23,7 @@ from moeops.distributed import (
     save_checkpoint,
 )
 from moeops.distributed.checkpoint import files
+from processes import Ranks, launch
 
 ALONE = Ranks(0, 1, "cpu")
 

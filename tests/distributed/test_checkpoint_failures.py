@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_checks import assert_loads, build, save
-from processes import Ranks, launch, start_rank
 
 from moeops.distributed import save_checkpoint
 from moeops.distributed.checkpoint import files
+from processes import Ranks, launch, start_rank
 
 pytestmark = pytest.mark.distributed
 

@@ -7,7 +7,6 @@ import json
 
 import pytest
 import torch
-from processes import run_checks
 
 from moeops.cost.laws import (
     BytesLaw,
@@ -23,6 +22,7 @@ from moeops.cost.laws import (
 )
 from moeops.distributed import CostModel
 from moeops.planner.fit import fit_model, fit_nonnegative
+from processes import run_checks
 
 EXPERT = ExpertLaw(2e-5, 3e-13, 2.5e-15, 2e-13)
 BACKWARD = ExpertLaw(4e-5, 6e-13, 5e-15, 4e-13)

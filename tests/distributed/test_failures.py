@@ -12,10 +12,10 @@ from typing import NamedTuple
 import pytest
 import torch
 from parallel_cases import batch, make
-from processes import launch, start_rank
 
 from moeops.comm import exchange
 from moeops.distributed import explain_failures
+from processes import launch, start_rank
 
 pytestmark = pytest.mark.distributed
 

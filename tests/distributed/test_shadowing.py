@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from processes import run_checks
 
 from moeops.comm.groups import RankGroup
 from moeops.cost.model import CostModel
@@ -14,6 +13,7 @@ from moeops.dispatch.replicas import place_replicas, route_to_holders
 from moeops.dispatch.shadowing import choose_shadows
 from moeops.distributed import ShadowPolicy
 from moeops.types import Routing
+from processes import run_checks
 
 
 @pytest.mark.distributed

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from processes import run_checks
 
 from moeops import FMoETransformerMLP
 from moeops.dispatch.shards import take_shard
 from moeops.layers import FusedExperts
+from processes import run_checks
 
 D, H = 7, 12
 
