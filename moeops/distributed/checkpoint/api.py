@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +26,17 @@ from moeops.distributed.checkpoint.ranks import (
     everyone,
     is_distributed,
     join_param_groups,
+    keep_and_tell,
     must_agree,
     place,
 )
-from moeops.distributed.checkpoint.sources import VALUES, Folder, explain_dcp, open_source
+from moeops.distributed.checkpoint.sources import (
+    VALUES,
+    Folder,
+    Source,
+    explain_dcp,
+    open_source,
+)
 from moeops.distributed.checkpoint.state import LocalState, ModelState, Piece
 
 __all__ = ["load_checkpoint", "merge_checkpoint", "read_extra", "save_checkpoint"]
@@ -66,30 +73,10 @@ def save_checkpoint(
     """
     op = "save_checkpoint"
     folder = Path(path)
-
-    def describe() -> tuple[Any, ...]:
-        found = ModelState(op, model)
-        mine = found.save(optimizer)
-        states.append(mine)
-        records = [layer.record() for layer in found.layers]
-        shapes = {key: (parts[0].shape, parts[0].dtype) for key, parts in mine.pieces.items()}
-        return shapes, mine.objects, mine.groups, mine.equal, records
-
-    states: list[LocalState] = []
-    answers = everywhere(op, everyone(), describe)
-    shapes: dict[str, Any] = {}
-    equal: dict[str, Any] = {}
-    objects: dict[str, Any] = {}
-    for rank, (their_shapes, their_objects, _, their_numbers, their_layers) in enumerate(answers):
-        must_agree(op, rank, shapes, their_shapes)
-        must_agree(op, rank, equal, their_numbers)
-        must_agree(
-            op, rank, {"layers of experts": answers[0][4]}, {"layers of experts": their_layers}
-        )
-        objects = {**their_objects, **objects}
-    groups = join_param_groups(op, [answer[2] for answer in answers])
+    mine, told = keep_and_tell(op, lambda: _describe_saved(op, model, optimizer))
+    objects, groups = _agree(op, told)
     rank, size = place()
-    state: dict[str, Any] = dict(states[0].pieces)
+    state: dict[str, Any] = dict(mine.pieces)
 
     def begin() -> str | None:
         if rank != 0:
@@ -103,33 +90,70 @@ def save_checkpoint(
         assert name is not None
         data = folder / name
         entries = _write(op, data, state)
-
-        def digests_here() -> dict[str, Any]:
-            mine = [*data.glob(f"__{rank}_*"), *([data / ".metadata"] if rank == 0 else [])]
-            return {file.name: files.digest_of(file) for file in mine}
-
-        digests = everywhere(op, everyone(), digests_here)
-
-        def commit() -> None:
-            if rank != 0:
-                return
-            contents = {
-                "format": files.FORMAT,
-                "version": files.VERSION,
-                "torch": str(torch.__version__),
-                "ranks": size,
-                "folder": name,
-                "files": {k: v for theirs in digests for k, v in theirs.items()},
-                "layers": answers[0][4],
-                "groups": None if groups is None else [group["params"] for group in groups],
-                **entries,
-            }
-            files.write_index(folder, contents)
-
-        everywhere(op, everyone(), commit)
+        digests = everywhere(op, everyone(), lambda: _digests_of_rank(data, rank))
+        contents = {
+            "format": files.FORMAT,
+            "version": files.VERSION,
+            "torch": str(torch.__version__),
+            "ranks": size,
+            "folder": name,
+            "files": {file: digest for theirs in digests for file, digest in theirs.items()},
+            "layers": told[0].layers,
+            "groups": None if groups is None else [group["params"] for group in groups],
+            **entries,
+        }
+        # The last step, which makes this checkpoint the one that loads.
+        everywhere(
+            op, everyone(), lambda: files.write_index(folder, contents) if rank == 0 else None
+        )
     finally:
         if rank == 0:
             files.remove_other_data(folder)
+
+
+class _Told(NamedTuple):
+    """What a rank tells the others of what it saves; see ``LocalState``."""
+
+    shapes: dict[str, Any]
+    objects: dict[str, Any]
+    groups: list[dict[str, Any]] | None
+    equal: dict[str, float]
+    layers: list[dict[str, Any]]
+
+
+def _describe_saved(
+    op: str, model: nn.Module, optimizer: torch.optim.Optimizer | None
+) -> tuple[LocalState, _Told]:
+    """What this rank saves, and what the others must know of it."""
+    found = ModelState(op, model)
+    mine = found.save(optimizer)
+    layers = [layer.record() for layer in found.layers]
+    return mine, _Told(_shapes_of(mine.pieces), mine.objects, mine.groups, mine.equal, layers)
+
+
+def _shapes_of(pieces: dict[str, list[Piece]]) -> dict[str, Any]:
+    """Shape and type of each whole tensor."""
+    return {key: (parts[0].shape, parts[0].dtype) for key, parts in pieces.items()}
+
+
+def _agree(op: str, told: list[_Told]) -> tuple[dict[str, Any], list[dict[str, Any]] | None]:
+    """Compare what the ranks save; return all values that are no tensors, and the optimizer's groups."""
+    shapes: dict[str, Any] = {}
+    equal: dict[str, Any] = {}
+    layers: dict[str, Any] = {}
+    objects: dict[str, Any] = {}
+    for rank, theirs in enumerate(told):
+        must_agree(op, rank, shapes, theirs.shapes)
+        must_agree(op, rank, equal, theirs.equal)
+        must_agree(op, rank, layers, {"layers of experts": theirs.layers})
+        objects = {**theirs.objects, **objects}  # the first rank's counts
+    return objects, join_param_groups(op, [theirs.groups for theirs in told])
+
+
+def _digests_of_rank(data: Path, rank: int) -> dict[str, Any]:
+    """Sizes and digests of the files that a rank has written."""
+    written = [*data.glob(f"__{rank}_*"), *([data / ".metadata"] if rank == 0 else [])]
+    return {file.name: files.digest_of(file) for file in written}
 
 
 def load_checkpoint(
@@ -162,50 +186,62 @@ def load_checkpoint(
     assert source is not None
     rank, size = place()
     everywhere(op, everyone(), lambda: source.check(op, rank, size))
-    numbers: list[int | None] = []  # of the checkpoint's groups, for each of the optimizer's
-    found: list[tuple[ModelState, dict[str, list[Piece]], dict[str, Tensor]]] = []
-
-    def describe() -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        state = ModelState(op, model)
-        source.fit(op, state)
-        wanted, room = state.model_pieces(), {}
-        if optimizer is not None:
-            if source.groups is None:
-                raise ValueError(
-                    f"{op}: optimizer must be None for a checkpoint without one, got {type(optimizer).__name__}. "
-                    f"Start with a new optimizer, {path} has no state."
-                )
-            numbers.extend(_match_groups(op, state, optimizer, source.groups))
-            for key, (parts, tensor) in state.wanted_state(optimizer, source.tensors).items():
-                wanted[key] = parts
-                room[key] = tensor
-        found.append((state, wanted, room))
-        shapes = {key: (parts[0].shape, parts[0].dtype) for key, parts in wanted.items()}
-        return shapes, [{**layer.record(), "ranks": layer.size} for layer in state.layers]
-
-    answers = everywhere(op, everyone(), describe)
-    check_fit(op, str(path), source.tensors, source.layers, answers, optimizer is not None)
-    state, wanted, room = found[0]
-    values = source.read(op, wanted)
-
-    def finish() -> None:
-        objects = values["objects"]
-        # The tensors are filled already; this runs the modules' own hooks, and sets their extra states.
-        loaded: dict[str, Any] = dict(state.tensors)
-        for raw in state.extra_states:
-            loaded[raw] = objects[f"model/{state.name(raw)}"]
-        state.model.load_state_dict(loaded)
-        if optimizer is not None:
-            _load_optimizer(
-                state,
-                optimizer,
-                room,
-                objects,
-                [values["groups"][n] if n is not None else {} for n in numbers],
-            )
-
-    everywhere(op, everyone(), finish)
+    wanted, told = keep_and_tell(op, lambda: _describe_wanted(op, source, model, optimizer))
+    check_fit(op, str(path), source.tensors, source.layers, told, optimizer is not None)
+    values = source.read(op, wanted.pieces)
+    everywhere(op, everyone(), lambda: _hand_over(wanted, optimizer, values))
     return values["extra"]
+
+
+class _Wanted(NamedTuple):
+    """What a rank reads.
+
+    Attributes:
+        state: its model.
+        pieces: parts of tensors, by key.
+        room: tensors of the optimizer's state that these parts are in, by key.
+        groups: the checkpoint's parameter groups for each of the optimizer's, ``None`` for one without parameters.
+    """
+
+    state: ModelState
+    pieces: dict[str, list[Piece]]
+    room: dict[str, Tensor]
+    groups: list[int | None]
+
+
+def _describe_wanted(
+    op: str, source: Source, model: nn.Module, optimizer: torch.optim.Optimizer | None
+) -> tuple[_Wanted, tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """What this rank reads, and what of it is compared with the checkpoint: shapes, and layers of experts."""
+    state = ModelState(op, model)
+    source.fit(op, state)
+    wanted = _Wanted(state, state.model_pieces(), {}, [])
+    if optimizer is not None:
+        if source.groups is None:
+            raise ValueError(
+                f"{op}: optimizer must be None for a checkpoint without one, got {type(optimizer).__name__}. "
+                f"Start with a new optimizer, {source.path} has no state."
+            )
+        wanted.groups.extend(_match_groups(op, state, optimizer, source.groups))
+        for key, (parts, tensor) in state.wanted_state(optimizer, source.tensors).items():
+            wanted.pieces[key] = parts
+            wanted.room[key] = tensor
+    layers = [{**layer.record(), "ranks": layer.size} for layer in state.layers]
+    return wanted, (_shapes_of(wanted.pieces), layers)
+
+
+def _hand_over(
+    wanted: _Wanted, optimizer: torch.optim.Optimizer | None, values: dict[str, Any]
+) -> None:
+    """Give model and optimizer what was read: the model's tensors are filled, its hooks and extra states are left."""
+    state, objects = wanted.state, values["objects"]
+    loaded: dict[str, Any] = dict(state.tensors)
+    for raw in state.extra_states:
+        loaded[raw] = objects[f"model/{state.name(raw)}"]
+    state.model.load_state_dict(loaded)
+    if optimizer is not None:
+        options = [{} if number is None else values["groups"][number] for number in wanted.groups]
+        _load_optimizer(state, optimizer, wanted.room, objects, options)
 
 
 def read_extra(path: str | os.PathLike[str]) -> Any:

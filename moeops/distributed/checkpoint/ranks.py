@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import io
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 
+from moeops.comm.agreement import everywhere
 from moeops.comm.groups import RankGroup, rank_group
+
+K = TypeVar("K")
+T = TypeVar("T")
 
 
 def is_distributed() -> bool:
@@ -25,6 +30,19 @@ def place() -> tuple[int, int]:
     """This rank, and how many there are."""
     group = everyone()
     return (0, 1) if group is None else (group.rank, group.size)
+
+
+def keep_and_tell(op: str, work: Callable[[], tuple[K, T]]) -> tuple[K, list[T]]:
+    """Make something to keep here and something to tell all, on every rank or on none; see ``everywhere``."""
+    kept: list[K] = []
+
+    def tell() -> T:
+        mine, told = work()
+        kept.append(mine)
+        return told
+
+    answers = everywhere(op, everyone(), tell)
+    return kept[0], answers
 
 
 def must_agree(op: str, rank: int, known: dict[str, Any], theirs: dict[str, Any]) -> None:

@@ -24,11 +24,13 @@ class Source(Protocol):
     """A checkpoint that is there, as ``load_checkpoint`` reads it.
 
     Attributes:
+        path: where it is.
         tensors: shape and type of each tensor, by key.
         layers: what the checkpoint says of each layer of experts, see ``ExpertLayer.record``.
         groups: names of the parameters in each of the optimizer's groups; ``None`` without an optimizer.
     """
 
+    path: Path
     tensors: dict[str, tuple[tuple[int, ...], str]]
     layers: list[dict[str, Any]]
     groups: list[list[str]] | None
