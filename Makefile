@@ -3,8 +3,9 @@ PYTHON ?= python3
 # The torch requirement to install and build against, such as TORCH="torch==2.15.0".
 TORCH ?= torch==2.13.0
 VENV ?= .venv
-# AUTO builds the CUDA library where nvcc is found; ON insists on it; OFF leaves it out.
-MOEOPS_CUDA ?= AUTO
+# NATIVE builds the CUDA library where there are nvcc and a GPU, for that GPU; ON insists on it, for every GPU that
+# moeops supports; AUTO builds it for every GPU where there is nvcc; OFF leaves it out.
+MOEOPS_CUDA ?= NATIVE
 MOEOPS_WERROR ?= OFF
 # Options for the program that train, test or bench starts, such as ARGS="--compare-dense".
 ARGS ?=
@@ -14,7 +15,7 @@ TORCH_STAMP := $(VENV)/torch.stamp
 OPTIONS_STAMP := $(VENV)/options.stamp
 BUILD_STAMP := $(VENV)/build.stamp
 # What the compiled libraries and the list of installed packages depend on.
-BUILD_INPUTS := pyproject.toml CMakeLists.txt \
+BUILD_INPUTS := pyproject.toml CMakeLists.txt cmake/native_gpu.cmake \
   $(shell find moeops -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name __init__.py)
 CPP_SOURCES := $(shell find moeops/csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 

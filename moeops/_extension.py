@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import NoReturn
 
 import torch
 
@@ -13,6 +15,7 @@ CUDA_LIBRARY = "libmoeops_cuda.so"
 
 _loaded: dict[str, Path] = {}
 _cuda_status = "not loaded yet"
+_refusals: torch.library.Library | None = None  # whose end would take the kernels back
 
 
 def _import_build_module() -> ModuleType:
@@ -54,12 +57,34 @@ def load() -> None:
         _cuda_status = f"not loaded: torch {torch.__version__} is a build without CUDA"
     elif not info["with_cuda"]:
         _cuda_status = (
-            "not built: no CUDA compiler was found when moeops was built; put nvcc on PATH and reinstall with "
-            "MOEOPS_CUDA=ON (pip install --no-build-isolation -C cmake.define.MOEOPS_CUDA=ON .)"
+            "not built: MOEOPS_CUDA=OFF, no nvcc or, for `make`, no GPU was found when moeops was built; put nvcc on "
+            "PATH and run `make build MOEOPS_CUDA=ON`, or "
+            "`pip install --no-build-isolation -C cmake.define.MOEOPS_CUDA=ON .`, in the source tree"
         )
     else:
         _load(folder / CUDA_LIBRARY, info["torch"])
         _cuda_status = "loaded"
+        return
+    _refuse_cuda()
+
+
+def _refuse_cuda() -> None:
+    """Give every op a CUDA kernel that says why there is none, where torch would list its dispatch keys."""
+    global _refusals
+    _refusals = torch.library.Library("moeops", "FRAGMENT")
+    for name in torch._C._dispatch_get_all_op_names():
+        if name.startswith("moeops::"):
+            _refusals.impl(name, _refusal(name.removeprefix("moeops::")), "CUDA")
+
+
+def _refusal(op: str) -> Callable[..., NoReturn]:
+    def refuse(*args: object, **kwargs: object) -> NoReturn:
+        raise RuntimeError(
+            f"{op}: tensors must be on the CPU, got CUDA tensors, for which moeops has no library: it is "
+            f"{_cuda_status}."
+        )
+
+    return refuse
 
 
 def loaded_libraries() -> dict[str, Path]:

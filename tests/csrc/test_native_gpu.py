@@ -1,0 +1,82 @@
+"""What a build for this machine's GPUs compiles for, and what an op without a CUDA library says."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from moeops import _extension
+
+SCRIPT = Path(__file__).resolve().parents[2] / "cmake" / "native_gpu.cmake"
+CMAKE = shutil.which("cmake")
+
+
+@pytest.mark.skipif(CMAKE is None, reason="cmake is not installed")
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("echo 9.0", "90a-real"),
+        ("printf '9.0\\n9.0\\n'", "90a-real"),
+        ("printf '8.6\\n9.0\\n10.0\\n'", "86-real;90a-real;100-real"),
+        ("echo 7.5", ""),
+        ("echo No devices were found", ""),
+        ("echo 9.0; exit 9", ""),
+    ],
+)
+def test_architectures_of_the_gpus(answer, expected, tmp_path):
+    fake = tmp_path / "nvidia-smi"
+    fake.write_text(f"#!/bin/sh\n{answer}\n")
+    fake.chmod(0o755)
+    result = subprocess.run(
+        [CMAKE, f"-DMOEOPS_NVIDIA_SMI={fake}", "-P", SCRIPT],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    lines = [line for line in result.stderr.splitlines() if line and not line.startswith("--")]
+    assert lines == ([expected] if expected else [])
+
+
+@pytest.mark.skipif(_extension.cuda_status() == "loaded", reason="this build has the CUDA library")
+@pytest.mark.parametrize("op", ["topk_route", "moe_mlp_backward", "grouped_linear_weight_grad"])
+def test_op_on_cuda_says_what_to_run(op):
+    # The kernel that CUDA tensors are dispatched to; a CPU build of torch has none to call it with.
+    on_cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    overload = getattr(torch.ops.moeops, op).default
+    zeros = {"Tensor": torch.zeros(2, 2), "str": "softmax", "bool": False, "float": 1.0}
+    args = [
+        zeros.get(str(a.type), None if "Optional" in str(a.type) else 1)
+        for a in overload._schema.arguments
+        if not a.kwarg_only
+    ]
+    with pytest.raises(RuntimeError, match=f"^{op}: tensors must be on the CPU") as error:
+        overload.redispatch(on_cuda, *args)
+    assert _extension.cuda_status() in str(error.value)
+
+
+def test_not_built_names_the_command(monkeypatch):
+    monkeypatch.setattr(_extension, "_loaded", {})
+    monkeypatch.setattr(_extension, "_load", lambda path, built_with: None)
+    monkeypatch.setattr(_extension, "_refuse_cuda", lambda: None)
+    monkeypatch.setattr(_extension, "_cuda_status", "")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    build = _extension._import_build_module()
+    monkeypatch.setattr(
+        _extension,
+        "_import_build_module",
+        lambda: type(
+            "Build",
+            (),
+            {
+                "__file__": build.__file__,
+                "build_info": staticmethod(lambda: {"with_cuda": False, "torch": "2.13"}),
+            },
+        ),
+    )
+    _extension.load()
+    assert "make build MOEOPS_CUDA=ON" in _extension.cuda_status()
+    assert "cmake.define.MOEOPS_CUDA=ON" in _extension.cuda_status()
