@@ -24,7 +24,7 @@ def moeops_block(problem: BlockProblem) -> Case:
     def forward() -> Tensor:
         plan = moeops.sort_tokens(p.topk_ids, p.shape.num_experts)
         return moeops.moe_mlp(
-            p.x, p.topk_weights, plan, p.w_up, p.w_down, activation=p.shape.activation
+            p.x, plan, p.topk_weights, p.w_up, p.w_down, activation=p.shape.activation
         )
 
     return peers.block_case(p, forward)

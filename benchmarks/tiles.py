@@ -124,7 +124,7 @@ def _profile(problem: BlockProblem, plan: moeops.TokenPlan) -> list[tuple[str, f
     leaves = [t.requires_grad_() for t in problem.leaves.values()]
     x, weights, w_up, w_down = leaves
     with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
-        y = moeops.moe_mlp(x, weights, plan, w_up, w_down, activation=problem.shape.activation)
+        y = moeops.moe_mlp(x, plan, weights, w_up, w_down, activation=problem.shape.activation)
         torch.autograd.grad(y, leaves, problem.grad_y)
         torch.cuda.synchronize()
     return [

@@ -41,7 +41,7 @@ class Row:
 def moeops_experts(module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor):
     """Transformers' contract for an experts implementation, for SiLU-gated experts without biases."""
     plan = moeops.sort_tokens(top_k_index, module.num_experts)
-    return moeops.moe_mlp(hidden_states, top_k_weights, plan, module.gate_up_proj, module.down_proj)
+    return moeops.moe_mlp(hidden_states, plan, top_k_weights, module.gate_up_proj, module.down_proj)
 
 
 def build(experts: str, args: argparse.Namespace) -> torch.nn.Module:

@@ -35,7 +35,14 @@ from moeops.ops import (  # noqa: E402
     unpermute_tokens,
 )
 from moeops.replay import RoutingReplay  # noqa: E402
-from moeops.types import BalancedRoute, NoisyRoute, Routing, SlotRouting, TokenPlan  # noqa: E402
+from moeops.types import (  # noqa: E402
+    BalancedRoute,
+    NoisyRoute,
+    Route,
+    Routing,
+    SlotRouting,
+    TokenPlan,
+)
 
 __version__ = "0.1.0"
 
@@ -47,6 +54,7 @@ __all__ = [
     "LayerLoad",
     "LoadMonitor",
     "NoisyRoute",
+    "Route",
     "Routing",
     "RoutingReplay",
     "SlotRouting",

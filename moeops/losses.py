@@ -63,7 +63,7 @@ def score_balance_loss(
     logits: Tensor, topk_ids: Tensor, score: str = "softmax", *, group: Any = None
 ) -> Tensor:
     """``balance_loss`` of each token's scores divided by their sum, which are never written."""
-    return balance_of_sums(score_sums(logits, score), topk_ids, group=group)
+    return balance_of_sums(score_sums(logits, score=score), topk_ids, group=group)
 
 
 def balance_of_sums(prob_sums: Tensor, topk_ids: Tensor, *, group: Any = None) -> Tensor:

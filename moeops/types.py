@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["BalancedRoute", "NoisyRoute", "Routing", "SlotRouting", "TokenPlan"]
+__all__ = ["BalancedRoute", "NoisyRoute", "Route", "Routing", "SlotRouting", "TokenPlan"]
 
 
 class TokenPlan(NamedTuple):
@@ -25,6 +25,18 @@ class TokenPlan(NamedTuple):
     row_to_pair: Tensor
     pair_to_row: Tensor
     expert_offsets: Tensor
+
+
+class Route(NamedTuple):
+    """What ``topk_route`` returns.
+
+    Attributes:
+        topk_weights: ``[T, K]`` float.
+        topk_ids: ``[T, K]`` int64, best first.
+    """
+
+    topk_weights: Tensor
+    topk_ids: Tensor
 
 
 class BalancedRoute(NamedTuple):

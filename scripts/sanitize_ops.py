@@ -84,7 +84,7 @@ def run(
         biases = {"b_up": leaf(E, width, dtype=dtype), "b_down": leaf(E, D, dtype=dtype)}
         options = biases if i % 2 else {}
         y = moeops.moe_mlp(
-            x, routed, plan, weights_up, weights_down, activation=activation, **options
+            x, plan, routed, weights_up, weights_down, activation=activation, **options
         )
         y.square().sum().backward()
 

@@ -175,7 +175,7 @@ def assert_matches_reference(
 
 @dataclass(frozen=True)
 class OpCase:
-    """Arguments of one bare op call: ``torch.ops.moeops.<op>(*args)``.
+    """All arguments of one bare op call, in the order of the schema: ``op(*positional, **keywords)``.
 
     ``token_dims`` names, by argument position, the dimension that grows with the number of tokens; ``token_ints`` are
     the positions of integers that do. ``differentiable`` are the positions that get a gradient.
@@ -190,6 +190,22 @@ class OpCase:
     @property
     def overload(self):
         return getattr(torch.ops.moeops, self.op).default
+
+    @property
+    def positional(self) -> tuple:
+        """The arguments before the star of the schema."""
+        named = zip(self.overload._schema.arguments, self.args, strict=False)
+        return tuple(value for argument, value in named if not argument.kwarg_only)
+
+    @property
+    def keywords(self) -> dict[str, object]:
+        """The arguments after the star, by name."""
+        named = zip(self.overload._schema.arguments, self.args, strict=False)
+        return {argument.name: value for argument, value in named if argument.kwarg_only}
+
+    def run(self) -> object:
+        """What the op returns."""
+        return self.overload(*self.positional, **self.keywords)
 
     def with_grad(self) -> OpCase:
         """The same arguments as leaves that ask for gradients."""
@@ -218,6 +234,9 @@ class OpCase:
         args = [repr(a) for a in self.args]
         for place, name in zip(places, names, strict=True):
             args[place] = f"{name}.shape[0]" if place in self.token_ints else name
+        for place, argument in enumerate(self.overload._schema.arguments[: len(args)]):
+            if argument.kwarg_only:
+                args[place] = f"{argument.name}={args[place]}"
         source = f"lambda {', '.join(names)}: op({', '.join(args)})"
         return eval(source, {"op": self.overload})
 

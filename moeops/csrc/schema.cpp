@@ -1,24 +1,26 @@
-// The table of contents of torch.ops.moeops: every schema, once. Dimension names (T tokens, K
-// experts per token, N = T * K pairs, R rows, E experts, D model width, H hidden width, C capacity)
-// and the meaning of each op stand in moeops/ops/<family>.py and moeops/reference.py.
+// The table of contents of torch.ops.moeops: every schema with a native kernel, once. Dimension
+// names (T tokens, K experts per token, N = T * K pairs, R rows, E experts, D model width, H hidden
+// width, C capacity) and the meaning of each op stand in moeops/ops/<family>.py and docs/ops.md,
+// the truth in moeops/reference/ops.py. Options follow the star, have the defaults of the public
+// function, and are given by name; kernels get all arguments in the order written here.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(moeops, m) {
   // routing: logits [T, E] -> weights [T, K], ids [T, K] int64
   m.def(
-      "topk_route(Tensor logits, Tensor? bias, SymInt top_k, str score, bool renormalize, "
-      "float scale, SymInt num_groups, SymInt top_groups) -> (Tensor topk_weights, Tensor "
-      "topk_ids)");
+      "topk_route(Tensor logits, Tensor? bias, SymInt top_k, *, str score='softmax', bool "
+      "renormalize=True, float scale=1.0, SymInt num_groups=1, SymInt top_groups=1) -> (Tensor "
+      "topk_weights, Tensor topk_ids)");
   m.def(
-      "topk_route_backward(Tensor grad_topk_weights, Tensor logits, Tensor topk_ids, str score, "
-      "bool renormalize, float scale) -> Tensor");
+      "topk_route_backward(Tensor grad_topk_weights, Tensor logits, Tensor topk_ids, *, str "
+      "score='softmax', bool renormalize=True, float scale=1.0) -> Tensor");
   m.def(
-      "chosen_weights(Tensor logits, Tensor topk_ids, str score, bool renormalize, float scale) "
-      "-> Tensor");
+      "chosen_weights(Tensor logits, Tensor topk_ids, *, str score='softmax', bool "
+      "renormalize=True, float scale=1.0) -> Tensor");
 
   // scores: logits [T, E] -> sums over the tokens of score / sum of the token's scores, [E]
-  m.def("score_sums(Tensor logits, str score) -> Tensor");
-  m.def("score_sums_backward(Tensor grad_sums, Tensor logits, str score) -> Tensor");
+  m.def("score_sums(Tensor logits, *, str score='softmax') -> Tensor");
+  m.def("score_sums_backward(Tensor grad_sums, Tensor logits, *, str score='softmax') -> Tensor");
   m.def("alignment_sum(Tensor logits, Tensor topk_ids, SymInt group_size) -> Tensor");
   m.def(
       "alignment_sum_backward(Tensor grad_sum, Tensor logits, Tensor topk_ids, SymInt group_size) "
@@ -27,14 +29,14 @@ STABLE_TORCH_LIBRARY(moeops, m) {
   // balance: topk_route, and what losses read of it: score_sums [E], balance_loss [], counts [E]
   m.def(
       "topk_route_balance(Tensor logits, Tensor? bias, Tensor? uniform, Tensor? temperature, "
-      "SymInt top_k, str score, bool renormalize, float scale, SymInt num_groups, SymInt "
-      "top_groups, bool groups_by_sum, float top_p, float min_score, SymInt num_counted) -> "
-      "(Tensor topk_weights, Tensor score_sums, Tensor balance_loss, Tensor topk_ids, Tensor "
-      "tokens_per_expert)");
+      "SymInt top_k, *, str score='softmax', bool renormalize=True, float scale=1.0, SymInt "
+      "num_groups=1, SymInt top_groups=1, bool groups_by_sum=False, float top_p=1.0, float "
+      "min_score=0.0, SymInt num_counted) -> (Tensor topk_weights, Tensor score_sums, Tensor "
+      "balance_loss, Tensor topk_ids, Tensor tokens_per_expert)");
   m.def(
       "topk_route_balance_backward(Tensor? grad_topk_weights, Tensor? grad_sums, Tensor? "
       "grad_loss, Tensor logits, Tensor? temperature, Tensor topk_ids, Tensor tokens_per_expert, "
-      "str score, bool renormalize, float scale) -> Tensor");
+      "*, str score='softmax', bool renormalize=True, float scale=1.0) -> Tensor");
   m.def(
       "prototype_route(Tensor logits, SymInt num_prototypes) -> (Tensor topk_weights, Tensor "
       "score_sums, Tensor balance_loss, Tensor topk_ids, Tensor tokens_per_expert)");
@@ -50,23 +52,24 @@ STABLE_TORCH_LIBRARY(moeops, m) {
 
   // noisy: clean logits, spread and noise [T, E] -> importance and load [E], their loss []
   m.def(
-      "noisy_topk_route(Tensor clean, Tensor spread, Tensor noise, SymInt top_k, float min_noise) "
-      "-> (Tensor topk_weights, Tensor importance, Tensor load, Tensor loss, Tensor topk_ids, "
-      "Tensor runner_up)");
+      "noisy_topk_route(Tensor clean, Tensor spread, Tensor noise, SymInt top_k, *, float "
+      "min_noise=0.01) -> (Tensor topk_weights, Tensor importance, Tensor load, Tensor loss, "
+      "Tensor topk_ids, Tensor runner_up)");
   m.def(
       "noisy_topk_route_backward(Tensor? grad_topk_weights, Tensor? grad_importance, Tensor? "
       "grad_load, Tensor? grad_loss, Tensor clean, Tensor spread, Tensor noise, Tensor topk_ids, "
-      "Tensor runner_up, Tensor importance, Tensor load, float min_noise) "
+      "Tensor runner_up, Tensor importance, Tensor load, *, float min_noise=0.01) "
       "-> (Tensor grad_clean, Tensor grad_spread)");
 
   // sorting: ids [T, K] -> row_to_pair [R], pair_to_row [T, K], expert_offsets [E + 1], all int32
   m.def(
-      "sort_tokens(Tensor topk_ids, SymInt num_experts, SymInt? num_rows, bool drop_out_of_range) "
-      "-> (Tensor row_to_pair, Tensor pair_to_row, Tensor expert_offsets)");
+      "sort_tokens(Tensor topk_ids, SymInt num_experts, SymInt? num_rows=None, *, bool "
+      "drop_out_of_range=False) -> (Tensor row_to_pair, Tensor pair_to_row, Tensor "
+      "expert_offsets)");
   m.def("count_tokens(Tensor topk_ids, SymInt num_experts) -> Tensor");
   m.def(
       "limit_capacity(Tensor topk_ids, Tensor? priority, SymInt num_experts, SymInt capacity, "
-      "bool by_choice) -> Tensor");
+      "*, bool by_choice=False) -> Tensor");
 
   // permute: x [T, D] <-> rows [R, D]
   m.def(
@@ -86,7 +89,8 @@ STABLE_TORCH_LIBRARY(moeops, m) {
 
   // grouped linear: rows [R, D], weight [E, H, D] -> [R, H]
   m.def(
-      "grouped_linear(Tensor rows, Tensor weight, Tensor expert_offsets, Tensor? bias) -> Tensor");
+      "grouped_linear(Tensor rows, Tensor weight, Tensor expert_offsets, Tensor? bias=None) -> "
+      "Tensor");
   m.def(
       "grouped_linear_weight_grad(Tensor grad, Tensor rows, Tensor expert_offsets, *, bool "
       "transposed=False) -> Tensor");
@@ -97,13 +101,13 @@ STABLE_TORCH_LIBRARY(moeops, m) {
   m.def(
       "moe_mlp(Tensor x, Tensor topk_weights, Tensor w_up, Tensor w_down, Tensor? b_up, Tensor? "
       "b_down, "
-      "Tensor row_to_pair, Tensor pair_to_row, Tensor expert_offsets, str activation, bool "
-      "keep_pre=True) -> (Tensor y, Tensor pre_activation)");
+      "Tensor row_to_pair, Tensor pair_to_row, Tensor expert_offsets, *, str "
+      "activation='swiglu', bool keep_pre=True) -> (Tensor y, Tensor pre_activation)");
   m.def(
       "moe_mlp_backward(Tensor grad_y, Tensor x, Tensor topk_weights, Tensor w_up, Tensor w_down, "
       "Tensor? b_up, Tensor? b_down, Tensor pre_activation, Tensor row_to_pair, "
-      "Tensor pair_to_row, Tensor expert_offsets, str activation, bool need_x, bool "
-      "need_topk_weights, "
-      "bool need_w_up, bool need_w_down) -> (Tensor grad_x, Tensor grad_topk_weights, "
+      "Tensor pair_to_row, Tensor expert_offsets, *, str activation='swiglu', bool need_x=True, "
+      "bool need_topk_weights=True, bool need_w_up=True, bool need_w_down=True) -> (Tensor "
+      "grad_x, Tensor grad_topk_weights, "
       "Tensor grad_w_up, Tensor grad_w_down, Tensor grad_b_up, Tensor grad_b_down)");
 }

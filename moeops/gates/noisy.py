@@ -117,7 +117,7 @@ class NoisyGate(NaiveGate):
         if self.training and self.balance == "load":
             # One op that keeps the noisy logits to itself: they are computed again for whom they are needed.
             topk_weights, sums, load, loss, topk_ids = noisy_topk_route(
-                clean, spread, noise, self.top_k, self.min_noise
+                clean, spread, noise, self.top_k, min_noise=self.min_noise
             )
             loss = self._fastmoe_loss(sums, load) if self.compat else loss
             logits = self._noisy(clean, spread, noise) if self.extra_losses else None

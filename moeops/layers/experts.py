@@ -251,8 +251,8 @@ class FusedExperts(nn.Module):
             topk_weights = torch.ones(x.shape[0], 1, dtype=dtype, device=x.device)
         return moe_mlp(
             x,
-            topk_weights,  # type: ignore[arg-type]
             plan,  # type: ignore[arg-type]
+            topk_weights,  # type: ignore[arg-type]
             self.w_up,
             self.w_down,
             b_up=self.b_up,

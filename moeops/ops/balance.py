@@ -7,14 +7,14 @@ from torch import Tensor
 
 from moeops import _checks
 from moeops._checks import fake_check
-from moeops.ops.routing import check_route
+from moeops.ops.routing import check_route, weight_options
 from moeops.types import BalancedRoute
 
 GROUP_SCORES = ("top2", "sum")
 
 
 @torch.library.register_fake("moeops::topk_route_balance")
-def _topk_route_balance_fake(logits, bias, uniform, temperature, top_k, *_options):
+def _topk_route_balance_fake(logits, bias, uniform, temperature, top_k, **_options):
     if uniform is not None:
         fake_check(
             uniform.shape[0] == logits.shape[0],
@@ -38,27 +38,27 @@ def _route_fake(op, logits, top_k):
 
 @torch.library.register_fake("moeops::topk_route_balance_backward")
 def _topk_route_balance_backward_fake(
-    grad_weights, grad_sums, grad_loss, logits, temperature, ids, counts, *_options
+    grad_weights, grad_sums, grad_loss, logits, temperature, ids, counts, **_options
 ):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-def _topk_route_balance_setup(ctx, inputs, output):
-    logits, _, _, temperature, _, score, renormalize, scale, *_ = inputs
+def _topk_route_balance_setup(ctx, inputs, keyword_only_inputs, output):
+    logits, _, _, temperature, _ = inputs
     _, _, _, topk_ids, counts = output
     ctx.mark_non_differentiable(topk_ids, counts)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(logits, temperature, topk_ids, counts)
-    ctx.options = (score, renormalize, scale)
+    ctx.options = weight_options(keyword_only_inputs)
 
 
 def _topk_route_balance_grad(ctx, grad_weights, grad_sums, grad_loss, _grad_ids, _grad_counts):
     if grad_weights is None and grad_sums is None and grad_loss is None:
-        return (None,) * 14
+        return (None,) * 5
     grad_logits = torch.ops.moeops.topk_route_balance_backward(
-        grad_weights, grad_sums, grad_loss, *ctx.saved_tensors, *ctx.options
+        grad_weights, grad_sums, grad_loss, *ctx.saved_tensors, **ctx.options
     )
-    return grad_logits, *(None,) * 13
+    return grad_logits, None, None, None, None
 
 
 torch.library.register_autograd(
@@ -154,15 +154,15 @@ def topk_route_balance(
             uniform,
             temperature,
             top_k,
-            score,
-            renormalize,
-            scale,
-            num_groups,
-            top_groups,
-            group_score == "sum",
-            top_p,
-            min_score,
-            top_k if num_counted is None else num_counted,
+            score=score,
+            renormalize=renormalize,
+            scale=scale,
+            num_groups=num_groups,
+            top_groups=top_groups,
+            groups_by_sum=group_score == "sum",
+            top_p=top_p,
+            min_score=min_score,
+            num_counted=top_k if num_counted is None else num_counted,
         )
     )
 

@@ -11,7 +11,7 @@ from moeops.ops._autocast import cast_for_autocast
 
 
 @torch.library.register_fake("moeops::grouped_linear")
-def _grouped_linear_fake(rows, weight, expert_offsets, bias):
+def _grouped_linear_fake(rows, weight, expert_offsets, bias=None):
     fake_check(
         rows.shape[1] == weight.shape[2],
         "grouped_linear: weight must have as many inputs as rows have columns. Check weight.shape[2].",
@@ -35,17 +35,15 @@ def _is_transposed(weight):
 
 def _grouped_linear_grad(ctx, grad):
     rows, weight, expert_offsets = ctx.saved_tensors
-    need_rows, need_weight, _, need_bias = ctx.needs_input_grad
+    need_rows, need_weight, _, *need_bias = ctx.needs_input_grad  # without a bias, of three inputs
     grad_rows = grad_weight = grad_bias = None
     if need_rows:
-        grad_rows = torch.ops.moeops.grouped_linear(
-            grad, weight.transpose(1, 2), expert_offsets, None
-        )
+        grad_rows = torch.ops.moeops.grouped_linear(grad, weight.transpose(1, 2), expert_offsets)
     if need_weight:
         grad_weight = torch.ops.moeops.grouped_linear_weight_grad(
             grad, rows, expert_offsets, transposed=ctx.transposed
         )
-    if need_bias:
+    if any(need_bias):
         grad_bias = torch.ops.moeops.grouped_sum(grad, expert_offsets)
     return grad_rows, grad_weight, None, grad_bias
 
@@ -123,8 +121,8 @@ def _weight_grad_grad(ctx, grad_out):
     need_grad, need_rows, _ = ctx.needs_input_grad
     linear = torch.ops.moeops.grouped_linear
     return (
-        linear(rows, grad_out, expert_offsets, None) if need_grad else None,
-        linear(grad, grad_out.transpose(1, 2), expert_offsets, None) if need_rows else None,
+        linear(rows, grad_out, expert_offsets) if need_grad else None,
+        linear(grad, grad_out.transpose(1, 2), expert_offsets) if need_rows else None,
         None,
     )
 
@@ -149,7 +147,7 @@ def _grouped_sum_grad(ctx, grad_out):
     # Every row receives its expert's gradient: a grouped linear over a column of ones.
     (expert_offsets,) = ctx.saved_tensors
     ones = grad_out.new_ones((ctx.num_rows, 1))
-    return torch.ops.moeops.grouped_linear(ones, grad_out[:, :, None], expert_offsets, None), None
+    return torch.ops.moeops.grouped_linear(ones, grad_out[:, :, None], expert_offsets), None
 
 
 torch.library.register_autograd(

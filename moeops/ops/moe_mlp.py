@@ -30,7 +30,8 @@ def _moe_mlp_fake(
     row_to_pair,
     pair_to_row,
     expert_offsets,
-    activation,
+    *,
+    activation="swiglu",
     keep_pre=True,
 ):
     fake_check(
@@ -58,11 +59,12 @@ def _moe_mlp_backward_fake(
     row_to_pair,
     pair_to_row,
     expert_offsets,
-    activation,
-    need_x,
-    need_topk_weights,
-    need_w_up,
-    need_w_down,
+    *,
+    activation="swiglu",
+    need_x=True,
+    need_topk_weights=True,
+    need_w_up=True,
+    need_w_down=True,
 ):
     def like(tensor, needed):
         return tensor.new_empty(tensor.shape) if tensor is not None and needed else x.new_empty(0)
@@ -77,19 +79,18 @@ def _moe_mlp_backward_fake(
     )
 
 
-def _moe_mlp_setup(ctx, inputs, output):
-    *tensors, activation, keep_pre = inputs
+def _moe_mlp_setup(ctx, inputs, keyword_only_inputs, output):
     _, pre_activation = output
     ctx.mark_non_differentiable(pre_activation)
     ctx.set_materialize_grads(False)  # or pre_activation's gradient would be a buffer of zeros
-    ctx.save_for_backward(*tensors, pre_activation)
-    ctx.activation, ctx.keep_pre = activation, keep_pre
+    ctx.save_for_backward(*inputs, pre_activation)
+    ctx.options = keyword_only_inputs
 
 
 def _moe_mlp_grad(ctx, grad_y, _grad_pre_activation):
     if grad_y is None:
-        return (None,) * 11
-    if not ctx.keep_pre:
+        return (None,) * 9
+    if not ctx.options["keep_pre"]:
         raise RuntimeError(
             "moe_mlp: keep_pre must be True where a gradient is wanted, got False. Drop the argument."
         )
@@ -103,14 +104,14 @@ def _moe_mlp_grad(ctx, grad_y, _grad_pre_activation):
         row_to_pair,
         pair_to_row,
         expert_offsets,
-        ctx.activation,
-        needs[0],
-        needs[1],
-        need_w_up,
-        need_w_down,
+        activation=ctx.options["activation"],
+        need_x=needs[0],
+        need_topk_weights=needs[1],
+        need_w_up=need_w_up,
+        need_w_down=need_w_down,
     )
     picked = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
-    return (*picked, None, None, None, None, None)
+    return (*picked, None, None, None)
 
 
 torch.library.register_autograd("moeops::moe_mlp", _moe_mlp_grad, setup_context=_moe_mlp_setup)
@@ -119,8 +120,8 @@ _checks.refuse_second_gradient("moe_mlp_backward")
 
 def moe_mlp(
     x: Tensor,
-    topk_weights: Tensor,
     plan: TokenPlan,
+    topk_weights: Tensor,
     w_up: Tensor,
     w_down: Tensor,
     *,
@@ -136,8 +137,8 @@ def moe_mlp(
 
     Args:
         x: tokens, ``[T, D]``, any float type.
-        topk_weights: ``[T, K]`` float, cast to float32 (float64 for float64 ``x``).
         plan: what ``sort_tokens`` returned for these tokens.
+        topk_weights: ``[T, K]`` float, cast to float32 (float64 for float64 ``x``).
         w_up: ``[E, 2H, D]`` for swiglu, else ``[E, H, D]``; dtype of ``x``.
         w_down: ``[E, D_out, H]``, dtype of ``x``.
         b_up: ``[E, 2H or H]``, dtype of ``x``.
@@ -158,7 +159,7 @@ def moe_mlp(
     Example:
         >>> plan = sort_tokens(torch.tensor([[0], [1]]), 2)
         >>> w_up, w_down = torch.ones(2, 1, 1), torch.tensor([[[2.0]], [[3.0]]])
-        >>> moe_mlp(torch.ones(2, 1), torch.ones(2, 1), plan, w_up, w_down, activation="relu").tolist()
+        >>> moe_mlp(torch.ones(2, 1), plan, torch.ones(2, 1), w_up, w_down, activation="relu").tolist()
         [[2.0], [3.0]]
     """
     x, w_up, w_down, b_up, b_down = cast_for_autocast(  # type: ignore[assignment]
@@ -168,7 +169,9 @@ def moe_mlp(
         _check_moe_mlp(x, topk_weights, plan, w_up, w_down, b_up, b_down, activation)
     topk_weights = topk_weights.to(_checks.accumulate_dtype(x.dtype))
     block = (x, topk_weights, w_up, w_down, b_up, b_down)
-    y, _ = torch.ops.moeops.moe_mlp(*block, *plan, activation, _gradient_is_wanted(block))
+    y, _ = torch.ops.moeops.moe_mlp(
+        *block, *plan, activation=activation, keep_pre=_gradient_is_wanted(block)
+    )
     return y
 
 

@@ -13,7 +13,7 @@ from moeops.types import NoisyRoute
 
 
 @torch.library.register_fake("moeops::noisy_topk_route")
-def _noisy_topk_route_fake(clean, spread, noise, top_k, min_noise):
+def _noisy_topk_route_fake(clean, spread, noise, top_k, **_options):
     for name, value in (("spread", spread), ("noise", noise)):
         fake_check(
             value.shape[0] == clean.shape[0],
@@ -33,7 +33,7 @@ def _noisy_topk_route_fake(clean, spread, noise, top_k, min_noise):
 
 @torch.library.register_fake("moeops::noisy_topk_route_backward")
 def _noisy_topk_route_backward_fake(
-    grad_weights, grad_importance, grad_load, grad_loss, clean, spread, *_rest
+    grad_weights, grad_importance, grad_load, grad_loss, clean, spread, *_rest, **_options
 ):
     return (
         torch.empty_like(clean, memory_format=torch.contiguous_format),
@@ -41,12 +41,13 @@ def _noisy_topk_route_backward_fake(
     )
 
 
-def _noisy_topk_route_setup(ctx, inputs, output):
-    clean, spread, noise, _, ctx.min_noise = inputs
+def _noisy_topk_route_setup(ctx, inputs, keyword_only_inputs, output):
+    clean, spread, noise, _ = inputs
     _, importance, load, _, topk_ids, runner_up = output
     ctx.mark_non_differentiable(topk_ids, runner_up)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(clean, spread, noise, topk_ids, runner_up, importance, load)
+    ctx.options = keyword_only_inputs
 
 
 def _noisy_topk_route_grad(
@@ -54,11 +55,11 @@ def _noisy_topk_route_grad(
 ):
     grads = (grad_weights, grad_importance, grad_load, grad_loss)
     if all(grad is None for grad in grads):
-        return (None,) * 5
+        return (None,) * 4
     grad_clean, grad_spread = torch.ops.moeops.noisy_topk_route_backward(
-        *grads, *ctx.saved_tensors, ctx.min_noise
+        *grads, *ctx.saved_tensors, **ctx.options
     )
-    return grad_clean, grad_spread, None, None, None
+    return grad_clean, grad_spread, None, None
 
 
 torch.library.register_autograd(
@@ -68,7 +69,7 @@ _checks.refuse_second_gradient("noisy_topk_route_backward")
 
 
 def noisy_topk_route(
-    clean: Tensor, spread: Tensor, noise: Tensor, top_k: int, min_noise: float = 0.01
+    clean: Tensor, spread: Tensor, noise: Tensor, top_k: int, *, min_noise: float = 0.01
 ) -> NoisyRoute:
     """Choose experts by noisy logits, with the importance and load losses of Shazeer et al., in one pass.
 
@@ -123,5 +124,5 @@ def noisy_topk_route(
                 f"{op}: min_noise must be above 0 and finite, got {min_noise}. The load divides by the noise."
             )
     return NoisyRoute(
-        *torch.ops.moeops.noisy_topk_route(clean, spread, noise, top_k, min_noise)[:5]
+        *torch.ops.moeops.noisy_topk_route(clean, spread, noise, top_k, min_noise=min_noise)[:5]
     )

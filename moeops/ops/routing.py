@@ -7,12 +7,13 @@ from torch import Tensor
 
 from moeops import _checks
 from moeops._checks import fake_check
+from moeops.types import Route
 
 SCORES = ("softmax", "sigmoid")
 
 
 @torch.library.register_fake("moeops::topk_route")
-def _topk_route_fake(logits, bias, top_k, score, renormalize, scale, num_groups, top_groups):
+def _topk_route_fake(logits, bias, top_k, **_options):
     fake_check(logits.dim() == 2, "topk_route: logits must have 2 dimensions. Reshape them first.")
     weights = logits.new_empty(
         (logits.shape[0], top_k), dtype=_checks.accumulate_dtype(logits.dtype)
@@ -21,27 +22,31 @@ def _topk_route_fake(logits, bias, top_k, score, renormalize, scale, num_groups,
 
 
 @torch.library.register_fake("moeops::topk_route_backward")
-def _topk_route_backward_fake(grad_topk_weights, logits, topk_ids, score, renormalize, scale):
+def _topk_route_backward_fake(grad_topk_weights, logits, topk_ids, **_options):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-def _topk_route_setup(ctx, inputs, output):
-    logits, _, _, score, renormalize, scale, _, _ = inputs
+def weight_options(options):
+    """The options of a routing op that say what its weights are."""
+    return {name: options[name] for name in ("score", "renormalize", "scale")}
+
+
+def _topk_route_setup(ctx, inputs, keyword_only_inputs, output):
+    logits, *_ = inputs
     _, topk_ids = output
     ctx.mark_non_differentiable(topk_ids)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(logits, topk_ids)
-    ctx.options = (score, renormalize, scale)
+    ctx.options = weight_options(keyword_only_inputs)
 
 
 def _topk_route_grad(ctx, grad_topk_weights, _grad_ids):
     if grad_topk_weights is None:
-        return (None,) * 8
-    logits, topk_ids = ctx.saved_tensors
+        return None, None, None
     grad_logits = torch.ops.moeops.topk_route_backward(
-        grad_topk_weights, logits, topk_ids, *ctx.options
+        grad_topk_weights, *ctx.saved_tensors, **ctx.options
     )
-    return grad_logits, None, None, None, None, None, None, None
+    return grad_logits, None, None
 
 
 torch.library.register_autograd(
@@ -60,7 +65,7 @@ def topk_route(
     bias: Tensor | None = None,
     num_groups: int = 1,
     top_groups: int = 1,
-) -> tuple[Tensor, Tensor]:
+) -> Route:
     """Choose ``top_k`` experts per token and weight them by their scores, in one kernel.
 
     Scores are ``softmax(logits)`` over all experts or ``sigmoid(logits)``. The best ``top_k`` are chosen by score plus
@@ -79,7 +84,7 @@ def topk_route(
         top_groups: groups a token may use, at most ``num_groups``.
 
     Returns:
-        topk_weights ``[T, K]`` float32 (float64 for float64 logits) and topk_ids ``[T, K]`` int64, best first.
+        A Route: topk_weights ``[T, K]`` float32 (float64 for float64 logits) and topk_ids ``[T, K]`` int64, best first.
 
     Raises:
         ValueError: a shape, ``top_k``, ``score`` or the groups do not fit.  TypeError: ``logits`` is not float.
@@ -94,8 +99,17 @@ def topk_route(
     """
     if not torch.compiler.is_compiling():
         check_route("topk_route", logits, top_k, score, bias, num_groups, top_groups)
-    return torch.ops.moeops.topk_route(
-        logits, bias, top_k, score, renormalize, scale, num_groups, top_groups
+    return Route(
+        *torch.ops.moeops.topk_route(
+            logits,
+            bias,
+            top_k,
+            score=score,
+            renormalize=renormalize,
+            scale=scale,
+            num_groups=num_groups,
+            top_groups=top_groups,
+        )
     )
 
 
@@ -140,7 +154,7 @@ def check_route(
 
 
 @torch.library.register_fake("moeops::chosen_weights")
-def _chosen_weights_fake(logits, topk_ids, score, renormalize, scale):
+def _chosen_weights_fake(logits, topk_ids, **_options):
     fake_check(
         logits.shape[0] == topk_ids.shape[0],
         "chosen_weights: topk_ids must have one row per token. Pass those of the logits.",
@@ -148,19 +162,19 @@ def _chosen_weights_fake(logits, topk_ids, score, renormalize, scale):
     return logits.new_empty(topk_ids.shape, dtype=_checks.accumulate_dtype(logits.dtype))
 
 
-def _chosen_weights_setup(ctx, inputs, output):
-    logits, topk_ids, *ctx.options = inputs
+def _chosen_weights_setup(ctx, inputs, keyword_only_inputs, output):
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits, topk_ids)
+    ctx.save_for_backward(*inputs)
+    ctx.options = weight_options(keyword_only_inputs)
 
 
 def _chosen_weights_grad(ctx, grad_weights):
     if grad_weights is None:
-        return (None,) * 5
+        return None, None
     grad_logits = torch.ops.moeops.topk_route_backward(
-        grad_weights, *ctx.saved_tensors, *ctx.options
+        grad_weights, *ctx.saved_tensors, **ctx.options
     )
-    return grad_logits, None, None, None, None
+    return grad_logits, None
 
 
 torch.library.register_autograd(
@@ -209,5 +223,5 @@ def chosen_weights(
                 f"{op}: score must be one of {SCORES}, got {score!r}. Pick one of them."
             )
     return torch.ops.moeops.chosen_weights(
-        logits, topk_ids.to(torch.int64), score, renormalize, scale
+        logits, topk_ids.to(torch.int64), score=score, renormalize=renormalize, scale=scale
     )

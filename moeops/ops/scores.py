@@ -11,27 +11,26 @@ from moeops.ops.routing import SCORES
 
 
 @torch.library.register_fake("moeops::score_sums")
-def _score_sums_fake(logits, score):
+def _score_sums_fake(logits, **_options):
     fake_check(logits.dim() == 2, "score_sums: logits must have 2 dimensions. Reshape them first.")
     return logits.new_empty((logits.shape[1],), dtype=_checks.accumulate_dtype(logits.dtype))
 
 
 @torch.library.register_fake("moeops::score_sums_backward")
-def _score_sums_backward_fake(grad_sums, logits, score):
+def _score_sums_backward_fake(grad_sums, logits, **_options):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-def _score_sums_setup(ctx, inputs, output):
-    logits, ctx.score = inputs
+def _score_sums_setup(ctx, inputs, keyword_only_inputs, output):
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits)
+    ctx.save_for_backward(*inputs)
+    ctx.options = keyword_only_inputs
 
 
 def _score_sums_grad(ctx, grad_sums):
     if grad_sums is None:
-        return None, None
-    (logits,) = ctx.saved_tensors
-    return torch.ops.moeops.score_sums_backward(grad_sums, logits, ctx.score), None
+        return None
+    return torch.ops.moeops.score_sums_backward(grad_sums, *ctx.saved_tensors, **ctx.options)
 
 
 torch.library.register_autograd(
@@ -40,7 +39,7 @@ torch.library.register_autograd(
 _checks.refuse_second_gradient("score_sums_backward")
 
 
-def score_sums(logits: Tensor, score: str = "softmax") -> Tensor:
+def score_sums(logits: Tensor, *, score: str = "softmax") -> Tensor:
     """Sum over the tokens each expert's share of the token's scores, without writing the shares.
 
     ``sums_e = sum_t s_te / sum_j s_tj`` with ``s = softmax(logits)``, whose shares are itself, or
@@ -73,7 +72,7 @@ def score_sums(logits: Tensor, score: str = "softmax") -> Tensor:
             raise ValueError(
                 f"{op}: score must be one of {SCORES}, got {score!r}. Pick one of them."
             )
-    return torch.ops.moeops.score_sums(logits, score)
+    return torch.ops.moeops.score_sums(logits, score=score)
 
 
 @torch.library.register_fake("moeops::alignment_sum")

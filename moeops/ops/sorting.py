@@ -11,7 +11,7 @@ from moeops.types import TokenPlan
 
 
 @torch.library.register_fake("moeops::sort_tokens")
-def _sort_tokens_fake(topk_ids, num_experts, num_rows, drop_out_of_range):
+def _sort_tokens_fake(topk_ids, num_experts, num_rows=None, **_options):
     fake_check(topk_ids.dim() == 2, "sort_tokens: topk_ids must have 2 dimensions. Reshape them.")
     if num_rows is None:
         num_rows = topk_ids.shape[0] * topk_ids.shape[1]
@@ -30,7 +30,7 @@ def _count_tokens_fake(topk_ids, num_experts):
 
 
 @torch.library.register_fake("moeops::limit_capacity")
-def _limit_capacity_fake(topk_ids, priority, num_experts, capacity, by_choice):
+def _limit_capacity_fake(topk_ids, priority, num_experts, capacity, **_options):
     return topk_ids.new_empty(topk_ids.shape)
 
 
@@ -80,7 +80,9 @@ def sort_tokens(
                 op, "num_rows", num_rows, 0, "Pass an upper bound of the pairs that are kept."
             )
     return TokenPlan(
-        *torch.ops.moeops.sort_tokens(topk_ids, num_experts, num_rows, drop_out_of_range)
+        *torch.ops.moeops.sort_tokens(
+            topk_ids, num_experts, num_rows, drop_out_of_range=drop_out_of_range
+        )
     )
 
 
@@ -157,4 +159,6 @@ def limit_capacity(
             _checks.check_size(op, "priority", priority, 0, topk_ids.shape[0], "like topk_ids")
             _checks.check_size(op, "priority", priority, 1, topk_ids.shape[1], "like topk_ids")
             _checks.check_device(op, "priority", priority, "topk_ids", topk_ids)
-    return torch.ops.moeops.limit_capacity(topk_ids, priority, num_experts, capacity, by_choice)
+    return torch.ops.moeops.limit_capacity(
+        topk_ids, priority, num_experts, capacity, by_choice=by_choice
+    )

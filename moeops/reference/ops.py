@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moeops.types import BalancedRoute, NoisyRoute, TokenPlan
+from moeops.types import BalancedRoute, NoisyRoute, Route, TokenPlan
 
 
 def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -32,7 +32,7 @@ def topk_route(
     num_groups: int = 1,
     top_groups: int = 1,
     group_score: str = "top2",
-) -> tuple[Tensor, Tensor]:
+) -> Route:
     """Scores, biased choice of the best groups and experts, unbiased weights of the chosen."""
     T, E = logits.shape
     z = logits.to(_accumulate_dtype(logits.dtype))
@@ -55,7 +55,7 @@ def topk_route(
     weights = scores.gather(1, ids)
     if renormalize:
         weights = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
-    return weights * scale, ids
+    return Route(weights * scale, ids)
 
 
 def chosen_weights(
@@ -126,7 +126,7 @@ def topk_route_balance(
             reached += own
     counted = ids[:, : top_k if num_counted is None else num_counted]
     counts = count_tokens(counted, E)
-    sums = score_sums(logits, score)
+    sums = score_sums(logits, score=score)
     loss = _balance(sums, counts, T)
     weights = chosen_weights(logits, ids, score=score, renormalize=renormalize, scale=scale)
     return BalancedRoute(weights, sums, loss, ids, counts)
@@ -161,7 +161,7 @@ def relu_route(logits: Tensor) -> BalancedRoute:
 
 
 def noisy_topk_route(
-    clean: Tensor, spread: Tensor, noise: Tensor, top_k: int, min_noise: float = 0.01
+    clean: Tensor, spread: Tensor, noise: Tensor, top_k: int, *, min_noise: float = 0.01
 ) -> NoisyRoute:
     """The paper's equations, token by token and expert by expert."""
     T, E = clean.shape
@@ -204,7 +204,7 @@ def alignment_sum(logits: Tensor, topk_ids: Tensor, group_size: int) -> Tensor:
     return total
 
 
-def score_sums(logits: Tensor, score: str = "softmax") -> Tensor:
+def score_sums(logits: Tensor, *, score: str = "softmax") -> Tensor:
     """Each token's scores divided by their sum, summed over the tokens."""
     z = logits.to(_accumulate_dtype(logits.dtype))
     # sigmoid(z) / sum of sigmoid is the softmax of log sigmoid, which cannot divide by zero.
@@ -367,8 +367,8 @@ def activate(pre_activation: Tensor, activation: str) -> Tensor:
 
 def moe_mlp(
     x: Tensor,
-    topk_weights: Tensor,
     plan: TokenPlan,
+    topk_weights: Tensor,
     w_up: Tensor,
     w_down: Tensor,
     *,

@@ -259,8 +259,8 @@ def test_block_reference_is_the_reference_op(routing, activation):
     plan = reference.sort_tokens(problem.topk_ids, shape.num_experts)
     y = reference.moe_mlp(
         leaves["x"],
-        leaves["topk_weights"],
         plan,
+        leaves["topk_weights"],
         leaves["w_up"],
         leaves["w_down"],
         activation=activation,

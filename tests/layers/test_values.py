@@ -114,8 +114,8 @@ def test_fused_layer_equals_the_op_reference():
     plan = reference.sort_tokens(ids, E)
     expected = reference.moe_mlp(
         x,
-        weights,
         plan,
+        weights,
         layer.experts.w_up,
         layer.experts.w_down,
         b_up=layer.experts.b_up,

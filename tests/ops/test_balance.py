@@ -366,15 +366,15 @@ def test_bare_ops_refuse_bad_arguments(device):
     route = torch.ops.moeops.topk_route_balance
     uniform, sums = torch.rand(6, device=device), torch.ones(6, dtype=torch.float64, device=device)
     with pytest.raises(RuntimeError, match=r"num_counted must be from 0 to top_k = 2, got 3"):
-        route(logits, None, None, None, 2, "softmax", True, 1.0, 1, 1, False, 1.0, 0.0, 3)
+        route(logits, None, None, None, 2, num_counted=3)
     with pytest.raises(RuntimeError, match=r"uniform must have size 5"):
-        route(logits, None, uniform, None, 2, "softmax", True, 1.0, 1, 1, False, 1.0, 0.0, 2)
+        route(logits, None, uniform, None, 2, num_counted=2)
     _, _, _, ids, counts = moeops.topk_route_balance(logits, 2)
     backward = torch.ops.moeops.topk_route_balance_backward
     one = torch.ones((), device=device)
     with pytest.raises(RuntimeError, match=r"tokens_per_expert must have size 6"):
-        backward(None, None, one, logits, None, ids, counts[:5], "softmax", True, 1.0)
+        backward(None, None, one, logits, None, ids, counts[:5])
     with pytest.raises(RuntimeError, match=r"grad_loss must have 0 dimensions"):
-        backward(None, None, one[None], logits, None, ids, counts, "softmax", True, 1.0)
+        backward(None, None, one[None], logits, None, ids, counts)
     with pytest.raises(RuntimeError, match=r"grad_sums must be float32"):
-        backward(None, sums, None, logits, None, ids, counts, "softmax", True, 1.0)
+        backward(None, sums, None, logits, None, ids, counts)

@@ -152,7 +152,7 @@ def test_moe_mlp_never_waits_for_the_device(
     def step():
         x, weights = leaves["x"], leaves["topk_weights"]
         rest = {n: t for n, t in leaves.items() if n not in ("x", "topk_weights")}
-        y = moeops.moe_mlp(x, weights, plan, activation=activation, **rest)
+        y = moeops.moe_mlp(x, plan, weights, activation=activation, **rest)
         return torch.autograd.grad(y, leaves.values(), torch.ones_like(y))
 
     step()  # library handles and workspaces are made in the first call
@@ -171,7 +171,7 @@ def test_whole_layer_never_waits_for_the_device(capture_dtype, cuda_device, no_h
         weights, ids = moeops.topk_route((x @ router).float(), sample.K)
         ids = moeops.limit_capacity(ids, sample.E, 200, priority=weights)
         plan = moeops.sort_tokens(ids, sample.E)
-        y = moeops.moe_mlp(x, weights, plan, w_up, w_down)
+        y = moeops.moe_mlp(x, plan, weights, w_up, w_down)
         rows = moeops.permute_tokens(y, plan)
         padded = moeops.pad_rows(rows, plan.expert_offsets, 200)
         rows = moeops.unpad_rows(padded, plan.expert_offsets, rows.shape[0])

@@ -77,7 +77,7 @@ class Problem:
         leaves = {n: t.detach().requires_grad_() for n, t in tensors.items()}
         x, weights = leaves["x"], leaves["topk_weights"]
         rest = {n: t for n, t in leaves.items() if n not in ("x", "topk_weights")}
-        y = function(x, weights, self.plan, activation=self.activation, **rest)
+        y = function(x, self.plan, weights, activation=self.activation, **rest)
         grads = torch.autograd.grad(y, list(leaves.values()), grad.to(y.dtype))
         return {"y": y.detach(), **dict(zip(leaves, grads, strict=True))}
 

@@ -17,7 +17,7 @@ bias_options = pytest.mark.parametrize("with_bias", [False, True], ids=["no_bias
 def call(function, plan, activation):
     """The op or its reference as a function of named tensors."""
     return lambda x, topk_weights, **weights: function(
-        x, topk_weights, plan, activation=activation, **weights
+        x, plan, topk_weights, activation=activation, **weights
     )
 
 
@@ -75,7 +75,7 @@ def test_equals_the_composition_of_the_other_ops(device):
     hidden = reference.activate(pre, "swiglu")
     out = moeops.grouped_linear(hidden, t["w_down"], plan.expert_offsets, bias=t["b_down"])
     want = moeops.unpermute_tokens(out, plan, t["topk_weights"])
-    torch.testing.assert_close(moeops.moe_mlp(t.pop("x"), t.pop("topk_weights"), plan, **t), want)
+    torch.testing.assert_close(moeops.moe_mlp(t.pop("x"), plan, t.pop("topk_weights"), **t), want)
 
 
 def test_other_output_width(device):
@@ -116,6 +116,9 @@ def test_only_needed_gradients_are_computed(needed, device):
         torch.testing.assert_close(grad, want[name], msg=lambda text, name=name: f"{name}: {text}")
 
 
+NEEDS = ("need_x", "need_topk_weights", "need_w_up", "need_w_down")
+
+
 @pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=4)), ids=str)
 def test_backward_returns_empty_tensors_for_what_is_not_needed(needs, device):
     sample = Sample("plain")
@@ -123,7 +126,11 @@ def test_backward_returns_empty_tensors_for_what_is_not_needed(needs, device):
     pre = sample.tensor(sample.R, 2 * sample.H, dtype=torch.float32, device=device)
     block = [t["x"], t["topk_weights"], t["w_up"], t["w_down"], t["b_up"], t["b_down"]]
     grads = torch.ops.moeops.moe_mlp_backward(
-        torch.randn_like(t["x"]), *block, pre, *sample.plan(device), "swiglu", *needs
+        torch.randn_like(t["x"]),
+        *block,
+        pre,
+        *sample.plan(device),
+        **dict(zip(NEEDS, needs, strict=True)),
     )
     need_x, need_weights, need_up, need_down = needs
     for grad, source, need in zip(
@@ -324,7 +331,7 @@ def test_bare_op_refuses_what_would_corrupt_memory():
     def block(position, value, activation="swiglu"):
         args = list(good)
         args[position] = value
-        return torch.ops.moeops.moe_mlp(*args, activation)
+        return torch.ops.moeops.moe_mlp(*args, activation=activation)
 
     for position, value, text in (
         (0, t["x"][1:], r"x must have size 13 in dimension 0, got shape \[12, 8\]"),
@@ -342,9 +349,7 @@ def test_bare_op_refuses_what_would_corrupt_memory():
         block(0, t["x"], "tanh")
     pre = torch.randn(26, 11)
     with pytest.raises(RuntimeError, match=r"pre_activation must have size 12 .*\[26, 11\]"):
-        torch.ops.moeops.moe_mlp_backward(
-            t["x"], *good[:6], pre, *plan, "swiglu", True, True, True, True
-        )
+        torch.ops.moeops.moe_mlp_backward(t["x"], *good[:6], pre, *plan)
 
 
 @pytest.mark.parametrize("activation", ["swiglu", "gelu", "relu", "silu", "relu_squared"])

@@ -22,8 +22,8 @@ scores = pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 def test_score_sums(T, E, score, values_dtype, device):
     logits = (2 * torch.randn(T, E)).to(device, values_dtype)
     sums = assert_matches_reference(
-        lambda logits: moeops.score_sums(logits, score),
-        lambda logits: reference.score_sums(logits, score),
+        lambda logits: moeops.score_sums(logits, score=score),
+        lambda logits: reference.score_sums(logits, score=score),
         {"logits": logits},
         values_dtype,
     )
@@ -35,13 +35,13 @@ def test_score_sums(T, E, score, values_dtype, device):
 @scores
 def test_gradcheck(score, device):
     logits = torch.randn(7, 5, dtype=torch.float64, device=device, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda z: moeops.score_sums(z, score), (logits,))
+    assert torch.autograd.gradcheck(lambda z: moeops.score_sums(z, score=score), (logits,))
 
 
 @scores
 def test_gradient_is_taken_once(score):
     logits = torch.randn(3, 4, requires_grad=True)
-    sums = moeops.score_sums(logits, score)
+    sums = moeops.score_sums(logits, score=score)
     (grad,) = torch.autograd.grad(sums.square().sum(), logits, create_graph=True)
     with pytest.raises(NotImplementedError, match="score_sums_backward: a gradient must be"):
         grad.sum().backward()
@@ -52,7 +52,7 @@ def test_hand_worked(device):
     logits = torch.tensor([[0.0, third], [0.0, 0.0]], device=device)
     # Softmax: 3/4 and 1/4. Sigmoids 1/2 and 1/4: 2/3 and 1/3.
     for score, want in (("softmax", [1.25, 0.75]), ("sigmoid", [2 / 3 + 0.5, 1 / 3 + 0.5])):
-        sums = moeops.score_sums(logits, score)
+        sums = moeops.score_sums(logits, score=score)
         torch.testing.assert_close(sums.cpu(), torch.tensor(want))
 
 
@@ -61,7 +61,7 @@ def test_hand_worked(device):
 def test_extreme_logits_share_alike(value, score, device):
     """Sigmoids that all round to 0, or all to 1, have equal shares."""
     logits = torch.full((3, 4), value, device=device, requires_grad=True)
-    sums = moeops.score_sums(logits, score)
+    sums = moeops.score_sums(logits, score=score)
     assert sums.tolist() == [0.75] * 4
     (grad,) = torch.autograd.grad(sums[0], logits)
     assert grad.isfinite().all()
@@ -70,7 +70,7 @@ def test_extreme_logits_share_alike(value, score, device):
 @scores
 def test_minus_infinity_is_an_expert_that_nobody_wants(score, device):
     logits = torch.tensor([[0.0, float("-inf"), 0.0]], device=device, requires_grad=True)
-    sums = moeops.score_sums(logits, score)
+    sums = moeops.score_sums(logits, score=score)
     torch.testing.assert_close(sums.detach().cpu(), torch.tensor([0.5, 0.0, 0.5]))
     (grad,) = torch.autograd.grad(sums[0], logits)
     assert grad.isfinite().all()
@@ -81,14 +81,14 @@ def test_minus_infinity_is_an_expert_that_nobody_wants(score, device):
 def test_nan_is_not_hidden(score, device):
     logits = torch.zeros(40, 5, device=device)
     logits[3, 2] = float("nan")
-    assert moeops.score_sums(logits, score).isnan().all()
+    assert moeops.score_sums(logits, score=score).isnan().all()
 
 
 @scores
 def test_same_bits_every_time(score, device):
     logits = torch.randn(4099, 37, device=device)
-    first = moeops.score_sums(logits, score)
-    assert all(torch.equal(first, moeops.score_sums(logits, score)) for _ in range(5))
+    first = moeops.score_sums(logits, score=score)
+    assert all(torch.equal(first, moeops.score_sums(logits, score=score)) for _ in range(5))
 
 
 def test_long_sums_keep_their_digits(device):
@@ -105,7 +105,7 @@ def test_strided_input(device):
 def test_public_errors(device):
     logits = torch.randn(5, 6, device=device)
     with pytest.raises(ValueError, match=r"score_sums: score must be one of .* got 'tanh'"):
-        moeops.score_sums(logits, "tanh")
+        moeops.score_sums(logits, score="tanh")
     with pytest.raises(ValueError, match=r"score_sums: logits must have 2 dimensions.*\[30\]"):
         moeops.score_sums(logits.view(-1))
     with pytest.raises(TypeError, match=r"score_sums: logits must be float64.*got torch.int64"):
@@ -115,12 +115,12 @@ def test_public_errors(device):
 def test_bare_ops_refuse_bad_arguments(device):
     logits = torch.randn(5, 6, device=device)
     with pytest.raises(RuntimeError, match=r"score must be .* got 'tanh'"):
-        torch.ops.moeops.score_sums(logits, "tanh")
+        torch.ops.moeops.score_sums(logits, score="tanh")
     backward = torch.ops.moeops.score_sums_backward
     with pytest.raises(RuntimeError, match=r"grad_sums must have size 6"):
-        backward(torch.ones(5, device=device), logits, "softmax")
+        backward(torch.ones(5, device=device), logits)
     with pytest.raises(RuntimeError, match=r"grad_sums must be float32"):
-        backward(torch.ones(6, dtype=torch.float64, device=device), logits, "softmax")
+        backward(torch.ones(6, dtype=torch.float64, device=device), logits)
 
 
 @pytest.mark.parametrize(

@@ -247,7 +247,7 @@ def test_bare_op_refuses_rows_that_int32_cannot_number(num_rows, device):
     with pytest.raises(
         RuntimeError, match=rf"num_rows must be from 0 to 2\^31 - 2, got {num_rows}"
     ):
-        torch.ops.moeops.sort_tokens(FULL.to(device), 2, num_rows, False)
+        torch.ops.moeops.sort_tokens(FULL.to(device), 2, num_rows)
 
 
 def test_negative_ids_are_an_error_even_when_dropping():

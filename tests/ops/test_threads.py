@@ -26,7 +26,7 @@ def test_thread_count_changes_nothing(op, name, restore_threads):
         results = []
         for threads in (1, 2, 3, 7):
             torch.set_num_threads(threads)
-            outputs = case.overload(*case.args)
+            outputs = case.run()
             results.append(outputs if isinstance(outputs, tuple) else (outputs,))
         for other in results[1:]:
             for got, want in zip(other, results[0], strict=True):
