@@ -12,7 +12,7 @@ from moeops import (  # noqa: E402  (the ops register themselves on the loaded l
     losses,
 )
 from moeops.comm import all_to_all_rows, exchange_counts  # noqa: E402
-from moeops.gates.base import auxiliary_loss  # noqa: E402
+from moeops.gates.base import auxiliary_loss, update_gates  # noqa: E402
 from moeops.layers import FMoE, FMoELinear, FMoETransformerMLP  # noqa: E402
 from moeops.monitor import LayerLoad, LoadMonitor  # noqa: E402
 from moeops.ops import (  # noqa: E402
@@ -84,4 +84,5 @@ __all__ = [
     "topk_route_balance",
     "unpad_rows",
     "unpermute_tokens",
+    "update_gates",
 ]

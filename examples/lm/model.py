@@ -16,7 +16,6 @@ from moeops import gates
 from moeops.distributed import Exact, Static
 from moeops.layers import FMoETransformerMLP
 
-BIAS_SPEED = 0.001  # of gates that balance with a bias, per step
 VOCABULARY = 256  # bytes
 
 
@@ -171,16 +170,6 @@ class GPT(nn.Module):
         logits = self(tokens)
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
         return loss, moeops.auxiliary_loss(self)
-
-    def update_gates(self, progress: float) -> None:
-        """Once per optimizer step: what gates do beside their gradients; ``progress`` runs from 0 to 1."""
-        for module in self.modules():
-            if isinstance(module, gates.DeepSeekV3Gate):
-                module.update_bias(BIAS_SPEED)
-            elif isinstance(module, gates.DenseToSparseGate):
-                module.anneal(progress)
-        if self.config.gate == "remoe":
-            gates.update_coefficients(self)
 
     def num_parameters(self) -> tuple[int, int]:
         """All parameters, those on other ranks included, and those that one token uses."""

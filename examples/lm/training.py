@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import moeops
 from lm.checkpoint import FORMAT, read_state, resuming
 from lm.data import Batches
 from lm.errors import UsageError
@@ -368,7 +369,7 @@ class Trainer:
             self._parallel.allreduce_gradients()
         clip_grad_norm_(self._model, 1.0)
         self._optimizer.step()
-        self._model.update_gates((self._step + 1) / self._config.steps)
+        moeops.update_gates(self._model, (self._step + 1) / self._config.steps)
         self._optimizer.zero_grad()
         self._pending.append(loss.detach())
         self._step += 1

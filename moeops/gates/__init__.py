@@ -1,7 +1,7 @@
 """Gates: which experts a token goes to. Subclass ``BaseGate`` in plain PyTorch to write another one."""
 
-from moeops.gates.base import BaseGate, auxiliary_loss, with_losses
-from moeops.gates.base_layer import BASEGate, balanced_assignment
+from moeops.gates.base import BaseGate, auxiliary_loss, update_gates, with_losses
+from moeops.gates.base_assignment import BASEGate, balanced_assignment
 from moeops.gates.dc import DCGate
 from moeops.gates.deepseek import DeepSeekV3Gate
 from moeops.gates.deepspeed import DeepSpeedGate
@@ -69,5 +69,6 @@ __all__ = [
     "router_logits",
     "token_ids",
     "update_coefficients",
+    "update_gates",
     "with_losses",
 ]

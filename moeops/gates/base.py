@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -237,6 +237,21 @@ class BaseGate(nn.Module):
         """A forward has set a loss that was not fetched yet."""
         return self.loss is not None
 
+    def after_step(self, progress: float) -> None:
+        """What the gate does beside its gradient, once after each optimizer step; by default nothing.
+
+        ``moeops.update_gates`` calls this for all gates of a model.
+
+        Args:
+            progress: the part of training that is over, in ``[0, 1]``.
+        """
+
+    @classmethod
+    def _after_step_together(cls, gates: Sequence[Any], progress: float) -> None:
+        """``after_step`` of all gates of a model that share this method; for gates that decide together."""
+        for gate in gates:
+            gate.after_step(progress)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BaseGate:
         before = {name: getattr(self, name) for name in self.float32_buffers}
         out = super()._apply(fn, recurse)
@@ -331,3 +346,42 @@ def auxiliary_loss(model: nn.Module, clear: bool = True) -> Tensor:
             if loss is not None:
                 total = total + loss.to(total.device)
     return total
+
+
+def update_gates(model: nn.Module, progress: float) -> None:
+    """Do what the gates of a model do beside their gradients: call this once after each optimizer step.
+
+    ``DeepSeekV3Gate`` moves its bias by ``bias_speed``, ``DenseToSparseGate`` anneals its temperature, and all
+    ``ReMoEGate`` update their coefficients together; own gates write ``BaseGate.after_step``. Gates without anything to
+    do are left alone, and so is a model without gates.
+
+    Args:
+        model: any module; every ``BaseGate`` in ``model.modules()`` takes part.
+        progress: the part of training that is over, in ``[0, 1]``: ``step / steps``.
+
+    Raises:
+        ValueError: ``progress`` is out of range, or a gate needs a group and has none.  TypeError: ``model`` is not a
+        module.
+    Host sync: none.
+
+    Example:
+        >>> from moeops.gates import DenseToSparseGate
+        >>> gate = DenseToSparseGate(8, 4, temperature=2.0, final_temperature=0.5)
+        >>> update_gates(gate, 0.5)
+        >>> float(gate.temperature)
+        1.0
+    """
+    op = "update_gates"
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"{op}: model must be a torch.nn.Module, got {_checks.describe(model)}. Pass the module that holds the "
+            "gates."
+        )
+    if not isinstance(progress, (int, float)) or not 0 <= progress <= 1:
+        raise ValueError(f"{op}: progress must be in [0, 1], got {progress!r}. Pass step / steps.")
+    together: dict[Any, list[BaseGate]] = {}
+    for module in model.modules():
+        if isinstance(module, BaseGate):
+            together.setdefault(type(module)._after_step_together.__func__, []).append(module)  # type: ignore[attr-defined]
+    for gates in together.values():
+        gates[0]._after_step_together(gates, progress)

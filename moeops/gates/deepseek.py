@@ -53,6 +53,7 @@ class DeepSeekV3Gate(NaiveGate):
         top_groups: groups a token may use.
         scale: factor on the weights, above 0.
         sequence_length: ``S``; ``None`` for no loss.
+        bias_speed: step of the bias in ``after_step``, at least 0.
 
     Attributes:
         gate: the router, ``nn.Linear(D, E)``.
@@ -88,6 +89,7 @@ class DeepSeekV3Gate(NaiveGate):
         top_groups: int = 1,
         scale: float = 1.0,
         sequence_length: int | None = None,
+        bias_speed: float = 0.001,
     ) -> None:
         super().__init__(d_model, num_expert, world_size, top_k, gate_bias=False)
         name = type(self).__name__
@@ -100,7 +102,9 @@ class DeepSeekV3Gate(NaiveGate):
         self.num_groups = num_groups
         self.top_groups = top_groups
         self.scale = float(scale)
+        _check_speed(name, "bias_speed", bias_speed)
         self.sequence_length = sequence_length
+        self.bias_speed = float(bias_speed)
         self.register_buffer("selection_bias", torch.zeros(self.tot_expert, dtype=torch.float32))
         self.register_buffer("loads", torch.zeros(self.tot_expert, dtype=torch.int64))
 
@@ -170,10 +174,8 @@ class DeepSeekV3Gate(NaiveGate):
         Raises:
             ValueError: ``speed`` is negative or not finite, or no group is known with ``world_size > 1``.
         """
-        if not torch.compiler.is_compiling() and not 0 <= speed < math.inf:
-            raise ValueError(
-                f"{type(self).__name__}.update_bias: speed must be at least 0 and finite, got {speed}. Use 0.001."
-            )
+        if not torch.compiler.is_compiling():
+            _check_speed(f"{type(self).__name__}.update_bias", "speed", speed)
         if group is None:
             group = self.group
         loads = self.loads
@@ -189,9 +191,18 @@ class DeepSeekV3Gate(NaiveGate):
         self.selection_bias.sub_(speed * torch.sign(above).to(self.selection_bias.dtype))
         self.loads.zero_()
 
+    def after_step(self, progress: float) -> None:
+        """Move the bias by ``bias_speed``; see ``update_bias``."""
+        self.update_bias(self.bias_speed)
+
     def extra_repr(self) -> str:
         """Sizes and options of the gate."""
         return (
             f"{super().extra_repr()}, num_groups={self.num_groups}, top_groups={self.top_groups}, "
             f"scale={self.scale}, sequence_length={self.sequence_length}"
         )
+
+
+def _check_speed(op: str, name: str, speed: float) -> None:
+    if not 0 <= speed < math.inf:
+        raise ValueError(f"{op}: {name} must be at least 0 and finite, got {speed}. Use 0.001.")

@@ -159,6 +159,10 @@ class DenseToSparseGate(NaiveGate):
         start = self.start_temperature
         self.set_temperature(start * (self.final_temperature / start) ** progress)
 
+    def after_step(self, progress: float) -> None:
+        """Follow the schedule; see ``anneal``."""
+        self.anneal(progress)
+
     def extra_repr(self) -> str:
         """Sizes and options of the gate."""
         return (

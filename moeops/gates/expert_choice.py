@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from moeops.gates._variable import check_finite
+from moeops.gates._variable_k import check_finite
 from moeops.gates.functional import check_capacity, expert_capacity, router_logits
 from moeops.gates.naive import NaiveGate
 from moeops.ops.sorting import limit_capacity

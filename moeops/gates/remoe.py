@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from moeops import _checks
 from moeops.comm.collectives import all_reduce_sum
-from moeops.gates._variable import VariableGate
+from moeops.gates._variable_k import VariableGate
 from moeops.gates.base import exporting
 from moeops.gates.functional import router_logits
 from moeops.losses import TINY
@@ -172,6 +173,14 @@ class ReMoEGate(VariableGate):
             )
         return group
 
+    def after_step(self, progress: float) -> None:
+        """Update the coefficient of this gate alone; ``moeops.update_gates`` updates those of a model together."""
+        self.update_coefficient()
+
+    @classmethod
+    def _after_step_together(cls, gates: Sequence[ReMoEGate], progress: float) -> None:
+        _update(gates, 1.2, None)
+
     def extra_repr(self) -> str:
         """Sizes and options of the gate."""
         return f"{super().extra_repr()}, balance={self.balance}, max_k={self.max_k}"
@@ -208,7 +217,7 @@ def update_coefficients(model: nn.Module, rate: float = 1.2, group: Any = None) 
 
 
 @torch.no_grad()
-def _update(gates: list[ReMoEGate], rate: float, group: Any) -> None:
+def _update(gates: Sequence[ReMoEGate], rate: float, group: Any) -> None:
     if not torch.compiler.is_compiling() and not 1 <= rate < math.inf:
         raise ValueError(
             f"ReMoEGate.update_coefficient: rate must be at least 1 and finite, got {rate}. Use 1.2."

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from moeops import _checks
 from moeops._token_groups import join_groups, split_groups
-from moeops.gates._variable import check_finite
+from moeops.gates._variable_k import check_finite
 from moeops.gates.base import BaseGate
 from moeops.types import SlotRouting
 

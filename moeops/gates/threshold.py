@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moeops.gates._variable import VariableGate
+from moeops.gates._variable_k import VariableGate
 from moeops.gates.functional import router_logits
 from moeops.losses import router_entropy
 from moeops.ops.balance import topk_route_balance
