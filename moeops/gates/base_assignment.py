@@ -49,13 +49,13 @@ class BASEGate(NaiveGate):
         d_model: ``D``.
         num_expert: experts on this rank.
         world_size: ranks that hold different experts.
-        topk: must be 1.
+        top_k: must be 1.
 
     Attributes:
         gate: the centroids, ``nn.Linear(D, E)`` without bias.
 
     Raises:
-        ValueError: ``topk`` is not 1, or a number does not fit; on CPU also for logits that are NaN or infinite.
+        ValueError: ``top_k`` is not 1, or a number does not fit; on CPU also for logits that are NaN or infinite.
     Source: BASE layers, arXiv:2103.16716.
 
     Example:
@@ -64,10 +64,10 @@ class BASEGate(NaiveGate):
         [2, 2, 3, 3]
     """
 
-    def __init__(self, d_model: int, num_expert: int, world_size: int = 1, topk: int = 1) -> None:
-        if topk != 1:
+    def __init__(self, d_model: int, num_expert: int, world_size: int = 1, top_k: int = 1) -> None:
+        if top_k != 1:
             raise ValueError(
-                f"{type(self).__name__}: topk must be 1, got {topk!r}. Pass top_k=1 to the layer."
+                f"{type(self).__name__}: top_k must be 1, got {top_k!r}. Pass top_k=1 to the layer."
             )
         super().__init__(d_model, num_expert, world_size, 1, gate_bias=False)
         self.reset_parameters()

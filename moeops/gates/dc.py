@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from moeops.gates._fastmoe_names import accept_fastmoe_names
 from moeops.gates.functional import Count, expert_capacity
 from moeops.gates.gshard import GShardGate
 
@@ -27,7 +28,7 @@ class DCGate(GShardGate):
         d_model: ``D``.
         num_expert: experts on this rank.
         world_size: ``W``, ranks that hold different experts.
-        topk: must be 2.
+        top_k: must be 2; also as ``topk``, FastMoE's name.
         capacity: capacity factors (training, evaluation), one factor for both, or ``None`` for no limit.
         random_routing: drop second choices at random: ``True`` in training, ``False`` never, ``"always"``.
         gate_bias: give the router a bias.
@@ -48,12 +49,13 @@ class DCGate(GShardGate):
 
     global_capacity = True
 
+    @accept_fastmoe_names
     def __init__(
         self,
         d_model: int,
         num_expert: int,
         world_size: int = 1,
-        topk: int = 2,
+        top_k: int = 2,
         capacity: tuple[float, float] | float | None = (1.2, 2.4),
         random_routing: bool | str = True,
         gate_bias: bool = True,
@@ -67,7 +69,7 @@ class DCGate(GShardGate):
             d_model,
             num_expert,
             world_size,
-            topk,
+            top_k,
             capacity,
             random_routing,
             gate_bias,

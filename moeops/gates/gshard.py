@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from moeops.gates._fastmoe_names import accept_fastmoe_names
 from moeops.gates.functional import (
     Count,
     apply_capacity,
@@ -48,7 +49,7 @@ class GShardGate(NaiveGate):
         d_model: ``D``.
         num_expert: experts on this rank.
         world_size: ranks that hold different experts.
-        topk: must be 2.
+        top_k: must be 2; also as ``topk``, FastMoE's name.
         capacity: capacity factors (training, evaluation), one factor for both, or ``None`` for no limit.
         random_routing: drop second choices at random: ``True`` in training, ``False`` never, ``"always"``.
         gate_bias: give the router a bias.
@@ -59,7 +60,7 @@ class GShardGate(NaiveGate):
         group: the other ranks, a process group; a layer may set it later.
 
     Raises:
-        ValueError: ``topk`` is not 2, another argument does not fit, or ``group`` is missing when it is needed.
+        ValueError: ``top_k`` is not 2, another argument does not fit, or ``group`` is missing when it is needed.
     Source: GShard, arXiv:2006.16668, algorithm 1.
 
     Example:
@@ -71,12 +72,13 @@ class GShardGate(NaiveGate):
 
     global_capacity = False
 
+    @accept_fastmoe_names
     def __init__(
         self,
         d_model: int,
         num_expert: int,
         world_size: int = 1,
-        topk: int = 2,
+        top_k: int = 2,
         capacity: tuple[float, float] | float | None = (1.2, 2.4),
         random_routing: bool | str = True,
         gate_bias: bool = True,
@@ -87,9 +89,9 @@ class GShardGate(NaiveGate):
         group: Any = None,
     ) -> None:
         name = type(self).__name__
-        if topk != 2:
-            raise ValueError(f"{name}: topk must be 2, got {topk!r}. Pass top_k=2 to the layer.")
-        super().__init__(d_model, num_expert, world_size, topk, gate_bias)
+        if top_k != 2:
+            raise ValueError(f"{name}: top_k must be 2, got {top_k!r}. Pass top_k=2 to the layer.")
+        super().__init__(d_model, num_expert, world_size, top_k, gate_bias)
         if random_routing not in (True, False, "always"):
             raise ValueError(
                 f"{name}: random_routing must be True, False or 'always', got {random_routing!r}. Pick one of them."

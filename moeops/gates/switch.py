@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moeops.gates._fastmoe_names import accept_fastmoe_names
 from moeops.gates.functional import (
     apply_capacity,
     balanced_route,
@@ -51,7 +52,7 @@ class SwitchGate(NaiveGate):
         d_model: ``D``.
         num_expert: experts on this rank.
         world_size: ranks that hold different experts.
-        topk: must be 1.
+        top_k: must be 1; also as ``topk``, FastMoE's name.
         switch_eps: half-width of the jitter, in training only; 0 turns it off.
         capacity: capacity factors (training, evaluation), one factor for both, or ``None`` for no limit.
         gate_bias: give the router a bias.
@@ -64,7 +65,7 @@ class SwitchGate(NaiveGate):
         group: the other ranks, a process group; a layer may set it later.
 
     Raises:
-        ValueError: ``topk`` is not 1, another argument does not fit, or ``group`` is missing when it is needed.
+        ValueError: ``top_k`` is not 1, another argument does not fit, or ``group`` is missing when it is needed.
     Source: Switch Transformer, arXiv:2101.03961, section 2.
 
     Example:
@@ -74,12 +75,13 @@ class SwitchGate(NaiveGate):
         (torch.Size([5, 1]), torch.Size([]))
     """
 
+    @accept_fastmoe_names
     def __init__(
         self,
         d_model: int,
         num_expert: int,
         world_size: int = 1,
-        topk: int = 1,
+        top_k: int = 1,
         switch_eps: float = 0.1,
         capacity: tuple[float, float] | float | None = (1.2, 2.4),
         gate_bias: bool = True,
@@ -92,9 +94,9 @@ class SwitchGate(NaiveGate):
         group: Any = None,
     ) -> None:
         name = type(self).__name__
-        if topk != 1:
-            raise ValueError(f"{name}: topk must be 1, got {topk!r}. Pass top_k=1 to the layer.")
-        super().__init__(d_model, num_expert, world_size, topk, gate_bias)
+        if top_k != 1:
+            raise ValueError(f"{name}: top_k must be 1, got {top_k!r}. Pass top_k=1 to the layer.")
+        super().__init__(d_model, num_expert, world_size, top_k, gate_bias)
         if not isinstance(switch_eps, (int, float)) or not 0 <= switch_eps < 1:
             raise ValueError(
                 f"{name}: switch_eps must be in [0, 1), got {switch_eps!r}. Use 0 for no jitter."

@@ -208,7 +208,7 @@ def test_trains_with_every_expert_in_use():
 @pytest.mark.parametrize(
     ("call", "error", "match"),
     [
-        (lambda: BASEGate(D, 4, 1, 2), ValueError, r"BASEGate: topk must be 1, got 2"),
+        (lambda: BASEGate(D, 4, 1, 2), ValueError, r"BASEGate: top_k must be 1, got 2"),
         (
             lambda: balanced_assignment(torch.tensor([[0.0, torch.nan]])),
             ValueError,

@@ -53,7 +53,7 @@ def test_compile(device):
 @pytest.mark.parametrize(
     ("build", "match"),
     [
-        (lambda: DCGate(D, 4, 1, 3), r"DCGate: topk must be 2, got 3"),
+        (lambda: DCGate(D, 4, 1, 3), r"DCGate: top_k must be 2, got 3"),
         (lambda: DCGate(D, 4, capacity=-1), r"DCGate: capacity must be .* got -1"),
         (
             lambda: DCGate(D, 4, drop_policy="priority"),

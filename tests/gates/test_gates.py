@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moeops.gates import (
     BaseGate,
+    DCGate,
     GShardGate,
     NaiveGate,
     SwitchGate,
@@ -397,7 +398,7 @@ def test_base_gate_has_no_forward():
         (
             lambda: SwitchGate(D, 4, 1, 2),
             ValueError,
-            r"SwitchGate: topk must be 1, got 2\. Pass top_k=1",
+            r"SwitchGate: top_k must be 1, got 2\. Pass top_k=1",
         ),
         (
             lambda: SwitchGate(D, 4, 1, switch_eps=1.5),
@@ -422,7 +423,7 @@ def test_base_gate_has_no_forward():
         (
             lambda: GShardGate(D, 4, 1, 3),
             ValueError,
-            r"GShardGate: topk must be 2, got 3\. Pass top_k=2",
+            r"GShardGate: top_k must be 2, got 3\. Pass top_k=2",
         ),
         (
             lambda: GShardGate(D, 4, 1, random_routing="no"),
@@ -468,3 +469,14 @@ def test_logits_that_are_not_finite(value):
     x[2, 3] = value
     with pytest.raises(RuntimeError, match=r"topk_route"):
         NaiveGate(D, 4, 1)(x)
+
+
+@pytest.mark.parametrize(("gate", "k"), [(SwitchGate, 1), (GShardGate, 2), (DCGate, 2)])
+def test_fastmoes_name_of_top_k(gate, k):
+    assert gate(D, 4, topk=k).top_k == gate(D, 4, top_k=k).top_k == k
+    with pytest.raises(ValueError, match=rf"{gate.__name__}: top_k must be {k}, got 3"):
+        gate(D, 4, topk=3)
+    with pytest.raises(
+        TypeError, match=rf"{gate.__name__}: top_k must be given once, got topk too"
+    ):
+        gate(D, 4, top_k=k, topk=k)

@@ -189,7 +189,7 @@ def linear(d_model):
         (lambda: FMoETransformerMLP(4, D, H, 3), TypeError, r"activation must be one of .* got 3"),
         (lambda: FMoETransformerMLP(4, D, H, expert=linear), TypeError, r"unexpected keyword argument 'expert'"),
         (lambda: FMoETransformerMLP(4, D, H, bogus=1), TypeError, r"bogus"),
-        (lambda: make_layer("mlp", "switch", top_k=2), ValueError, r"SwitchGate: topk must be 1, got 2"),
+        (lambda: make_layer("mlp", "switch", top_k=2), ValueError, r"SwitchGate: top_k must be 1, got 2"),
     ],
 )  # fmt: skip
 def test_bad_constructor_arguments(build, error, match):
