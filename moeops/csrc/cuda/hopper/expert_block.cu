@@ -88,13 +88,20 @@ void pair_grads(const Block& block, const Tensor& grad_y, const Tensor& partial,
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
+const char* rows_of_plan_refusal(const Block& block) {
+  constexpr int64_t kMaxPairs = int64_t{1} << 31;
+  if (block.num_rows() == 0 || block.pair_to_row.numel() == 0) return "there are no rows";
+  if (block.num_rows() >= kMaxRows) return "there are 2^30 rows or more";
+  if (block.pair_to_row.numel() >= kMaxPairs) return "there are 2^31 pairs or more";
+  return nullptr;
+}
+
 }  // namespace
 
 bool takes_block(const char* op, const Block& block, std::initializer_list<const Tensor*> more) {
   if (!takes(op, {refusal(block.x), rows_refusal(block.x), weight_refusal(block.w_up),
                   weight_refusal(block.w_down), bias_refusal(block.b_up),
-                  block.num_rows() == 0 || block.pair_to_row.numel() == 0 ? "there are no rows"
-                                                                          : nullptr})) {
+                  rows_of_plan_refusal(block)})) {
     return false;
   }
   for (const Tensor* tensor : more) {

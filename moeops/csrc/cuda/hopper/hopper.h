@@ -11,6 +11,8 @@
 
 namespace moeops::cuda::hopper {
 
+constexpr int64_t kMaxRows = int64_t{1} << 30;  // row numbers are int32, with room for a tile
+
 // Why these kernels cannot take products of `type` on this device, or null. MOEOPS_KERNELS=general
 // is such a reason; MOEOPS_KERNELS=hopper turns every reason into an error.
 const char* refusal(const Tensor& like);

@@ -10,7 +10,6 @@ namespace {
 
 constexpr int64_t kVectorElements = 8;  // 16 bytes, the unit of every copy
 constexpr uintptr_t kAlignment = 16;
-constexpr int64_t kMaxRows = int64_t{1} << 30;     // row numbers are int32, with room for a tile
 constexpr int64_t kMaxExperts = int64_t{1} << 24;  // beside the row count in a word of the table
 
 bool aligned(const Tensor& t) {
