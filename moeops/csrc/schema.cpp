@@ -1,8 +1,9 @@
-// The table of contents of torch.ops.moeops: every schema with a native kernel, once. Dimension
-// names (T tokens, K experts per token, N = T * K pairs, R rows, E experts, D model width, H hidden
-// width, C capacity) and the meaning of each op stand in moeops/ops/<family>.py and docs/ops.md,
-// the truth in moeops/reference/ops.py. Options follow the star, have the defaults of the public
-// function, and are given by name; kernels get all arguments in the order written here.
+// The table of contents of torch.ops.moeops: every schema with a native kernel, once
+// (moeops/comm/exchange.py defines all_to_all_rows, which is made of torch's collectives).
+// Dimension names (T tokens, K experts per token, N = T * K pairs, R rows, E experts, D model
+// width, H hidden width, C capacity) and the meaning of each op stand in moeops/ops/<family>.py and
+// docs/ops.md, the truth in moeops/reference/ops.py. Options follow the star, have the defaults of
+// the public function, and are given by name; kernels get all arguments in the order written here.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(moeops, m) {
@@ -80,8 +81,8 @@ STABLE_TORCH_LIBRARY(moeops, m) {
       "Tensor expert_offsets) -> Tensor");
   m.def(
       "unpermute_tokens_backward(Tensor grad_y, Tensor rows, Tensor topk_weights, Tensor "
-      "row_to_pair, "
-      "Tensor pair_to_row, Tensor expert_offsets) -> (Tensor grad_rows, Tensor grad_topk_weights)");
+      "row_to_pair, Tensor pair_to_row, Tensor expert_offsets) -> (Tensor grad_rows, Tensor "
+      "grad_topk_weights)");
 
   // padding: rows [R, D] <-> padded [E, C, D]
   m.def("pad_rows(Tensor rows, Tensor expert_offsets, SymInt capacity) -> Tensor");

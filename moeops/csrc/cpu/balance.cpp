@@ -10,7 +10,6 @@
 #include <tuple>
 #include <vector>
 
-#include "checks.h"
 #include "cpu/parallel.h"
 #include "cpu/routing.h"
 #include "cpu/scores.h"
@@ -143,11 +142,12 @@ Outputs topk_route_balance(const Tensor& logits, const std::optional<Tensor>& bi
   constexpr const char* kOp = "topk_route_balance";
   check_balance_arguments(kOp, logits, bias, uniform, temperature, top_k, score, num_groups,
                           top_groups, num_counted);
+  RouteOptions options =
+      route_options(kOp, logits, top_k, score, renormalize, scale, num_groups, top_groups);
+  options.groups_by_sum = groups_by_sum;
+  options.top_p = top_p;
+  options.min_score = min_score;
   const int64_t num_experts = logits.size(1);
-  STD_TORCH_CHECK(num_experts < std::numeric_limits<int32_t>::max(), kOp,
-                  ": logits must have fewer than 2^31 columns, got ", num_experts, ".");
-  const RouteOptions options{top_k,      parse_score(kOp, score), renormalize, scale,    num_groups,
-                             top_groups, groups_by_sum,           top_p,       min_score};
   const Tensor source = as_contiguous(logits);
   const std::optional<Tensor> draws = prepared(uniform, logits),
                               divisor = prepared(temperature, logits);
@@ -173,7 +173,7 @@ Outputs topk_route_balance(const Tensor& logits, const std::optional<Tensor>& bi
           scratch.order = order;
           const bool has_scores = route_token<acc_t>(
               options, z, biases, drawn ? drawn + t : nullptr, num_experts, scratch, weights, ids);
-          if (has_scores && options.score == Score::kSoftmax) {
+          if (has_scores && !options.sigmoid) {
             for (int64_t e = 0; e < num_experts; ++e) sums[e] += scratch.scores[e];
             return;
           }
@@ -197,7 +197,7 @@ Tensor topk_route_balance_backward(const std::optional<Tensor>& grad_topk_weight
                       tokens_per_expert);
   check_temperature(kOp, temperature, logits);
   const int64_t num_tokens = logits.size(0), num_experts = logits.size(1);
-  const RouteOptions options{topk_ids.size(1), parse_score(kOp, score), renormalize, scale, 1, 1};
+  const RouteOptions options = chosen_options(kOp, logits, topk_ids, score, renormalize, scale);
   const Tensor source = as_contiguous(logits), ids = as_contiguous(topk_ids);
   const std::optional<Tensor> weight_grads = contiguous_or_none(grad_topk_weights),
                               divisor = prepared(temperature, logits);
@@ -233,7 +233,7 @@ Tensor topk_route_balance_backward(const std::optional<Tensor>& grad_topk_weight
           if (bad >= 0) bad_id.report(first + bad);
         }
         with_score(score, [&](auto sigmoid) {
-          share_grads(sigmoid, share_grad, wanted.data(), z, scratch, num_experts);
+          share_grads(sigmoid, wanted.data(), z, scratch, num_experts, share_grad);
         });
         for (int64_t e = 0; e < num_experts; ++e) {
           target[t * num_experts + e] =

@@ -26,9 +26,10 @@ constexpr int64_t kTileRows = 256;
 // out [count] = the sum over `num_rows` rows, `stride` apart, of their first `count` columns, at
 // most kSumColumns.
 template <typename scalar_t>
-MOEOPS_WIDEST_VECTORS void sum_column_block(scalar_t* out, const scalar_t* rows,
+MOEOPS_WIDEST_VECTORS void sum_column_block(const scalar_t* rows,
                                             const accumulate_t<scalar_t>* row_weights,
-                                            int64_t num_rows, int64_t stride, int64_t count) {
+                                            int64_t num_rows, int64_t stride, int64_t count,
+                                            scalar_t* out) {
   using acc_t = accumulate_t<scalar_t>;
   acc_t total[kSumColumns] = {}, partial[kSumColumns];
   for (int64_t first = 0; first < num_rows; first += kSumRows) {
@@ -59,15 +60,15 @@ std::vector<WeightTile> weight_tiles(const Offsets& offsets, int64_t height,
   return tiles;
 }
 
-void sum_columns(void* out, const Matrix& rows, const void* row_weights, int64_t first,
-                 int64_t count) {
+void sum_columns(const Matrix& rows, const void* row_weights, int64_t first, int64_t count,
+                 void* out) {
   MOEOPS_DISPATCH_FLOAT(rows.type, "grouped_sum", [&] {
     const auto* source = reinterpret_cast<const scalar_t*>(rows.data) + first;
     const auto* weights = static_cast<const accumulate_t<scalar_t>*>(row_weights);
     auto* target = static_cast<scalar_t*>(out);
     for (int64_t column = 0; column < count; column += kSumColumns) {
-      sum_column_block(target + column, source + column, weights, rows.rows, rows.row_stride,
-                       std::min(kSumColumns, count - column));
+      sum_column_block(source + column, weights, rows.rows, rows.row_stride,
+                       std::min(kSumColumns, count - column), target + column);
     }
   });
 }
@@ -86,9 +87,9 @@ Tensor grouped_linear(const Tensor& rows, const Tensor& weight, const Tensor& ex
   const std::vector<ExpertBlock> blocks = expert_blocks(offsets);
   Tasks(blocks.size()).run([&](int64_t, int64_t task) {
     const ExpertBlock& block = blocks[task];
-    multiply(row_matrix(out, block.begin, block.size()),
-             row_matrix(source, block.begin, block.size()),
-             expert_matrix(weight, block.expert).transposed(), row_of(added, block.expert));
+    multiply(row_matrix(source, block.begin, block.size()),
+             expert_matrix(weight, block.expert).transposed(),
+             row_matrix(out, block.begin, block.size()), row_of(added, block.expert));
   });
   clear(row_matrix(out, offsets.num_live, rows.size(0) - offsets.num_live));
   return out;
@@ -108,9 +109,9 @@ Tensor grouped_linear_weight_grad(const Tensor& grad, const Tensor& rows,
   Tasks(tiles.size()).run([&](int64_t, int64_t task) {
     const WeightTile& tile = tiles[task];
     const int64_t first = offsets.begin(tile.expert), count = offsets.size(tile.expert);
-    multiply(expert_matrix(out, tile.expert).row_range(tile.first, tile.count),
-             row_matrix(left, first, count).transposed().row_range(tile.first, tile.count),
-             row_matrix(right, first, count));
+    multiply(row_matrix(left, first, count).transposed().row_range(tile.first, tile.count),
+             row_matrix(right, first, count),
+             expert_matrix(out, tile.expert).row_range(tile.first, tile.count));
   });
   return transposed ? torch::stable::transpose(out, 1, 2) : out;
 }
@@ -126,9 +127,9 @@ Tensor grouped_sum(const Tensor& rows, const Tensor& expert_offsets) {
   torch::stable::parallel_for(0, offsets.num_experts * parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t e = task / parts, first = task % parts * kSumColumns;
-      sum_columns(row_matrix(out, e, 1).data + first * out.element_size(),
-                  row_matrix(source, offsets.begin(e), offsets.size(e)), nullptr, first,
-                  std::min(kSumColumns, width - first));
+      sum_columns(row_matrix(source, offsets.begin(e), offsets.size(e)), nullptr, first,
+                  std::min(kSumColumns, width - first),
+                  row_matrix(out, e, 1).data + first * out.element_size());
     }
   });
   return out;

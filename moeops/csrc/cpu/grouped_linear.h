@@ -21,7 +21,7 @@ std::vector<WeightTile> weight_tiles(const Offsets& offsets, int64_t height,
 
 // out[c] = the sum of column `first` + c over the rows of the contiguous `rows`, each row times its
 // weight where there is one (accumulate type); c from 0 to `count`.
-void sum_columns(void* out, const Matrix& rows, const void* row_weights, int64_t first,
-                 int64_t count);
+void sum_columns(const Matrix& rows, const void* row_weights, int64_t first, int64_t count,
+                 void* out);
 
 }  // namespace moeops::cpu

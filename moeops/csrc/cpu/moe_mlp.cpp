@@ -39,8 +39,8 @@ void with_activation(const std::string& name, const Body& body) {
 }
 
 template <typename Activation, typename Gated, typename scalar_t>
-MOEOPS_WIDEST_VECTORS void activate_row(Activation, Gated, scalar_t* __restrict hidden,
-                                        const scalar_t* __restrict pre, int64_t width) {
+MOEOPS_WIDEST_VECTORS void activate_row(Activation, Gated, const scalar_t* __restrict pre,
+                                        int64_t width, scalar_t* __restrict hidden) {
   using acc_t = accumulate_t<scalar_t>;
   for (int64_t i = 0; i < width; ++i) {
     acc_t a = Activation::value(static_cast<acc_t>(pre[i]));
@@ -50,7 +50,7 @@ MOEOPS_WIDEST_VECTORS void activate_row(Activation, Gated, scalar_t* __restrict 
 }
 
 // hidden [n, H] = act(pre [n, 2H or H]).
-void activate(const std::string& activation, const Matrix& hidden, const Matrix& pre) {
+void activate(const std::string& activation, const Matrix& pre, const Matrix& hidden) {
   MOEOPS_DISPATCH_FLOAT(hidden.type, "moe_mlp", [&] {
     auto* target = reinterpret_cast<scalar_t*>(hidden.data);
     const auto* source = reinterpret_cast<const scalar_t*>(pre.data);
@@ -58,8 +58,8 @@ void activate(const std::string& activation, const Matrix& hidden, const Matrix&
       torch::stable::parallel_for(0, hidden.rows, grain_rows(hidden.columns),
                                   [&](int64_t begin, int64_t end) {
                                     for (int64_t row = begin; row < end; ++row) {
-                                      activate_row(functions, gated, target + row * hidden.columns,
-                                                   source + row * pre.columns, hidden.columns);
+                                      activate_row(functions, gated, source + row * pre.columns,
+                                                   hidden.columns, target + row * hidden.columns);
                                     }
                                   });
     });
@@ -229,12 +229,12 @@ std::tuple<Tensor, Tensor> moe_mlp(const Tensor& x, const Tensor& topk_weights, 
     const Matrix x_rows = x_buffer.rows(worker, block), hidden = hidden_buffer.rows(worker, block);
     const Matrix pre_rows =
         keep_pre ? row_matrix(pre, block.begin, block.size()) : pre_buffer.rows(worker, block);
-    gather_live_rows(x_rows, tokens, plan, block.begin);
-    multiply(pre_rows, x_rows, expert_matrix(w_up, block.expert).transposed(),
+    gather_live_rows(tokens, plan, block.begin, x_rows);
+    multiply(x_rows, expert_matrix(w_up, block.expert).transposed(), pre_rows,
              row_of(up_bias, block.expert));
-    activate(activation, hidden, pre_rows);
-    multiply(row_matrix(out, block.begin, block.size()), hidden,
-             expert_matrix(w_down, block.expert).transposed(), row_of(down_bias, block.expert));
+    activate(activation, pre_rows, hidden);
+    multiply(hidden, expert_matrix(w_down, block.expert).transposed(),
+             row_matrix(out, block.begin, block.size()), row_of(down_bias, block.expert));
   });
   if (!keep_pre) return {sum_rows(out, topk_weights, plan), pre};
   const int64_t live = plan.offsets.num_live;
@@ -245,14 +245,14 @@ std::tuple<Tensor, Tensor> moe_mlp(const Tensor& x, const Tensor& topk_weights, 
 // The gradients of one expert's weight [M, N] and bias [M], from the gradient grad [n, M] of what
 // the weight computed of rows [n, N]: rows [first, first + count) of them. The gradient is scaled
 // by row_weights in the bias alone.
-void weight_gradient(Tensor& weight_grad, std::optional<Tensor>& bias_grad, int64_t expert,
-                     const Matrix& grad, const Matrix& rows, const void* row_weights, int64_t first,
-                     int64_t count) {
-  multiply(expert_matrix(weight_grad, expert).row_range(first, count),
-           grad.transposed().row_range(first, count), rows);
+void weight_gradient(int64_t expert, const Matrix& grad, const Matrix& rows,
+                     const void* row_weights, int64_t first, int64_t count, Tensor& weight_grad,
+                     std::optional<Tensor>& bias_grad) {
+  multiply(grad.transposed().row_range(first, count), rows,
+           expert_matrix(weight_grad, expert).row_range(first, count));
   if (!bias_grad) return;
   auto* target = row_matrix(*bias_grad, expert, 1).data + first * bias_grad->element_size();
-  sum_columns(target, grad, row_weights, first, count);
+  sum_columns(grad, row_weights, first, count, target);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(
@@ -303,14 +303,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(
   // expert, has.
   const auto up_gradient = [&](int64_t worker, const ExpertBlock& block, int64_t first,
                                int64_t count) {
-    weight_gradient(grad_w_up, grad_b_up, block.expert, grad_pre_buffer.rows(worker, block),
-                    x_buffer.rows(worker, block), nullptr, first, count);
+    weight_gradient(block.expert, grad_pre_buffer.rows(worker, block), x_buffer.rows(worker, block),
+                    nullptr, first, count, grad_w_up, grad_b_up);
   };
   const auto down_gradient = [&](int64_t worker, const ExpertBlock& block, int64_t first,
                                  int64_t count) {
-    weight_gradient(grad_w_down, grad_b_down, block.expert, grad_out_buffer.rows(worker, block),
+    weight_gradient(block.expert, grad_out_buffer.rows(worker, block),
                     hidden_buffer.rows(worker, block),
-                    grad_b_down ? row_weights_from(block.begin) : nullptr, first, count);
+                    grad_b_down ? row_weights_from(block.begin) : nullptr, first, count,
+                    grad_w_down, grad_b_down);
   };
 
   // Block by block: the rows' gradients, and the weights' while the rows are at hand.
@@ -319,8 +320,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(
     const Matrix grad_out = grad_out_buffer.rows(worker, block);
     const Matrix grad_hidden = grad_hidden_buffer.rows(worker, block);
     const Matrix grad_pre = grad_pre_buffer.rows(worker, block);
-    gather_live_rows(grad_out, grad_tokens, plan, block.begin);
-    if (need_hidden) multiply(grad_hidden, grad_out, expert_matrix(w_down, block.expert));
+    gather_live_rows(grad_tokens, plan, block.begin, grad_out);
+    if (need_hidden) multiply(grad_out, expert_matrix(w_down, block.expert), grad_hidden);
     MOEOPS_DISPATCH_FLOAT(x.scalar_type(), kOp, [&] {
       using acc_t = accumulate_t<scalar_t>;
       const auto in = [](const void* data) { return static_cast<const scalar_t*>(data); };
@@ -345,10 +346,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(
       activate_backward(activation, p, block.size());
     });
     if (need_x) {
-      multiply(row_matrix(grad_rows, block.begin, block.size()), grad_pre,
-               expert_matrix(w_up, block.expert));
+      multiply(grad_pre, expert_matrix(w_up, block.expert),
+               row_matrix(grad_rows, block.begin, block.size()));
     }
-    if (need_w_up) gather_live_rows(x_buffer.rows(worker, block), tokens, plan, block.begin);
+    if (need_w_up) gather_live_rows(tokens, plan, block.begin, x_buffer.rows(worker, block));
     if (need_w_up && block.whole) up_gradient(worker, block, 0, up_width);
     if (need_w_down && block.whole) down_gradient(worker, block, 0, w_down.size(1));
   });

@@ -101,11 +101,13 @@ MOEOPS_WIDEST_VECTORS void load_rises(const NoisyToken<acc_t>& token,
 
 // Both gradients of a token from those of its noisy logits and from the load's own rises.
 template <typename scalar_t>
-MOEOPS_WIDEST_VECTORS void store_gradients(
-    scalar_t* __restrict grad_clean, scalar_t* __restrict grad_spread,
-    const NoisyToken<accumulate_t<scalar_t>>& token, const scalar_t* __restrict spread_row,
-    const accumulate_t<scalar_t>* __restrict grad, const accumulate_t<scalar_t>* __restrict rises,
-    const accumulate_t<scalar_t>* __restrict distances, int64_t num_experts) {
+MOEOPS_WIDEST_VECTORS void store_gradients(const NoisyToken<accumulate_t<scalar_t>>& token,
+                                           const scalar_t* __restrict spread_row,
+                                           const accumulate_t<scalar_t>* __restrict grad,
+                                           const accumulate_t<scalar_t>* __restrict rises,
+                                           const accumulate_t<scalar_t>* __restrict distances,
+                                           int64_t num_experts, scalar_t* __restrict grad_clean,
+                                           scalar_t* __restrict grad_spread) {
   using acc_t = accumulate_t<scalar_t>;
   const acc_t* __restrict noise = token.noise;
   for (int64_t e = 0; e < num_experts; ++e) {
@@ -332,8 +334,8 @@ std::tuple<Tensor, Tensor> noisy_topk_route_backward(
         } else {
           std::fill(rises, rises + 2 * num_experts, acc_t(0));
         }
-        store_gradients(clean_target + row, spread_target + row, token, spread_data + row, grad,
-                        rises, distances, num_experts);
+        store_gradients(token, spread_data + row, grad, rises, distances, num_experts,
+                        clean_target + row, spread_target + row);
       }
     });
   });

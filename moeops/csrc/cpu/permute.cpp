@@ -12,7 +12,7 @@
 
 namespace moeops::cpu {
 
-void gather_live_rows(const Matrix& target, const Tensor& x, const Plan& plan, int64_t first) {
+void gather_live_rows(const Tensor& x, const Plan& plan, int64_t first, const Matrix& target) {
   const auto row_bytes = static_cast<size_t>(x.size(1)) * x.element_size();
   if (row_bytes == 0) return;
   const auto* from = static_cast<const char*>(x.const_data_ptr());
@@ -28,7 +28,7 @@ void gather_live_rows(const Matrix& target, const Tensor& x, const Plan& plan, i
 Tensor gather_rows(const Tensor& x, const Plan& plan) {
   Tensor rows = torch::stable::new_empty(x, {plan.num_rows, x.size(1)});
   const int64_t live = plan.offsets.num_live;
-  gather_live_rows(row_matrix(rows, 0, live), x, plan, 0);
+  gather_live_rows(x, plan, 0, row_matrix(rows, 0, live));
   clear(row_matrix(rows, live, plan.num_rows - live));
   return rows;
 }
@@ -41,10 +41,11 @@ constexpr int64_t kColumnBlock = 256;
 // y [D] = the sum over the `num_kept` slots in `kept` of one token's rows, weighted where there are
 // weights.
 template <typename scalar_t>
-MOEOPS_WIDEST_VECTORS void sum_token(scalar_t* __restrict y, const scalar_t* __restrict rows,
+MOEOPS_WIDEST_VECTORS void sum_token(const scalar_t* __restrict rows,
                                      const accumulate_t<scalar_t>* weights,
                                      const int32_t* pair_to_row, const int32_t* kept,
-                                     int64_t num_kept, int64_t num_columns) {
+                                     int64_t num_kept, int64_t num_columns,
+                                     scalar_t* __restrict y) {
   using acc_t = accumulate_t<scalar_t>;
   acc_t sums[kColumnBlock];
   for (int64_t column = 0; column < num_columns; column += kColumnBlock) {
@@ -60,8 +61,8 @@ MOEOPS_WIDEST_VECTORS void sum_token(scalar_t* __restrict y, const scalar_t* __r
 }
 
 template <typename scalar_t>
-void sum_rows_kernel(scalar_t* y, const scalar_t* rows, const accumulate_t<scalar_t>* weights,
-                     const Plan& plan, int64_t num_columns) {
+void sum_rows_kernel(const scalar_t* rows, const accumulate_t<scalar_t>* weights, const Plan& plan,
+                     int64_t num_columns, scalar_t* y) {
   const int64_t live = plan.offsets.num_live;
   const int64_t top_k = plan.top_k;
   const int64_t rows_per_token = live / plan.num_tokens + 1;
@@ -76,8 +77,8 @@ void sum_rows_kernel(scalar_t* y, const scalar_t* rows, const accumulate_t<scala
       for (int64_t k = 0; k < top_k; ++k) {
         if (pair_to_row[k] < live) kept[num_kept++] = static_cast<int32_t>(k);
       }
-      sum_token(y + token * num_columns, rows, weights ? weights + token * top_k : nullptr,
-                pair_to_row, kept, num_kept, num_columns);
+      sum_token(rows, weights ? weights + token * top_k : nullptr, pair_to_row, kept, num_kept,
+                num_columns, y + token * num_columns);
     }
   });
 }
@@ -85,10 +86,10 @@ void sum_rows_kernel(scalar_t* y, const scalar_t* rows, const accumulate_t<scala
 // Row by row: grad_rows = weight * grad_y, grad_weight = <grad_y, row>. Weights without a live row
 // are not written.
 template <typename scalar_t>
-void unpermute_backward_kernel(scalar_t* grad_rows, accumulate_t<scalar_t>* grad_weights,
-                               const scalar_t* grad_y, const scalar_t* rows,
+void unpermute_backward_kernel(const scalar_t* grad_y, const scalar_t* rows,
                                const accumulate_t<scalar_t>* weights, const Plan& plan,
-                               int64_t num_columns) {
+                               int64_t num_columns, scalar_t* grad_rows,
+                               accumulate_t<scalar_t>* grad_weights) {
   using acc_t = accumulate_t<scalar_t>;
   const int64_t live = plan.offsets.num_live;
   torch::stable::parallel_for(0, plan.num_rows, grain_rows(num_columns),
@@ -126,10 +127,9 @@ Tensor sum_rows(const Tensor& rows, const std::optional<Tensor>& topk_weights, c
   MOEOPS_DISPATCH_FLOAT(rows.scalar_type(), "unpermute_tokens", [&] {
     using acc_t = accumulate_t<scalar_t>;
     sum_rows_kernel<scalar_t>(
-        static_cast<scalar_t*>(y.mutable_data_ptr()),
         static_cast<const scalar_t*>(rows.const_data_ptr()),
-        weights ? static_cast<const acc_t*>(weights->const_data_ptr()) : nullptr, plan,
-        num_columns);
+        weights ? static_cast<const acc_t*>(weights->const_data_ptr()) : nullptr, plan, num_columns,
+        static_cast<scalar_t*>(y.mutable_data_ptr()));
   });
   return y;
 }
@@ -183,12 +183,12 @@ std::tuple<Tensor, Tensor> unpermute_tokens_backward(const Tensor& grad_y, const
   if (plan.num_rows == 0) return {grad_rows, grad_weights};
   MOEOPS_DISPATCH_FLOAT(rows.scalar_type(), kOp, [&] {
     using acc_t = accumulate_t<scalar_t>;
-    unpermute_backward_kernel<scalar_t>(static_cast<scalar_t*>(grad_rows.mutable_data_ptr()),
-                                        static_cast<acc_t*>(grad_weights.mutable_data_ptr()),
-                                        static_cast<const scalar_t*>(grad_y_rows.const_data_ptr()),
+    unpermute_backward_kernel<scalar_t>(static_cast<const scalar_t*>(grad_y_rows.const_data_ptr()),
                                         static_cast<const scalar_t*>(source_rows.const_data_ptr()),
                                         static_cast<const acc_t*>(weights.const_data_ptr()), plan,
-                                        rows.size(1));
+                                        rows.size(1),
+                                        static_cast<scalar_t*>(grad_rows.mutable_data_ptr()),
+                                        static_cast<acc_t*>(grad_weights.mutable_data_ptr()));
   });
   return {grad_rows, grad_weights};
 }

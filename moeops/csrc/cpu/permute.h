@@ -12,7 +12,7 @@ namespace moeops::cpu {
 Tensor gather_rows(const Tensor& x, const Plan& plan);
 
 // target [n, D] = the rows of x that rows [first, first + n) of the plan, all live, name.
-void gather_live_rows(const Matrix& target, const Tensor& x, const Plan& plan, int64_t first);
+void gather_live_rows(const Tensor& x, const Plan& plan, int64_t first, const Matrix& target);
 
 // y [T, D] = sum over k of topk_weights * rows[pair_to_row]; rows contiguous, only live rows are
 // read.

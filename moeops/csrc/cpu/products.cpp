@@ -29,7 +29,7 @@ Tensor multiplicand(const Matrix& m) {
 
 // out = product + bias, row by row; `product` may be `out` itself.
 template <typename scalar_t, typename product_t>
-void finish_rows(const Matrix& out, const product_t* product, const scalar_t* bias) {
+void finish_rows(const product_t* product, const scalar_t* bias, const Matrix& out) {
   using acc_t = accumulate_t<scalar_t>;
   auto* target = reinterpret_cast<scalar_t*>(out.data);
   torch::stable::parallel_for(
@@ -77,15 +77,15 @@ const void* row_of(const std::optional<Tensor>& t, int64_t row) {
   return t ? row_matrix(*t, row, 1).data : nullptr;
 }
 
-void multiply(const Matrix& out, const Matrix& a, const Matrix& b, const void* bias) {
+void multiply(const Matrix& a, const Matrix& b, const Matrix& out, const void* bias) {
   if (out.rows == 0 || out.columns == 0) return;
   if (a.columns == 0) {
     clear(out);
   } else if (out.type == ScalarType::Half) {
     using torch::headeronly::Half;
     const Tensor product = torch::stable::matmul(multiplicand(a), multiplicand(b));
-    finish_rows(out, static_cast<const float*>(product.const_data_ptr()),
-                static_cast<const Half*>(bias));
+    finish_rows(static_cast<const float*>(product.const_data_ptr()), static_cast<const Half*>(bias),
+                out);
     return;
   } else {
     Tensor target = view_of(out);
@@ -93,8 +93,8 @@ void multiply(const Matrix& out, const Matrix& a, const Matrix& b, const void* b
   }
   if (!bias) return;
   MOEOPS_DISPATCH_FLOAT(out.type, "multiply", [&] {
-    finish_rows(out, reinterpret_cast<const scalar_t*>(out.data),
-                static_cast<const scalar_t*>(bias));
+    finish_rows(reinterpret_cast<const scalar_t*>(out.data), static_cast<const scalar_t*>(bias),
+                out);
   });
 }
 

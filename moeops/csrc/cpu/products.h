@@ -30,7 +30,7 @@ const void* row_of(const std::optional<Tensor>& t, int64_t row);
 
 // out = a @ b, plus bias (of out's type, one for each column) unless it is null. Float16 products
 // and bias are added up in float32. `out` is contiguous.
-void multiply(const Matrix& out, const Matrix& a, const Matrix& b, const void* bias = nullptr);
+void multiply(const Matrix& a, const Matrix& b, const Matrix& out, const void* bias = nullptr);
 
 // Sets every element to zero.
 void clear(const Matrix& out);

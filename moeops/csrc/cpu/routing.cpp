@@ -9,7 +9,6 @@
 #include <tuple>
 #include <vector>
 
-#include "checks.h"
 #include "cpu/parallel.h"
 #include "dispatch.h"
 
@@ -17,9 +16,9 @@ namespace moeops::cpu {
 namespace {
 
 template <typename scalar_t>
-void route_kernel(accumulate_t<scalar_t>* weights, int64_t* ids, const scalar_t* logits,
-                  const accumulate_t<scalar_t>* bias, int64_t num_tokens, int64_t num_experts,
-                  const RouteOptions& options, FirstError& bad_logit) {
+void route_kernel(const scalar_t* logits, const accumulate_t<scalar_t>* bias, int64_t num_tokens,
+                  int64_t num_experts, const RouteOptions& options, accumulate_t<scalar_t>* weights,
+                  int64_t* ids, FirstError& bad_logit) {
   using acc_t = accumulate_t<scalar_t>;
   const Ranges ranges(num_tokens, grain_rows(num_experts));
   // Per range: logits, scores, choice, worth of groups; and an order of experts.
@@ -45,44 +44,33 @@ std::tuple<Tensor, Tensor> topk_route(const Tensor& logits, const std::optional<
                                       int64_t top_k, const std::string& score, bool renormalize,
                                       double scale, int64_t num_groups, int64_t top_groups) {
   constexpr const char* kOp = "topk_route";
-  check_dim(kOp, "logits", logits, 2);
-  check_float(kOp, "logits", logits);
+  check_topk_route(kOp, logits, bias);
+  const RouteOptions options =
+      route_options(kOp, logits, top_k, score, renormalize, scale, num_groups, top_groups);
   const int64_t num_tokens = logits.size(0), num_experts = logits.size(1);
-  check_route_options(kOp, num_experts, top_k, score, num_groups, top_groups);
-  const Score parsed = parse_score(kOp, score);
-  STD_TORCH_CHECK(num_experts < std::numeric_limits<int32_t>::max(), kOp,
-                  ": logits must have fewer than 2^31 columns, got ", num_experts, ".");
-  if (bias) {
-    check_dim(kOp, "bias", *bias, 1);
-    check_float(kOp, "bias", *bias);
-    check_same_device(kOp, "bias", *bias, logits);
-    check_size(kOp, "bias", *bias, 0, num_experts);
-  }
 
   const Tensor source = as_contiguous(logits);
   Tensor weights =
       torch::stable::new_empty(logits, {num_tokens, top_k}, accumulate_type(logits.scalar_type()));
   Tensor ids = torch::stable::new_empty(logits, {num_tokens, top_k}, ScalarType::Long);
-  const RouteOptions options{top_k, parsed, renormalize, scale, num_groups, top_groups};
   MOEOPS_DISPATCH_FLOAT(logits.scalar_type(), kOp, [&] {
     using acc_t = accumulate_t<scalar_t>;
     std::vector<acc_t> bias_values;
     if (bias) bias_values = read_bias<acc_t>(kOp, *bias);
     const auto* data = static_cast<const scalar_t*>(source.const_data_ptr());
     FirstError bad_logit;
-    route_kernel<scalar_t>(static_cast<acc_t*>(weights.mutable_data_ptr()),
-                           static_cast<int64_t*>(ids.mutable_data_ptr()), data,
-                           bias ? bias_values.data() : nullptr, num_tokens, num_experts, options,
-                           bad_logit);
+    route_kernel<scalar_t>(data, bias ? bias_values.data() : nullptr, num_tokens, num_experts,
+                           options, static_cast<acc_t*>(weights.mutable_data_ptr()),
+                           static_cast<int64_t*>(ids.mutable_data_ptr()), bad_logit);
     if (bad_logit.found()) refuse_logits(kOp, data, bad_logit.position(), num_experts);
   });
   return {weights, ids};
 }
 
 template <typename scalar_t>
-void route_backward_kernel(scalar_t* grad_logits, const accumulate_t<scalar_t>* grad_weights,
-                           const scalar_t* logits, const int64_t* ids, int64_t num_tokens,
-                           int64_t num_experts, const RouteOptions& options, FirstError& bad_id) {
+void route_backward_kernel(const accumulate_t<scalar_t>* grad_weights, const scalar_t* logits,
+                           const int64_t* ids, int64_t num_tokens, int64_t num_experts,
+                           const RouteOptions& options, scalar_t* grad_logits, FirstError& bad_id) {
   using acc_t = accumulate_t<scalar_t>;
   const Ranges ranges(num_tokens, grain_rows(num_experts));
   // Per range: logits, scores, gradient.
@@ -107,20 +95,8 @@ Tensor topk_route_backward(const Tensor& grad_topk_weights, const Tensor& logits
                            const Tensor& topk_ids, const std::string& score, bool renormalize,
                            double scale) {
   constexpr const char* kOp = "topk_route_backward";
-  check_dim(kOp, "logits", logits, 2);
-  check_float(kOp, "logits", logits);
-  check_dim(kOp, "grad_topk_weights", grad_topk_weights, 2);
-  check_dim(kOp, "topk_ids", topk_ids, 2);
-  check_type(kOp, "topk_ids", topk_ids, ScalarType::Long, "int64");
-  STD_TORCH_CHECK(grad_topk_weights.scalar_type() == accumulate_type(logits.scalar_type()), kOp,
-                  ": grad_topk_weights must be float32, or float64 beside float64 logits, got ",
-                  grad_topk_weights.scalar_type(), ". Cast it.");
-  check_same_device(kOp, "grad_topk_weights", grad_topk_weights, logits);
-  check_same_device(kOp, "topk_ids", topk_ids, logits);
-  check_size(kOp, "topk_ids", topk_ids, 0, logits.size(0));
-  check_size(kOp, "grad_topk_weights", grad_topk_weights, 0, logits.size(0));
-  check_size(kOp, "grad_topk_weights", grad_topk_weights, 1, topk_ids.size(1));
-  const RouteOptions options{topk_ids.size(1), parse_score(kOp, score), renormalize, scale, 1, 1};
+  check_topk_route_backward(kOp, grad_topk_weights, logits, topk_ids);
+  const RouteOptions options = chosen_options(kOp, logits, topk_ids, score, renormalize, scale);
 
   const Tensor source = as_contiguous(logits);
   const Tensor grad = as_contiguous(grad_topk_weights);
@@ -131,10 +107,9 @@ Tensor topk_route_backward(const Tensor& grad_topk_weights, const Tensor& logits
   FirstError bad_id;
   MOEOPS_DISPATCH_FLOAT(logits.scalar_type(), kOp, [&] {
     route_backward_kernel<scalar_t>(
-        static_cast<scalar_t*>(grad_logits.mutable_data_ptr()),
         static_cast<const accumulate_t<scalar_t>*>(grad.const_data_ptr()),
         static_cast<const scalar_t*>(source.const_data_ptr()), id_data, logits.size(0),
-        logits.size(1), options, bad_id);
+        logits.size(1), options, static_cast<scalar_t*>(grad_logits.mutable_data_ptr()), bad_id);
   });
   STD_TORCH_CHECK(!bad_id.found(), kOp, ": topk_ids must be in [-1, ", logits.size(1), "), got ",
                   id_data[bad_id.position()], " at pair ", bad_id.position(),
@@ -143,13 +118,13 @@ Tensor topk_route_backward(const Tensor& grad_topk_weights, const Tensor& logits
 }
 
 template <typename scalar_t>
-void chosen_kernel(accumulate_t<scalar_t>* weights, const scalar_t* logits, const int64_t* ids,
-                   int64_t num_tokens, int64_t num_experts, const RouteOptions& options,
-                   FirstError& bad_id) {
+void chosen_kernel(const scalar_t* logits, const int64_t* ids, int64_t num_tokens,
+                   int64_t num_experts, const RouteOptions& options,
+                   accumulate_t<scalar_t>* weights, FirstError& bad_id) {
   using acc_t = accumulate_t<scalar_t>;
   constexpr acc_t kLowest = -std::numeric_limits<acc_t>::infinity();
   const int64_t top_k = options.top_k;
-  const bool over_all = options.score == Score::kSoftmax && !options.renormalize;
+  const bool over_all = !options.sigmoid && !options.renormalize;
   const Ranges ranges(num_tokens, grain_rows(over_all ? num_experts : top_k));
   std::vector<acc_t> values(over_all ? ranges.count() * num_experts : 0);  // per range: logits
   ranges.run([&](int64_t range, int64_t begin, int64_t end) {
@@ -172,7 +147,7 @@ void chosen_kernel(accumulate_t<scalar_t>* weights, const scalar_t* logits, cons
       for (int64_t k = 0; k < top_k; ++k) {
         if (own[k] == kLowest) {
           own[k] = 0;
-        } else if (options.score == Score::kSigmoid) {
+        } else if (options.sigmoid) {
           own[k] = sigmoid(own[k]);
         } else {
           own[k] = exponential(own[k] - top);
@@ -191,16 +166,17 @@ Tensor chosen_weights(const Tensor& logits, const Tensor& topk_ids, const std::s
                       bool renormalize, double scale) {
   constexpr const char* kOp = "chosen_weights";
   check_ids_of_logits(kOp, logits, topk_ids);
-  const RouteOptions options{topk_ids.size(1), parse_score(kOp, score), renormalize, scale, 1, 1};
+  const RouteOptions options = chosen_options(kOp, logits, topk_ids, score, renormalize, scale);
   const Tensor source = as_contiguous(logits), ids = as_contiguous(topk_ids);
   Tensor weights =
       torch::stable::new_empty(logits, ids.sizes(), accumulate_type(logits.scalar_type()));
   const auto* id_data = static_cast<const int64_t*>(ids.const_data_ptr());
   FirstError bad_id;
   MOEOPS_DISPATCH_FLOAT(logits.scalar_type(), kOp, [&] {
-    chosen_kernel<scalar_t>(static_cast<accumulate_t<scalar_t>*>(weights.mutable_data_ptr()),
-                            static_cast<const scalar_t*>(source.const_data_ptr()), id_data,
-                            logits.size(0), logits.size(1), options, bad_id);
+    chosen_kernel<scalar_t>(static_cast<const scalar_t*>(source.const_data_ptr()), id_data,
+                            logits.size(0), logits.size(1), options,
+                            static_cast<accumulate_t<scalar_t>*>(weights.mutable_data_ptr()),
+                            bad_id);
   });
   STD_TORCH_CHECK(!bad_id.found(), kOp, ": topk_ids must be in [-1, ", logits.size(1), "), got ",
                   id_data[bad_id.position()], " at pair ", bad_id.position(),

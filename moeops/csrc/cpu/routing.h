@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "checks.h"
+#include "checks/routing.h"
 #include "cpu/scores.h"
 #include "dispatch.h"
 
@@ -18,16 +18,9 @@ namespace moeops::cpu {
 // From here on a partial sort of all experts is cheaper than inserting into the list of the best.
 constexpr int64_t kMaxInsertion = 16;
 
-enum class Score { kSoftmax, kSigmoid };
-
-inline Score parse_score(const char* op, const std::string& score) {
-  check_score(op, score);
-  return score == "softmax" ? Score::kSoftmax : Score::kSigmoid;
-}
-
 template <typename acc_t>
-void compute_scores(Score score, const acc_t* logits, acc_t* scores, int64_t num_experts) {
-  if (score == Score::kSigmoid) {
+void compute_scores(bool sigmoid, const acc_t* logits, acc_t* scores, int64_t num_experts) {
+  if (sigmoid) {
     sigmoid_row(logits, scores, num_experts);
   } else {
     softmax_row(logits, scores, num_experts);
@@ -89,18 +82,6 @@ void mask_groups(acc_t* choice, int64_t num_experts, int64_t num_groups, int64_t
   }
 }
 
-struct RouteOptions {
-  int64_t top_k;
-  Score score;
-  bool renormalize;
-  double scale;
-  int64_t num_groups;
-  int64_t top_groups;
-  bool groups_by_sum = false;
-  double top_p = 1;      // choices after this mass of scores are dropped; 1 for none
-  double min_score = 0;  // choices but the first with less are dropped
-};
-
 // Scratch memory of one thread: one value for each expert, or of `order` one number.
 template <typename acc_t>
 struct RouteScratch {
@@ -142,11 +123,11 @@ bool route_token(const RouteOptions& options, const acc_t* z, const acc_t* bias,
   // them, but rounding makes them tie where the logits do not. Only the chosen scores are needed
   // then.
   const bool one_group = options.num_groups > 1 && options.groups_by_sum &&
-                         options.top_groups == 1 && options.score == Score::kSoftmax;
+                         options.top_groups == 1 && !options.sigmoid;
   const bool by_logit = !bias && (options.num_groups == 1 || one_group);
   const bool all_free = by_logit && options.num_groups == 1;
   if (!all_free) {
-    compute_scores(options.score, z, scores, num_experts);
+    compute_scores(options.sigmoid, z, scores, num_experts);
     for (int64_t e = 0; e < num_experts; ++e) choice[e] = scores[e] + (bias ? bias[e] : 0);
     if (options.num_groups > 1) {
       mask_groups(choice, num_experts, options.num_groups, options.top_groups,
@@ -165,13 +146,12 @@ bool route_token(const RouteOptions& options, const acc_t* z, const acc_t* bias,
     if (uniform) sample_last(z, num_experts, top_k, *uniform, choice, order);
     // A renormalised softmax may leave out the common divisor, unless its scores are compared.
     acc_t divisor = 1, shift = options.renormalize && !limited ? z[order[0]] : top;
-    if (options.score == Score::kSoftmax && (!options.renormalize || limited)) {
+    if (!options.sigmoid && (!options.renormalize || limited)) {
       divisor = softmax_powers(z, top, choice, num_experts);
     }
     for (int64_t k = 0; k < top_k; ++k) {
       const acc_t own = z[order[k]];
-      scores[order[k]] =
-          options.score == Score::kSigmoid ? sigmoid(own) : exponential(own - shift) / divisor;
+      scores[order[k]] = options.sigmoid ? sigmoid(own) : exponential(own - shift) / divisor;
     }
   }
   acc_t sum = 0;
@@ -200,7 +180,7 @@ bool route_token(const RouteOptions& options, const acc_t* z, const acc_t* bias,
 template <typename acc_t>
 int64_t route_token_grads(const RouteOptions& options, const acc_t* z, const acc_t* grad_weights,
                           const int64_t* ids, int64_t num_experts, acc_t* scores, acc_t* grad) {
-  compute_scores(options.score, z, scores, num_experts);
+  compute_scores(options.sigmoid, z, scores, num_experts);
   std::fill(grad, grad + num_experts, acc_t(0));
   acc_t sum = 0, dot = 0;
   for (int64_t k = 0; k < options.top_k; ++k) {
@@ -219,7 +199,7 @@ int64_t route_token_grads(const RouteOptions& options, const acc_t* z, const acc
   for (int64_t k = 0; k < options.top_k; ++k) {
     if (ids[k] >= 0) grad[ids[k]] += factor * (grad_weights[k] - mean) / divisor;
   }
-  if (options.score == Score::kSigmoid) {
+  if (options.sigmoid) {
     for (int64_t e = 0; e < num_experts; ++e) grad[e] *= scores[e] * (1 - scores[e]);
     return -1;
   }

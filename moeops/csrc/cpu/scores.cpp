@@ -84,8 +84,8 @@ Tensor score_sums_backward(const Tensor& grad_sums, const Tensor& logits,
       ranges.run([&](int64_t range, int64_t begin, int64_t end) {
         acc_t* scratch = values.data() + range * num_experts * 3;
         for (int64_t t = begin; t < end; ++t) {
-          share_grads(sigmoid, target + t * num_experts, g, data + t * num_experts, scratch,
-                      num_experts);
+          share_grads(sigmoid, g, data + t * num_experts, scratch, num_experts,
+                      target + t * num_experts);
         }
       });
     });

@@ -126,11 +126,11 @@ MOEOPS_WIDEST_VECTORS void add_shares(Sigmoid sigmoid, const scalar_t* __restric
 
 // With shares q and slopes d: grad_z = q * d * (g - <g, q>); softmax has d = 1.
 template <typename Sigmoid, typename scalar_t, typename grad_t>
-MOEOPS_WIDEST_VECTORS void share_grads(Sigmoid sigmoid, grad_t* __restrict grad_logits,
+MOEOPS_WIDEST_VECTORS void share_grads(Sigmoid sigmoid,
                                        const accumulate_t<scalar_t>* __restrict grad_sums,
                                        const scalar_t* __restrict logits,
                                        accumulate_t<scalar_t>* __restrict scratch,
-                                       int64_t num_experts) {
+                                       int64_t num_experts, grad_t* __restrict grad_logits) {
   using acc_t = accumulate_t<scalar_t>;
   acc_t* __restrict z = scratch;
   acc_t* __restrict powers = z + num_experts;

@@ -10,14 +10,6 @@
 
 namespace moeops {
 
-struct BalanceOptions {
-  RouteOptions route;
-  bool groups_by_sum;
-  double top_p;      // choices after this mass of scores are dropped; 1 for none
-  double min_score;  // choices but the first with less are dropped
-  int num_counted;   // how many choices of a token are counted
-};
-
 // Whole multiprocessors that loop: every block ends with a row of partial sums, which one block
 // adds up. Many experts need the registers of two threads.
 constexpr int balance_threads(int slots) { return slots <= 4 ? 1024 : slots <= 8 ? 512 : 256; }
@@ -137,7 +129,7 @@ __global__ void __launch_bounds__(balance_threads(kSlots))
                               const device_accumulate_t<T>* __restrict__ bias,
                               const device_accumulate_t<T>* __restrict__ uniform,
                               const device_accumulate_t<T>* __restrict__ temperature,
-                              int64_t num_tokens, BalanceOptions options,
+                              int64_t num_tokens, RouteOptions route,
                               device_accumulate_t<T>* __restrict__ topk_weights,
                               int64_t* __restrict__ topk_ids,
                               device_accumulate_t<T>* __restrict__ partial_sums,
@@ -145,7 +137,6 @@ __global__ void __launch_bounds__(balance_threads(kSlots))
   using Acc = device_accumulate_t<T>;
   using Key = decltype(order_key(Acc{}));
   extern __shared__ __align__(16) unsigned char shared[];
-  const RouteOptions& route = options.route;
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int K = route.top_k, E = route.num_experts;
   auto* counts = reinterpret_cast<int32_t*>(shared);
@@ -156,11 +147,12 @@ __global__ void __launch_bounds__(balance_threads(kSlots))
   auto* chosen = reinterpret_cast<Acc*>(mine);  // logits if kByLogit, scores otherwise
   Acc* group_worth = chosen + K;
   auto* chosen_ids = reinterpret_cast<int32_t*>(group_worth + route.num_groups);
+  // The block's counts and the lane's sums over tokens start at 0.
   for (int e = threadIdx.x; e < E; e += blockDim.x) counts[e] = 0;
   reset_ticket(partial_counts, E);
   __syncthreads();
 
-  const bool limited = options.top_p < 1 || options.min_score > 0;
+  const bool limited = route.top_p < 1 || route.min_score > 0;
   Acc sums[kSlots];
 #pragma unroll
   for (int i = 0; i < kSlots; ++i) sums[i] = 0;
@@ -181,6 +173,7 @@ __global__ void __launch_bounds__(balance_threads(kSlots))
         if (lane + i * kWarpSize < E && !isfinite(score[i])) atomicAdd(bad_values, 1);
       }
     }
+    // Shares of all experts in the token's scores, which the sums take; keys of the logits.
     LaneCandidates<Key, kSlots> candidates;
     Acc top = 0, factor = 1;  // softmax = exp(logit - top) * factor
     Acc share[kSlots];        // of the scores; past the last expert 0
@@ -209,6 +202,7 @@ __global__ void __launch_bounds__(balance_threads(kSlots))
     }
 #pragma unroll
     for (int i = 0; i < kSlots; ++i) sums[i] += share[i];
+    // Keys of what is compared, without the experts of the groups that lost.
     if constexpr (kByLogit) {
       if (route.num_groups > 1) {
         keep_largest_group(share, candidates.keys, E, route.num_groups);
@@ -227,12 +221,13 @@ __global__ void __launch_bounds__(balance_threads(kSlots))
         choice[i] = e < E && bias != nullptr ? score[i] + bias[e] : score[i];
         candidates.keys[i] = e < E ? order_key(choice[i]) : 0;
       }
-      if (route.num_groups > 1 && options.groups_by_sum) {
+      if (route.num_groups > 1 && route.groups_by_sum) {
         keep_best_groups<true>(choice, candidates.keys, route, group_worth);
       } else if (route.num_groups > 1) {
         keep_best_groups(choice, candidates.keys, route, group_worth);
       }
     }
+    // The best K, or K - 1 of them and a sample of the others.
     candidates.prepare();
     __syncwarp();  // the last token's choices were read
     const bool samples = kByLogit && uniform != nullptr;
@@ -252,7 +247,8 @@ __global__ void __launch_bounds__(balance_threads(kSlots))
     }
     __syncwarp();
 
-    // A renormalised softmax may leave out the common divisor, unless its scores are compared.
+    // Scores of the chosen. A renormalised softmax may leave out the common divisor, unless its
+    // scores are compared.
     if (kByLogit && !route.sigmoid && route.renormalize && !limited) {
       top = chosen[0];
       factor = 1;
@@ -264,6 +260,7 @@ __global__ void __launch_bounds__(balance_threads(kSlots))
         return route.sigmoid ? Acc(1) / (Acc(1) + exp(-chosen[k])) : exp(chosen[k] - top) * factor;
       }
     };
+    // How many of them stay: those before the mass is reached or the score too small.
     int kept = K;
     if (limited) {
       Acc mass = 0;
@@ -271,15 +268,15 @@ __global__ void __launch_bounds__(balance_threads(kSlots))
         const int k = first + lane;
         const Acc own = k < K ? score_of(k) : Acc(0);
         const Acc upto = warp_inclusive_scan(own);
-        const bool out =
-            k > 0 && k < K &&
-            ((options.top_p < 1 && mass + upto - own >= static_cast<Acc>(options.top_p)) ||
-             own < static_cast<Acc>(options.min_score));
+        const bool out = k > 0 && k < K &&
+                         ((route.top_p < 1 && mass + upto - own >= static_cast<Acc>(route.top_p)) ||
+                          own < static_cast<Acc>(route.min_score));
         const unsigned outs = __ballot_sync(kFullMask, out);
         if (outs != 0) kept = first + __ffs(outs) - 1;
         mass += __shfl_sync(kFullMask, upto, kWarpSize - 1);
       }
     }
+    // Weights, ids and counts of those.
     Acc scale = static_cast<Acc>(route.scale);
     if (route.renormalize) {
       Acc sum = 0;
@@ -290,9 +287,10 @@ __global__ void __launch_bounds__(balance_threads(kSlots))
     for (int k = lane; k < K; k += kWarpSize) {
       topk_weights[t * K + k] = k < kept ? score_of(k) * scale : Acc(0);
       topk_ids[t * K + k] = k < kept ? chosen_ids[k] : -1;
-      if (k < kept && k < options.num_counted) atomicAdd(&counts[chosen_ids[k]], 1);
+      if (k < kept && k < route.num_counted) atomicAdd(&counts[chosen_ids[k]], 1);
     }
   }
+  // The block's rows of partial sums and counts.
   __syncthreads();
   add_up_warps(sums, E, tile, partial_sums + static_cast<int64_t>(blockIdx.x) * E);
   for (int e = threadIdx.x; e < E; e += blockDim.x) {

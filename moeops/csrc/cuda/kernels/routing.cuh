@@ -4,19 +4,10 @@
 
 #include <cmath>
 
+#include "route_options.h"
 #include "vector.cuh"
 
 namespace moeops {
-
-struct RouteOptions {
-  int num_experts;
-  int top_k;
-  int num_groups;
-  int top_groups;
-  bool sigmoid;
-  bool renormalize;
-  double scale;
-};
 
 // An unsigned key that orders like the float, with -0 equal to +0. Keys of real values are never 0.
 __device__ __forceinline__ uint32_t order_key(float v) {
@@ -110,7 +101,7 @@ __device__ __forceinline__ void keep_best_groups(const Acc (&choice)[kSlots], Ke
     group[i] = power_of_two ? e >> shift : e / group_size;
     if (e >= options.num_experts) group[i] = -1;
   }
-  // The two best of both lanes' two best.
+  // What two lanes know of a group: the two best of their two best, or the sum of their sums.
   const auto merge = [](Acc& first, Acc& second, int offset) {
     const Acc other_first = __shfl_xor_sync(kFullMask, first, offset);
     if constexpr (kBySum) {
@@ -123,7 +114,7 @@ __device__ __forceinline__ void keep_best_groups(const Acc (&choice)[kSlots], Ke
     second = second < other_second ? other_second : second;
     second = second < loser ? loser : second;
   };
-  // Groups that are aligned neighbours in one register: all of a register's groups at once.
+  // The worth of groups that are aligned neighbours in one register: all of a register's at once.
   const bool aligned = group_size <= kWarpSize && power_of_two;
   if (aligned) {
     // A few registers at a time: their exchanges do not wait for each other.
@@ -148,6 +139,7 @@ __device__ __forceinline__ void keep_best_groups(const Acc (&choice)[kSlots], Ke
       }
     }
   }
+  // The worth of other groups, one after the other.
   for (int g = 0; g < options.num_groups && !aligned; ++g) {
     Acc first = kLowest, second = kLowest;
 #pragma unroll
@@ -168,7 +160,8 @@ __device__ __forceinline__ void keep_best_groups(const Acc (&choice)[kSlots], Ke
     if (lane == 0) group_worth[g] = two ? first + second : first;
   }
   __syncwarp();
-  // A group stays if fewer than top_groups groups come before it.
+  // Keys of the groups that do not stay become 0; a group stays if fewer than top_groups groups
+  // come before it.
   const auto stays = [&](int mine) {
     int better = 0;
     for (int g = 0; g < options.num_groups; ++g) {
