@@ -7,9 +7,10 @@ import re
 import torch
 import torch.distributed as dist
 from parallel_cases import ROUTINGS, assert_equals_whole, batch, make, make_pair, token_counts
-from processes import Ranks
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
+
+from processes import Ranks
 
 CASES = (
     ("mlp", "inductor", {"dispatch": "exact"}),

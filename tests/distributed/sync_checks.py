@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from parallel_cases import D, batch, make, share
-from processes import Ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -20,6 +19,7 @@ from moeops.distributed import (
     clip_grad_norm_,
     scale_expert_gradients,
 )
+from processes import Ranks
 
 TOKENS, STEPS = 4, 3  # tokens of each rank
 PREFIX = "moe."
