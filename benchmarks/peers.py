@@ -25,7 +25,7 @@ def block_case(problem: BlockProblem, forward: Callable[[], Tensor]) -> Case:
     )
 
 
-# --- limits -----------------------------------------------------------------------------------------
+# What nothing that routes can beat.
 
 
 def _two_products(
@@ -112,7 +112,7 @@ def weights_read(problem: BlockProblem) -> Case:
     return Case(forward, check)
 
 
-# --- transformers -----------------------------------------------------------------------------------
+# The experts of transformers.
 
 
 def transformers_experts(problem: BlockProblem) -> tuple[torch.nn.Module, Callable[..., Tensor]]:
@@ -156,7 +156,7 @@ def transformers_grouped_mm_compiled(problem: BlockProblem) -> Case:
     return block_case(p, lambda: compiled(experts, p.x, p.topk_ids, p.topk_weights))
 
 
-# --- torchtitan -------------------------------------------------------------------------------------
+# Torchtitan's style.
 
 
 def torchtitan_style(problem: BlockProblem) -> Case:
@@ -205,7 +205,7 @@ def count_experts(flat_ids: Tensor, num_experts: int) -> Tensor:
     return torch.histc(ids, bins=num_experts, min=0, max=num_experts)
 
 
-# --- loops over experts -----------------------------------------------------------------------------
+# Loops over experts.
 
 
 def naive_loop(problem: BlockProblem) -> Case:

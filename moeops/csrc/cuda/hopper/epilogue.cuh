@@ -84,7 +84,7 @@ struct Writer {
     named_barrier(1 + consumer, kWarpgroup);
   }
 
-  // --- the pre-activation of the backward, loaded ahead in a ring of slots
+  // The pre-activation of the backward, loaded ahead in a ring of slots.
 
   // Chunk i of the tile: rows 64 (i / kAcross), columns 32 (i % kAcross).
   __device__ __forceinline__ void load_pre(const CUtensorMap& map, const OutputSpot& spot, int i,
@@ -110,7 +110,7 @@ struct Writer {
     }
   }
 
-  // --- all kinds
+  // All kinds.
 
   __device__ __forceinline__ void write_tile(const float (&sum)[kBlocks][kTileColumns / 2],
                                              const OutputSpot& spot, const CUtensorMap& out,
@@ -248,7 +248,7 @@ struct Writer {
     }
   }
 
-  // --- backward: the gradients of gate and up overwrite them in their slot
+  // Backward: the gradients of gate and up overwrite them in their slot.
 
   struct RowPair {
     float weight[2], dot[2];  // of this thread's rows r and r + 8

@@ -12,7 +12,7 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// --- mbarriers
+// Barriers in shared memory (mbarrier).
 __device__ __forceinline__ void barrier_init(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
@@ -70,7 +70,7 @@ __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// --- clusters
+// Clusters.
 __device__ __forceinline__ uint32_t cluster_rank() {
   uint32_t rank;
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
@@ -87,7 +87,7 @@ __device__ __forceinline__ void cluster_barrier() {
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
-// --- copies of 16 bytes per thread; zero_fill: no access, zeros instead
+// Copies of 16 bytes per thread; zero_fill: no access, zeros instead.
 __device__ __forceinline__ void copy_async(uint32_t to, const void* from) {
   asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(to), "l"(from)
                : "memory");
@@ -106,7 +106,7 @@ __device__ __forceinline__ void copy_async_wait_all() {
   asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
-// --- tensor copies (TMA) of the box of `map` at the given coordinates, innermost first
+// Tensor copies (TMA) of the box of `map` at the given coordinates, innermost first.
 __device__ __forceinline__ void tensor_load(uint32_t to, const CUtensorMap* map, uint32_t barrier,
                                             int x, int y) {
   asm volatile(
@@ -181,7 +181,7 @@ __device__ __forceinline__ void fence_shared() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// --- registers of a warpgroup's threads
+// Registers of a warpgroup's threads.
 template <int kCount>
 __device__ __forceinline__ void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
@@ -191,7 +191,7 @@ __device__ __forceinline__ void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
 }
 
-// --- 8 x 8 matrices of 16-bit values, four at a time
+// 8 x 8 matrices of 16-bit values, four at a time.
 __device__ __forceinline__ void store_matrices(uint32_t to, uint32_t a, uint32_t b, uint32_t c,
                                                uint32_t d) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(a),
@@ -213,7 +213,7 @@ __device__ __forceinline__ uint4 load_shared_16(uint32_t from) {
   return v;
 }
 
-// --- matrix products of a warpgroup (the products themselves are in wgmma.cuh)
+// Matrix products of a warpgroup (the products themselves are in wgmma.cuh).
 __device__ __forceinline__ void product_fence() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }

@@ -158,8 +158,7 @@ struct RowsGemm {
     return t;
   }
 
-  // --- producer
-  // -----------------------------------------------------------------------------------
+  // What the producer does.
 
   // The W tile of k block `kb`, or this CTA's half of it for both CTAs of a pair.
   __device__ __forceinline__ void load_w(int stage, const Spot& spot, int kb) const {
@@ -269,8 +268,7 @@ struct RowsGemm {
     if constexpr (kGather) copy_async_wait_all();
   }
 
-  // --- consumers
-  // ----------------------------------------------------------------------------------
+  // What the consumers do.
 
   // One arrival per warp at each CTA that filled the stage.
   __device__ __forceinline__ void release(int stage, uint32_t peer_barriers) const {

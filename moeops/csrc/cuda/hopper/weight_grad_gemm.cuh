@@ -164,8 +164,7 @@ struct WeightGradGemm {
     return (args.offsets[expert + 1] - args.offsets[expert] + kDepth - 1) / kDepth;
   }
 
-  // --- producers
-  // ----------------------------------------------------------------------------------
+  // What the producers do.
 
   // What is not gathered of a whole k block from row `row` on. Halves are 32 of the 64 rows.
   __device__ __forceinline__ void load_in_place(int stage, const Spot& spot, int row) const {
@@ -303,8 +302,7 @@ struct WeightGradGemm {
     copy_async_wait_all();
   }
 
-  // --- consumers
-  // ----------------------------------------------------------------------------------
+  // What the consumers do.
 
   __device__ __forceinline__ void release(int stage, uint32_t peer_barriers) const {
     const int lane = threadIdx.x % kWarpSize;
