@@ -105,6 +105,61 @@ struct Ring {
   }
 };
 
+// What every thread of a persistent CTA knows: its place in the grid of CTAs or pairs, and where
+// the stages and their barriers lie.
+template <class Tile, class Plan>
+struct PersistentCta {
+  static constexpr int kCluster = Tile::kCluster, kStages = Plan::kStages;
+
+  const uint32_t base, barriers;
+  const int rank, grid, block;  // rank in the pair; pairs, and which of them
+
+  __device__ __forceinline__ explicit PersistentCta(uint32_t base)
+      : base(base),
+        barriers(base + Plan::kOffsetBarriers),
+        rank(kCluster == 2 ? cluster_rank() : 0),
+        grid(gridDim.x / kCluster),
+        block(blockIdx.x / kCluster) {}
+
+  __device__ __forceinline__ uint32_t full(int stage) const { return barriers + 8 * stage; }
+  __device__ __forceinline__ uint32_t empty(int stage) const {
+    return barriers + 8 * (kStages + stage);
+  }
+  __device__ __forceinline__ uint32_t turn(int consumer) const {
+    return barriers + 8 * (2 * kStages + consumer);
+  }
+  // The operands of a stage, A or P and W or Q.
+  __device__ __forceinline__ uint32_t first_tile(int stage) const {
+    return base + stage * Plan::kA;
+  }
+  __device__ __forceinline__ uint32_t second_tile(int stage) const {
+    return base + Plan::kOffsetB + stage * Plan::kB;
+  }
+
+  // By one thread. `producers`: arrivals that fill a stage. An empty one has an arrival of every
+  // warp that read it, in both CTAs of a pair.
+  __device__ __forceinline__ void init_stages(int producers) const {
+    for (int s = 0; s < kStages; ++s) {
+      barrier_init(full(s), producers);
+      barrier_init(empty(s), kCluster * (Tile::kPingpong ? 4 : 8));
+    }
+  }
+
+  // The barriers of both CTAs of a pair, of which lanes take turns.
+  __device__ __forceinline__ uint32_t peer_barriers() const {
+    return kCluster == 2 ? address_in(barriers, threadIdx.x % kWarpSize & 1) : 0;
+  }
+  // One arrival per warp at each CTA that filled the stage.
+  __device__ __forceinline__ void release(int stage, uint32_t peer_barriers) const {
+    const int lane = threadIdx.x % kWarpSize;
+    if constexpr (kCluster == 2) {
+      if (lane < 2) barrier_arrive_cluster(peer_barriers + 8 * (kStages + stage));
+    } else {
+      if (lane == 0) barrier_arrive(empty(stage));
+    }
+  }
+};
+
 // Grid of one CTA per multiprocessor, in clusters of `cluster`. Programmatic dependent launch lost
 // 5 % here: CTAs then land on multiprocessors in the order in which the kernel before frees them,
 // and those that read the same lines are no longer in step.

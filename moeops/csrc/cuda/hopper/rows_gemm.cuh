@@ -63,12 +63,14 @@ struct RowsConfig {
 };
 
 template <class Config>
-struct RowsGemm {
+struct RowsGemm : PersistentCta<typename Config::Tile, typename Config::Plan> {
   using T = typename Config::T;
   using Tile = typename Config::Tile;
   using Out = typename Config::Out;
   using Plan = typename Config::Plan;
-  static constexpr int kCluster = Tile::kCluster, kStages = Plan::kStages;
+  using Cta = PersistentCta<Tile, Plan>;
+  using Cta::full, Cta::empty, Cta::turn, Cta::first_tile, Cta::second_tile, Cta::release;
+  using Cta::kCluster, Cta::kStages, Cta::rank, Cta::grid, Cta::block, Cta::base;
   static constexpr bool kPingpong = Tile::kPingpong, kGather = Config::kGather;
 
   struct Spot {
@@ -78,41 +80,19 @@ struct RowsGemm {
 
   const RowsArgs& args;
   const RowsMaps& maps;
-  const uint32_t base, barriers;
-  const int rank, grid, block;
   int total, units_per_tile;
 
   __device__ __forceinline__ RowsGemm(const RowsArgs& args, const RowsMaps& maps, uint32_t base)
-      : args(args),
-        maps(maps),
-        base(base),
-        barriers(base + Plan::kOffsetBarriers),
-        rank(kCluster == 2 ? cluster_rank() : 0),
-        grid(gridDim.x / kCluster),
-        block(blockIdx.x / kCluster) {}
+      : Cta(base), args(args), maps(maps) {}
 
-  __device__ __forceinline__ uint32_t full(int stage) const { return barriers + 8 * stage; }
-  __device__ __forceinline__ uint32_t empty(int stage) const {
-    return barriers + 8 * (kStages + stage);
-  }
-  __device__ __forceinline__ uint32_t turn(int consumer) const {
-    return barriers + 8 * (2 * kStages + consumer);
-  }
   __device__ __forceinline__ uint32_t pre_full(int consumer) const {
-    return barriers + 8 * (2 * kStages + 2 + kPreSlots * consumer);
-  }
-  __device__ __forceinline__ uint32_t a_tile(int stage) const { return base + stage * Plan::kA; }
-  __device__ __forceinline__ uint32_t w_tile(int stage) const {
-    return base + Plan::kOffsetB + stage * Plan::kB;
+    return Cta::barriers + 8 * (2 * kStages + 2 + kPreSlots * consumer);
   }
 
   // By one thread. A full stage has the bytes of the tensor copies and an arrival of each gathering
-  // thread; an empty one an arrival of every warp that read it, in both CTAs of a pair.
+  // thread.
   __device__ __forceinline__ void init_barriers() const {
-    for (int s = 0; s < kStages; ++s) {
-      barrier_init(full(s), kGather ? 1 + kWarpgroup : 1);
-      barrier_init(empty(s), kCluster * (kPingpong ? 4 : 8));
-    }
+    Cta::init_stages(kGather ? 1 + kWarpgroup : 1);
     for (int c = 0; c < 2; ++c) {
       barrier_init(turn(c), 4);
       if constexpr (Config::kBackward) {
@@ -162,7 +142,7 @@ struct RowsGemm {
 
   // The W tile of k block `kb`, or this CTA's half of it for both CTAs of a pair.
   __device__ __forceinline__ void load_w(int stage, const Spot& spot, int kb) const {
-    const uint32_t to = w_tile(stage), barrier = full(stage);
+    const uint32_t to = second_tile(stage), barrier = full(stage);
     const int k = kb * kDepth, column = spot.n * Out::kColumns;
     const bool shared = spot.pairing == Pairing::kShared;
     const auto load = [&](uint32_t at, auto... coordinates) {
@@ -245,14 +225,14 @@ struct RowsGemm {
           barrier_arrive_expect(full(ring.stage), kGather ? Plan::kB : Plan::kA + Plan::kB);
           load_w(ring.stage, spot, kb);
           if constexpr (!kGather) {
-            tensor_load(a_tile(ring.stage), &maps.a, full(ring.stage), kb * kDepth, spot.row);
+            tensor_load(first_tile(ring.stage), &maps.a, full(ring.stage), kb * kDepth, spot.row);
           }
         }
         if constexpr (kGather) {
           const int k = kb * kDepth + chunk * 8;
           const bool past_end = k >= args.k;
           const char* from = reinterpret_cast<const char*>(static_cast<const T*>(args.a) + k);
-          const uint32_t to = a_tile(ring.stage) + operand_chunk(first_row, chunk);
+          const uint32_t to = first_tile(ring.stage) + operand_chunk(first_row, chunk);
 #pragma unroll
           for (int i = 0; i < kRowsPerThread; ++i) {
             if (first_row + 16 * i < needed) {
@@ -270,16 +250,6 @@ struct RowsGemm {
 
   // What the consumers do.
 
-  // One arrival per warp at each CTA that filled the stage.
-  __device__ __forceinline__ void release(int stage, uint32_t peer_barriers) const {
-    const int lane = threadIdx.x % kWarpSize;
-    if constexpr (kCluster == 2) {
-      if (lane < 2) barrier_arrive_cluster(peer_barriers + 8 * (kStages + stage));
-    } else {
-      if (lane == 0) barrier_arrive(empty(stage));
-    }
-  }
-
   // All products of a tile's first kLive blocks of 64 rows from row `first` of the tile on.
   template <int kLive>
   __device__ __forceinline__ void multiply(float (&sum)[Tile::kBlocks][Tile::kColumns / 2],
@@ -295,12 +265,12 @@ struct RowsGemm {
         product_fence();
 #pragma unroll
         for (int kk = 0; kk < kDepth / 16; ++kk) {
-          const uint64_t w = Config::kAcross
-                                 ? operand(w_tile(ring.stage) + kk * 16 * 128, kColumnBlockBytes)
-                                 : operand(w_tile(ring.stage) + kk * 32, 16);
+          const uint64_t w =
+              Config::kAcross ? operand(second_tile(ring.stage) + kk * 16 * 128, kColumnBlockBytes)
+                              : operand(second_tile(ring.stage) + kk * 32, 16);
 #pragma unroll
           for (int m = 0; m < kLive; ++m) {
-            const uint32_t a = a_tile(ring.stage) + (first + m * 64) * 128 + kk * 32;
+            const uint32_t a = first_tile(ring.stage) + (first + m * 64) * 128 + kk * 32;
             product<T, 0, Config::kAcross>(sum[m], operand(a, 16), w, kk > 0 ? 1 : kb);
           }
         }
@@ -328,8 +298,7 @@ struct RowsGemm {
     take_registers<Config::kConsumerRegisters>();
     constexpr int kBlocks = Tile::kBlocks;
     const int first = kPingpong ? 0 : consumer * 64 * kBlocks;
-    const uint32_t peer_barriers =
-        kCluster == 2 ? address_in(barriers, threadIdx.x % kWarpSize & 1) : 0;
+    const uint32_t peer_barriers = Cta::peer_barriers();
     Writer<T, Config::kEpilogue, Config::kActivation, Tile::kColumns, kPingpong> writer(
         args.epilogue, base + Plan::kOffsetEpilogue + consumer * Out::kBytes, pre_full(consumer),
         consumer, args.n, args.n_tiles);

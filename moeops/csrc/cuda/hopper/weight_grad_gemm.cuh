@@ -90,11 +90,13 @@ __device__ __forceinline__ void copy_last_rows(uint32_t even, uint32_t odd, cons
 }
 
 template <class Config>
-struct WeightGradGemm {
+struct WeightGradGemm : PersistentCta<typename Config::Tile, typename Config::Plan> {
   using T = typename Config::T;
   using Tile = typename Config::Tile;
   using Plan = typename Config::Plan;
-  static constexpr int kCluster = Tile::kCluster, kStages = Plan::kStages;
+  using Cta = PersistentCta<Tile, Plan>;
+  using Cta::full, Cta::empty, Cta::turn, Cta::first_tile, Cta::second_tile, Cta::release;
+  using Cta::kCluster, Cta::kStages, Cta::rank, Cta::grid, Cta::block, Cta::base;
   static constexpr int kProducers = Tile::kProducers;
   static constexpr bool kPingpong = Tile::kPingpong;
   static constexpr Gathered kGathered = Config::kGathered;
@@ -107,41 +109,21 @@ struct WeightGradGemm {
 
   const WeightGradArgs& args;
   const WeightGradMaps& maps;
-  const uint32_t base, barriers;
-  const int rank, grid, block, units_per_expert, total;
+  const int units_per_expert, total;
 
   __device__ __forceinline__ WeightGradGemm(const WeightGradArgs& args, const WeightGradMaps& maps,
                                             uint32_t base)
-      : args(args),
+      : Cta(base),
+        args(args),
         maps(maps),
-        base(base),
-        barriers(base + Plan::kOffsetBarriers),
-        rank(kCluster == 2 ? cluster_rank() : 0),
-        grid(gridDim.x / kCluster),
-        block(blockIdx.x / kCluster),
         units_per_expert(kCluster == 1               ? args.m_tiles * args.n_tiles
                          : kGathered == Gathered::kQ ? args.n_tiles * ((args.m_tiles + 1) >> 1)
                                                      : args.m_tiles * ((args.n_tiles + 1) >> 1)),
         total(units_per_expert * args.num_experts) {}
 
-  __device__ __forceinline__ uint32_t full(int stage) const { return barriers + 8 * stage; }
-  __device__ __forceinline__ uint32_t empty(int stage) const {
-    return barriers + 8 * (kStages + stage);
-  }
-  __device__ __forceinline__ uint32_t turn(int consumer) const {
-    return barriers + 8 * (2 * kStages + consumer);
-  }
-  __device__ __forceinline__ uint32_t p_tile(int stage) const { return base + stage * Plan::kA; }
-  __device__ __forceinline__ uint32_t q_tile(int stage) const {
-    return base + Plan::kOffsetB + stage * Plan::kB;
-  }
-
   // By one thread: the tensor copies' announcement, and every producing thread's own copies.
   __device__ __forceinline__ void init_barriers() const {
-    for (int s = 0; s < kStages; ++s) {
-      barrier_init(full(s), 1 + kProducers * kWarpgroup);
-      barrier_init(empty(s), kCluster * (kPingpong ? 4 : 8));
-    }
+    Cta::init_stages(1 + kProducers * kWarpgroup);
     for (int c = 0; c < 2; ++c) barrier_init(turn(c), 4);
     barrier_init_fence();
   }
@@ -195,11 +177,11 @@ struct WeightGradGemm {
     barrier_arrive_expect(barrier, (kGathered != Gathered::kP ? Plan::kA : 0) +
                                        (kGathered != Gathered::kQ ? Plan::kB : 0));
     if constexpr (kGathered != Gathered::kP) {
-      load(p_tile(stage), &maps.p, spot.m * Tile::kRows,
+      load(first_tile(stage), &maps.p, spot.m * Tile::kRows,
            std::integral_constant<int, Tile::kRows / 64>{});
     }
     if constexpr (kGathered != Gathered::kQ) {
-      load(q_tile(stage), &maps.q, spot.n * Tile::kColumns,
+      load(second_tile(stage), &maps.q, spot.n * Tile::kColumns,
            std::integral_constant<int, Tile::kColumns / 64>{});
     }
   }
@@ -268,7 +250,7 @@ struct WeightGradGemm {
               barrier_arrive(full(stage));
             }
           }
-          const uint32_t p = p_tile(stage), q = q_tile(stage);
+          const uint32_t p = first_tile(stage), q = second_tile(stage);
           if (!whole) {
             int in_place[kSteps];
 #pragma unroll
@@ -304,15 +286,6 @@ struct WeightGradGemm {
 
   // What the consumers do.
 
-  __device__ __forceinline__ void release(int stage, uint32_t peer_barriers) const {
-    const int lane = threadIdx.x % kWarpSize;
-    if constexpr (kCluster == 2) {
-      if (lane < 2) barrier_arrive_cluster(peer_barriers + 8 * (kStages + stage));
-    } else {
-      if (lane == 0) barrier_arrive(empty(stage));
-    }
-  }
-
   // k blocks of unit t: as many as its expert has, none where there is nothing to do.
   __device__ __forceinline__ int k_blocks(int t) const {
     if (t >= total) return 0;
@@ -332,11 +305,12 @@ struct WeightGradGemm {
       product_fence();
 #pragma unroll
       for (int kk = 0; kk < kDepth / 16; ++kk) {
-        const uint64_t q = operand(q_tile(ring.stage) + kk * 16 * 128, kColumnBlockBytes);
+        const uint64_t q = operand(second_tile(ring.stage) + kk * 16 * 128, kColumnBlockBytes);
 #pragma unroll
         for (int m = 0; m < Tile::kBlocks; ++m) {
           const int column_block = (kPingpong ? 0 : consumer * Tile::kBlocks) + m;
-          const uint32_t p = p_tile(ring.stage) + column_block * kColumnBlockBytes + kk * 16 * 128;
+          const uint32_t p =
+              first_tile(ring.stage) + column_block * kColumnBlockBytes + kk * 16 * 128;
           product<T, 1, 1>(sum[m], operand(p, kColumnBlockBytes), q, kk > 0 ? 1 : kb);
         }
       }
@@ -359,8 +333,7 @@ struct WeightGradGemm {
 
   __device__ __forceinline__ void consume(int consumer) const {
     take_registers<Config::kConsumerRegisters>();
-    const uint32_t peer_barriers =
-        kCluster == 2 ? address_in(barriers, threadIdx.x % kWarpSize & 1) : 0;
+    const uint32_t peer_barriers = Cta::peer_barriers();
     Ring<kStages> ring;
     int turn_parity = consumer ^ 1;  // the first turn of the first consumer is free
     int t = block;
