@@ -1,6 +1,6 @@
 """The truth in plain PyTorch: slow, readable, right in float64.
 
-``moeops.reference.NAME`` is the op ``NAME``; the gates' files, ``gates_*.py``, are imported by tests only.
+``moeops.reference.NAME`` is the op ``NAME``; ``gates_prototypes`` has what the Numba gallery is compared with.
 """
 
 from moeops.reference.ops import (

@@ -27,7 +27,7 @@ from moeops.gates import (
     balance_loss,
     update_coefficients,
 )
-from moeops.reference import gates_fastmoe as fast
+from reference_gates import fastmoe as fast
 
 D, E_LOCAL = 6, 3
 # Tokens of each rank: even, uneven, none on a rank, none at all.

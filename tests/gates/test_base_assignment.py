@@ -18,7 +18,7 @@ from gate_checks import (
 
 from moeops import FMoETransformerMLP
 from moeops.gates import BASEGate, balanced_assignment, expert_loads
-from moeops.reference import gates_hetumoe as reference
+from reference_gates import hetumoe as reference
 from tolerances import assert_close
 
 KINDS = ("random", "clustered", "skewed", "router", "repeated", "alike", "heavy_tailed")

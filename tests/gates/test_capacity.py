@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from moeops.gates import GShardGate, SwitchGate, apply_capacity, expert_capacity
 from moeops.gates.functional import queue_positions
-from moeops.reference import gates_fastmoe as fast
+from reference_gates import fastmoe as fast
 
 
 def pairs(T, K, device="cpu"):

@@ -9,7 +9,7 @@ import torch
 from gate_checks import D, E, check_compile, gradcheck
 
 from moeops.gates import DCGate, GShardGate
-from moeops.reference import gates_fastmoe as fast
+from reference_gates import fastmoe as fast
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])

@@ -17,7 +17,7 @@ from gate_checks import (
 )
 
 from moeops.gates import DeepSpeedGate
-from moeops.reference.gates_hetumoe import deepspeed_capacity, deepspeed_gate
+from reference_gates.hetumoe import deepspeed_capacity, deepspeed_gate
 from tolerances import assert_close
 
 OPTIONS = [

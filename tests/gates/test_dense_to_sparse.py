@@ -19,7 +19,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from moeops.gates import DenseToSparseGate
 from moeops.gates.dense_to_sparse import add_gumbel
-from moeops.reference.gates_hetumoe import dense_to_sparse_gate
+from reference_gates.hetumoe import dense_to_sparse_gate
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])

@@ -10,7 +10,7 @@ from choice_checks import check_values, refuses_nan
 from gate_checks import D, E, check_checkpoint, check_compile, check_export, gradcheck, layer_with
 
 from moeops.gates import ExpertChoiceGate, NaiveGate, expert_loads
-from moeops.reference import gates_variable as reference
+from reference_gates import variable as reference
 
 CASES = [(2, 1.0), (1, 0.5), (3, 1.25), (E, 1.0), (5, 1.2), (4, 9.0), (1, 0.01)]
 

@@ -18,7 +18,7 @@ from gate_checks import (
 )
 
 from moeops.gates import FasterGate, NaiveGate, gen_faster_gate
-from moeops.reference import gates_fastmoe as fast
+from reference_gates import fastmoe as fast
 from tolerances import assert_close
 
 T = 50

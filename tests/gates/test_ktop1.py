@@ -15,7 +15,7 @@ from gate_checks import (
 )
 
 from moeops.gates import KTop1Gate
-from moeops.reference.gates_hetumoe import ktop1_gate
+from reference_gates.hetumoe import ktop1_gate
 from tolerances import assert_close
 
 

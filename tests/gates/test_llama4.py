@@ -11,7 +11,7 @@ from gate_checks import D, E, check_checkpoint, check_compile, check_export, gra
 
 from moeops import FMoETransformerMLP, Routing
 from moeops.gates import Llama4Gate
-from moeops.reference import gates_variable as reference
+from reference_gates import variable as reference
 from tolerances import assert_close
 
 

@@ -20,7 +20,7 @@ from gate_checks import (
 )
 
 from moeops.gates import NoisyGate, expert_capacity
-from moeops.reference import gates_fastmoe as fast
+from reference_gates import fastmoe as fast
 from tolerances import assert_close
 
 

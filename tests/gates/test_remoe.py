@@ -13,7 +13,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from moeops.gates import ReMoEGate, update_coefficients
-from moeops.reference import gates_variable as reference
+from reference_gates import variable as reference
 from tolerances import assert_close
 
 CASES = {

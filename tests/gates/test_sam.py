@@ -16,7 +16,7 @@ from gate_checks import (
 
 from moeops.gates import SAMGate
 from moeops.losses import alignment_loss
-from moeops.reference.gates_hetumoe import _keep, by_choice, sam_gate
+from reference_gates.hetumoe import _keep, by_choice, sam_gate
 from tolerances import assert_close
 
 

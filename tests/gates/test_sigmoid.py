@@ -8,7 +8,7 @@ from choice_checks import check_values
 from gate_checks import D, E, check_compile, gradcheck
 
 from moeops.gates import SigmoidGate
-from moeops.reference import gates_fastmoe as fast
+from reference_gates import fastmoe as fast
 
 
 @pytest.mark.parametrize("k", [1, 3, E])

@@ -20,7 +20,7 @@ from gate_checks import (
 
 from moeops import FMoETransformerMLP, SlotRouting
 from moeops.gates import SoftMoEGate
-from moeops.reference import gates_variable as reference
+from reference_gates import variable as reference
 from tolerances import assert_close
 
 

@@ -7,7 +7,7 @@ import torch
 from gate_checks import D, E, gradcheck
 
 from moeops.gates import NaiveGate, SwipeGate
-from moeops.reference import gates_fastmoe as fast
+from reference_gates import fastmoe as fast
 
 
 @pytest.mark.parametrize("k", [1, 2, E])

@@ -10,7 +10,7 @@ from choice_checks import check_values, refuses_nan
 from gate_checks import D, E, check_checkpoint, check_compile, check_export, gradcheck, layer_with
 
 from moeops.gates import ThresholdGate
-from moeops.reference import gates_variable as reference
+from reference_gates import variable as reference
 from tolerances import assert_close
 
 CASES = {

@@ -18,7 +18,7 @@ from gate_checks import (
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from moeops.gates import TutelGate
-from moeops.reference.gates_hetumoe import tutel_gate
+from reference_gates.hetumoe import tutel_gate
 from tolerances import assert_close
 
 NOISY = {"gate_noise": 2.0, "is_gshard_loss": False}

@@ -17,7 +17,7 @@ from gate_checks import (
 )
 
 from moeops.gates import XMoEGate
-from moeops.reference import gates_fastmoe as fast
+from reference_gates import fastmoe as fast
 from tolerances import assert_close
 
 P = 5

@@ -1,4 +1,4 @@
-"""The truth for the gates of FastMoE and FSMoE, token by token, in plain PyTorch; imported by tests only.
+"""The truth for the gates of FastMoE and FSMoE, token by token, in plain PyTorch.
 
 Everything is float64 on the CPU and differentiable by autograd. ``logits`` are ``[T, E]``; what several ranks decide
 together takes and returns a list with one entry per rank. T tokens, K experts per token, E experts.
