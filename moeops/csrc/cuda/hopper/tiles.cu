@@ -1,8 +1,10 @@
 #include <algorithm>
+#include <array>
 #include <cstdlib>
 #include <optional>
 #include <sstream>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "checks.h"
@@ -42,7 +44,8 @@ RowsChoice choose_store(const ProductSize& size, bool across) {
   if (!across && size.rows_per_expert < kManyRows) {
     return {RowsTileKind::kPingpong192Pair, false, false};
   }
-  return {RowsTileKind::kPingpong192, false, size.k > kShortReduction};
+  // The down product of an expert reads its weights once that way; x's gradient does not care.
+  return {RowsTileKind::kPingpong192, !across, size.k > kShortReduction};
 }
 
 RowsChoice choose_up(const ProductSize& size, bool gated, bool across) {
@@ -81,6 +84,8 @@ WeightGradChoice choose_weight_grad(int64_t m, int64_t n, int64_t rows_per_exper
 
 namespace {
 
+constexpr std::array<std::string_view, 6> kProducts{"up", "down", "dh", "dx", "dw_up", "dw_down"};
+
 // The words after "product=" in MOEOPS_TILES.
 std::optional<std::vector<std::string>> forced_words(const char* product) {
   const char* text = std::getenv("MOEOPS_TILES");
@@ -88,7 +93,13 @@ std::optional<std::vector<std::string>> forced_words(const char* product) {
   std::stringstream entries(text);
   for (std::string entry; std::getline(entries, entry, ',');) {
     const size_t equals = entry.find('=');
-    if (entry.substr(0, equals) != product) continue;
+    const std::string name = entry.substr(0, equals);
+    STD_TORCH_CHECK(std::find(kProducts.begin(), kProducts.end(), name) != kProducts.end() &&
+                        equals != std::string::npos,
+                    "moeops: MOEOPS_TILES must name up, down, dh, dx, dw_up or dw_down before '=', "
+                    "got '",
+                    entry, "'. Correct it, or unset it.");
+    if (name != product) continue;
     std::vector<std::string> words;
     std::stringstream rest(entry.substr(equals + 1));
     for (std::string word; std::getline(rest, word, ':');) words.push_back(word);
@@ -126,6 +137,8 @@ bool forced_choice(const char* product, RowsChoice& choice) {
   }
   choice.large_groups = (*words)[1] == "large";
   choice.whole_tiles = (*words)[2] == "whole";
+  if (!choice.large_groups && (*words)[1] != "small") refuse(product, kWanted);
+  if (!choice.whole_tiles && (*words)[2] != "skip") refuse(product, kWanted);
   return true;
 }
 
@@ -144,7 +157,8 @@ bool forced_choice(const char* product, WeightGradChoice& choice) {
   } else {
     refuse(product, kWanted);
   }
-  choice.group = std::max(1, std::atoi((*words)[1].c_str()));
+  choice.group = std::atoi((*words)[1].c_str());
+  if (choice.group < 1) refuse(product, kWanted);
   return true;
 }
 
