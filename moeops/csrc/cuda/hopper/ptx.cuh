@@ -230,6 +230,22 @@ __device__ __forceinline__ void hold(float (&accumulators)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(accumulators[i])::"memory");
 }
+// A copy in a register of its own: sums that are written elsewhere than by products would make
+// ptxas serialise the products.
+__device__ __forceinline__ float moved(float sum) {
+  float copy;
+  asm volatile("mov.b32 %0, %1;" : "=f"(copy) : "f"(sum));
+  return copy;
+}
+// Ends the life of the last tile's sums, which the first product of a tile else seems to read.
+template <int kRows, int kCount>
+__device__ __forceinline__ void clear(float (&sums)[kRows][kCount]) {
+#pragma unroll
+  for (int m = 0; m < kRows; ++m) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) sums[m][i] = 0;
+  }
+}
 // Descriptor of an operand in 128-byte swizzled lines, the next 8 of which follow after 1024 bytes.
 // Operands with k across the lines: the next 64 columns follow after `next_columns` bytes.
 __device__ __forceinline__ uint64_t operand(uint32_t address, uint32_t next_columns) {

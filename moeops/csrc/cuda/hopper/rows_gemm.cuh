@@ -315,6 +315,7 @@ struct RowsGemm : PersistentCta<typename Config::Tile, typename Config::Plan> {
       const int live = args.whole_tiles ? kBlocks : min(max((rows + 63) / 64, 0), kBlocks);
       const OutputSpot out{spot.expert, spot.row + first, rows, live, spot.n};
       float sum[kBlocks][Tile::kColumns / 2];
+      if constexpr (Out::kPasses > 1) clear(sum);
       writer.begin_tile(out, maps.pre);
       if constexpr (kPingpong) {
         barrier_wait(turn(consumer), turn_parity, Waiting::kForTurn, consumer);
