@@ -249,8 +249,8 @@ def _topk_route(p, dtype, device, groups):
     logits = p.tensor(p.T, p.E, dtype=dtype, device=device)
     args = (
         logits,
-        bias,
         p.K,
+        bias,
         "sigmoid" if groups else "softmax",
         True,
         1.5,
@@ -274,7 +274,7 @@ def _chosen_weights(p, dtype, device):
 
 def _topk_route_balance(p, dtype, device, kind):
     logits = p.tensor(p.T, p.E, dtype=dtype, device=device)
-    plain = {"num_groups": 1, "top_groups": 1, "by_sum": False, "top_p": 1.0, "counted": p.K}
+    plain = {"num_groups": 1, "top_groups": 1, "worth": "top2", "top_p": 1.0, "counted": None}
     bias, uniform, score = None, None, "softmax"
     if kind == "sampled":
         uniform = torch.rand(p.T).to(device, accumulate_dtype(dtype))
@@ -283,12 +283,12 @@ def _topk_route_balance(p, dtype, device, kind):
         by_halves = p.E % 2 == 0 and p.K <= p.E // 2
         bias, score = torch.randn(p.E).to(device), "sigmoid"
         plain |= {"num_groups": 2 if by_halves else p.E, "top_groups": 1 if by_halves else p.K}
-        plain |= {"by_sum": by_halves}
-    num_groups, top_groups, by_sum, top_p, counted = plain.values()
+        plain |= {"worth": "sum" if by_halves else "top2"}
+    num_groups, top_groups, worth, top_p, counted = plain.values()
     temperature = torch.tensor(0.7, device=device) if kind == "sampled" else None
-    args = (logits, bias, uniform, temperature, p.K, score, kind != "sampled", 1.5)
-    args += (num_groups, top_groups, by_sum, top_p, 0.01, counted)
-    token_dims = {0: 0, 2: 0} if kind == "sampled" else {0: 0}
+    args = (logits, p.K, bias, uniform, temperature, score, kind != "sampled", 1.5)
+    args += (num_groups, top_groups, worth, top_p, 0.01, counted)
+    token_dims = {0: 0, 3: 0} if kind == "sampled" else {0: 0}
     return OpCase("topk_route_balance", args, token_dims, (0,))
 
 
@@ -394,8 +394,8 @@ def _count_tokens(p, dtype, device):
 
 def _limit_capacity(p, dtype, device, by_priority, by_choice=False):
     priority = p.weights(dtype, device) if by_priority else None
-    token_dims = {0: 0, 1: 0} if by_priority else {0: 0}
-    return OpCase("limit_capacity", (p.ids(device), priority, p.E, 3, by_choice), token_dims)
+    token_dims = {0: 0, 3: 0} if by_priority else {0: 0}
+    return OpCase("limit_capacity", (p.ids(device), p.E, 3, priority, by_choice), token_dims)
 
 
 def _permute_tokens(p, dtype, device):
@@ -406,16 +406,16 @@ def _permute_tokens(p, dtype, device):
 def _unpermute_tokens(p, dtype, device, weighted):
     rows = p.tensor(p.R, p.D, dtype=dtype, device=device)
     weights = p.weights(dtype, device) if weighted else None
-    token_dims = {0: 0, 2: 0, 3: 0} | ({1: 0} if weighted else {})
-    differentiable = (0, 1) if weighted else (0,)
-    return OpCase("unpermute_tokens", (rows, weights, *p.plan(device)), token_dims, differentiable)
+    token_dims = {0: 0, 1: 0, 2: 0} | ({4: 0} if weighted else {})
+    differentiable = (0, 4) if weighted else (0,)
+    return OpCase("unpermute_tokens", (rows, *p.plan(device), weights), token_dims, differentiable)
 
 
 def _unpermute_tokens_backward(p, dtype, device):
     grad_y = p.tensor(p.T, p.D, dtype=dtype, device=device)
     rows = p.tensor(p.R, p.D, dtype=dtype, device=device)
-    args = (grad_y, rows, p.weights(dtype, device), *p.plan(device))
-    return OpCase("unpermute_tokens_backward", args, {i: 0 for i in range(5)})
+    args = (grad_y, rows, *p.plan(device), p.weights(dtype, device))
+    return OpCase("unpermute_tokens_backward", args, {0: 0, 1: 0, 2: 0, 3: 0, 5: 0})
 
 
 def _pad_rows(p, dtype, device):
@@ -464,21 +464,18 @@ def mlp_tensors(
 
 def _moe_mlp(p, dtype, device, activation, with_bias):
     t = mlp_tensors(p, dtype, device, activation, with_bias)
-    block = (t["x"], t["topk_weights"], t["w_up"], t["w_down"], t.get("b_up"), t.get("b_down"))
-    args = (*block, *p.plan(device), activation)
-    differentiable = tuple(i for i, a in enumerate(block) if a is not None)
-    return OpCase("moe_mlp", args, {0: 0, 1: 0, 6: 0, 7: 0}, differentiable)
+    block = (t["topk_weights"], t["w_up"], t["w_down"], t.get("b_up"), t.get("b_down"))
+    args = (t["x"], *p.plan(device), *block, activation)
+    differentiable = (0, *(i for i, a in enumerate(block, start=4) if a is not None))
+    return OpCase("moe_mlp", args, {0: 0, 1: 0, 2: 0, 4: 0}, differentiable)
 
 
 def _moe_mlp_backward(p, dtype, device, activation, with_bias, needs):
-    *block, row_to_pair, pair_to_row, offsets, _ = _moe_mlp(
-        p, dtype, device, activation, with_bias
-    ).args
-    plan = (row_to_pair, pair_to_row, offsets)
+    *block, _ = _moe_mlp(p, dtype, device, activation, with_bias).args
     grad_y = p.tensor(p.T, p.D, dtype=dtype, device=device)
-    pre = p.tensor(p.R, block[2].shape[1], dtype=dtype, device=device)
-    args = (grad_y, *block, pre, *plan, activation, *needs)
-    return OpCase("moe_mlp_backward", args, {0: 0, 1: 0, 2: 0, 7: 0, 8: 0, 9: 0})
+    pre = p.tensor(p.R, 2 * p.H if activation == "swiglu" else p.H, dtype=dtype, device=device)
+    args = (grad_y, *block, pre, activation, *needs)
+    return OpCase("moe_mlp_backward", args, {0: 0, 1: 0, 2: 0, 3: 0, 5: 0, 10: 0})
 
 
 OP_CASES: dict[str, list[Callable[[Sample, torch.dtype, str], OpCase]]] = {

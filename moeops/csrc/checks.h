@@ -201,7 +201,8 @@ inline void check_balance_arguments(const char* op, const Tensor& logits,
                                     const std::optional<Tensor>& uniform,
                                     const std::optional<Tensor>& temperature, int64_t top_k,
                                     const std::string& score, int64_t num_groups,
-                                    int64_t top_groups, int64_t num_counted) {
+                                    int64_t top_groups, const std::string& group_score,
+                                    int64_t num_counted) {
   check_dim(op, "logits", logits, 2);
   check_float(op, "logits", logits);
   check_route_options(op, logits.size(1), top_k, score, num_groups, top_groups);
@@ -211,6 +212,9 @@ inline void check_balance_arguments(const char* op, const Tensor& logits,
   STD_TORCH_CHECK(!uniform || (score == "softmax" && !bias && num_groups == 1), op,
                   ": uniform must be None unless the score is a softmax without bias and groups, "
                   "got a tensor. Drop one of them.");
+  STD_TORCH_CHECK(group_score == "top2" || group_score == "sum", op,
+                  ": group_score must be \"top2\" or \"sum\", got \"", group_score,
+                  "\". Pick one of them.");
   STD_TORCH_CHECK(num_counted >= 0 && num_counted <= top_k, op,
                   ": num_counted must be from 0 to top_k = ", top_k, ", got ", num_counted,
                   ". Change it.");

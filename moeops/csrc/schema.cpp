@@ -3,13 +3,16 @@
 // Dimension names (T tokens, K experts per token, N = T * K pairs, R rows, E experts, D model
 // width, H hidden width, C capacity) and the meaning of each op stand in moeops/ops/<family>.py and
 // docs/ops.md, the truth in moeops/reference/ops.py. Options follow the star, have the defaults of
-// the public function, and are given by name; kernels get all arguments in the order written here.
+// the public function, and are given by name. Before the star stand the public function's arguments
+// in its order, a plan as its three tensors; then, None unless given, the optional tensors that the
+// function takes by name and that the star cannot hold, as autograd knows no tensors by name.
+// Kernels get all arguments in the order written here.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(moeops, m) {
   // routing: logits [T, E] -> weights [T, K], ids [T, K] int64
   m.def(
-      "topk_route(Tensor logits, Tensor? bias, SymInt top_k, *, str score='softmax', bool "
+      "topk_route(Tensor logits, SymInt top_k, Tensor? bias=None, *, str score='softmax', bool "
       "renormalize=True, float scale=1.0, SymInt num_groups=1, SymInt top_groups=1) -> (Tensor "
       "topk_weights, Tensor topk_ids)");
   m.def(
@@ -29,10 +32,10 @@ STABLE_TORCH_LIBRARY(moeops, m) {
 
   // balance: topk_route, and what losses read of it: score_sums [E], balance_loss [], counts [E]
   m.def(
-      "topk_route_balance(Tensor logits, Tensor? bias, Tensor? uniform, Tensor? temperature, "
-      "SymInt top_k, *, str score='softmax', bool renormalize=True, float scale=1.0, SymInt "
-      "num_groups=1, SymInt top_groups=1, bool groups_by_sum=False, float top_p=1.0, float "
-      "min_score=0.0, SymInt num_counted) -> (Tensor topk_weights, Tensor score_sums, Tensor "
+      "topk_route_balance(Tensor logits, SymInt top_k, Tensor? bias=None, Tensor? uniform=None, "
+      "Tensor? temperature=None, *, str score='softmax', bool renormalize=True, float scale=1.0, "
+      "SymInt num_groups=1, SymInt top_groups=1, str group_score='top2', float top_p=1.0, float "
+      "min_score=0.0, SymInt? num_counted=None) -> (Tensor topk_weights, Tensor score_sums, Tensor "
       "balance_loss, Tensor topk_ids, Tensor tokens_per_expert)");
   m.def(
       "topk_route_balance_backward(Tensor? grad_topk_weights, Tensor? grad_sums, Tensor? "
@@ -69,7 +72,7 @@ STABLE_TORCH_LIBRARY(moeops, m) {
       "expert_offsets)");
   m.def("count_tokens(Tensor topk_ids, SymInt num_experts) -> Tensor");
   m.def(
-      "limit_capacity(Tensor topk_ids, Tensor? priority, SymInt num_experts, SymInt capacity, "
+      "limit_capacity(Tensor topk_ids, SymInt num_experts, SymInt capacity, Tensor? priority=None, "
       "*, bool by_choice=False) -> Tensor");
 
   // permute: x [T, D] <-> rows [R, D]
@@ -77,11 +80,11 @@ STABLE_TORCH_LIBRARY(moeops, m) {
       "permute_tokens(Tensor x, Tensor row_to_pair, Tensor pair_to_row, Tensor expert_offsets) "
       "-> Tensor");
   m.def(
-      "unpermute_tokens(Tensor rows, Tensor? topk_weights, Tensor row_to_pair, Tensor pair_to_row, "
-      "Tensor expert_offsets) -> Tensor");
+      "unpermute_tokens(Tensor rows, Tensor row_to_pair, Tensor pair_to_row, Tensor "
+      "expert_offsets, Tensor? topk_weights=None) -> Tensor");
   m.def(
-      "unpermute_tokens_backward(Tensor grad_y, Tensor rows, Tensor topk_weights, Tensor "
-      "row_to_pair, Tensor pair_to_row, Tensor expert_offsets) -> (Tensor grad_rows, Tensor "
+      "unpermute_tokens_backward(Tensor grad_y, Tensor rows, Tensor row_to_pair, Tensor "
+      "pair_to_row, Tensor expert_offsets, Tensor topk_weights) -> (Tensor grad_rows, Tensor "
       "grad_topk_weights)");
 
   // padding: rows [R, D] <-> padded [E, C, D]
@@ -100,15 +103,14 @@ STABLE_TORCH_LIBRARY(moeops, m) {
   // expert block: x [T, D] -> y [T, D]; pre_activation [R, 2H or H] is what the backward needs, and
   // has no rows without keep_pre
   m.def(
-      "moe_mlp(Tensor x, Tensor topk_weights, Tensor w_up, Tensor w_down, Tensor? b_up, Tensor? "
-      "b_down, "
-      "Tensor row_to_pair, Tensor pair_to_row, Tensor expert_offsets, *, str "
+      "moe_mlp(Tensor x, Tensor row_to_pair, Tensor pair_to_row, Tensor expert_offsets, Tensor "
+      "topk_weights, Tensor w_up, Tensor w_down, Tensor? b_up=None, Tensor? b_down=None, *, str "
       "activation='swiglu', bool keep_pre=True) -> (Tensor y, Tensor pre_activation)");
   m.def(
-      "moe_mlp_backward(Tensor grad_y, Tensor x, Tensor topk_weights, Tensor w_up, Tensor w_down, "
-      "Tensor? b_up, Tensor? b_down, Tensor pre_activation, Tensor row_to_pair, "
-      "Tensor pair_to_row, Tensor expert_offsets, *, str activation='swiglu', bool need_x=True, "
-      "bool need_topk_weights=True, bool need_w_up=True, bool need_w_down=True) -> (Tensor "
-      "grad_x, Tensor grad_topk_weights, "
-      "Tensor grad_w_up, Tensor grad_w_down, Tensor grad_b_up, Tensor grad_b_down)");
+      "moe_mlp_backward(Tensor grad_y, Tensor x, Tensor row_to_pair, Tensor pair_to_row, Tensor "
+      "expert_offsets, Tensor topk_weights, Tensor w_up, Tensor w_down, Tensor? b_up, Tensor? "
+      "b_down, Tensor pre_activation, *, str activation='swiglu', bool need_x=True, bool "
+      "need_topk_weights=True, bool need_w_up=True, bool need_w_down=True) -> (Tensor grad_x, "
+      "Tensor grad_topk_weights, Tensor grad_w_up, Tensor grad_w_down, Tensor grad_b_up, Tensor "
+      "grad_b_down)");
 }

@@ -14,7 +14,7 @@ GROUP_SCORES = ("top2", "sum")
 
 
 @torch.library.register_fake("moeops::topk_route_balance")
-def _topk_route_balance_fake(logits, bias, uniform, temperature, top_k, **_options):
+def _topk_route_balance_fake(logits, top_k, bias=None, uniform=None, temperature=None, **_options):
     if uniform is not None:
         fake_check(
             uniform.shape[0] == logits.shape[0],
@@ -44,7 +44,7 @@ def _topk_route_balance_backward_fake(
 
 
 def _topk_route_balance_setup(ctx, inputs, keyword_only_inputs, output):
-    logits, _, _, temperature, _ = inputs
+    logits, _, _, _, temperature = inputs
     _, _, _, topk_ids, counts = output
     ctx.mark_non_differentiable(topk_ids, counts)
     ctx.set_materialize_grads(False)
@@ -150,19 +150,19 @@ def topk_route_balance(
     return BalancedRoute(
         *torch.ops.moeops.topk_route_balance(
             logits,
+            top_k,
             bias,
             uniform,
             temperature,
-            top_k,
             score=score,
             renormalize=renormalize,
             scale=scale,
             num_groups=num_groups,
             top_groups=top_groups,
-            groups_by_sum=group_score == "sum",
+            group_score=group_score,
             top_p=top_p,
             min_score=min_score,
-            num_counted=top_k if num_counted is None else num_counted,
+            num_counted=num_counted,
         )
     )
 

@@ -22,14 +22,14 @@ def up_width(d_hidden: int, activation: str) -> int:
 @torch.library.register_fake("moeops::moe_mlp")
 def _moe_mlp_fake(
     x,
-    topk_weights,
-    w_up,
-    w_down,
-    b_up,
-    b_down,
     row_to_pair,
     pair_to_row,
     expert_offsets,
+    topk_weights,
+    w_up,
+    w_down,
+    b_up=None,
+    b_down=None,
     *,
     activation="swiglu",
     keep_pre=True,
@@ -50,15 +50,15 @@ def _moe_mlp_fake(
 def _moe_mlp_backward_fake(
     grad_y,
     x,
+    row_to_pair,
+    pair_to_row,
+    expert_offsets,
     topk_weights,
     w_up,
     w_down,
     b_up,
     b_down,
     pre_activation,
-    row_to_pair,
-    pair_to_row,
-    expert_offsets,
     *,
     activation="swiglu",
     need_x=True,
@@ -94,24 +94,21 @@ def _moe_mlp_grad(ctx, grad_y, _grad_pre_activation):
         raise RuntimeError(
             "moe_mlp: keep_pre must be True where a gradient is wanted, got False. Drop the argument."
         )
-    *block, row_to_pair, pair_to_row, expert_offsets, pre_activation = ctx.saved_tensors
-    needs = ctx.needs_input_grad[:6]
-    need_w_up, need_w_down = needs[2] or needs[4], needs[3] or needs[5]
+    # The dispatcher leaves biases at the end out where they are None.
+    inputs = (*ctx.needs_input_grad, False, False)[:9]
+    x, _, _, _, weights, w_up, w_down, b_up, b_down = inputs
+    needs = (x, weights, w_up, w_down, b_up, b_down)
     grads = torch.ops.moeops.moe_mlp_backward(
         grad_y,
-        *block,
-        pre_activation,
-        row_to_pair,
-        pair_to_row,
-        expert_offsets,
+        *ctx.saved_tensors,
         activation=ctx.options["activation"],
-        need_x=needs[0],
-        need_topk_weights=needs[1],
-        need_w_up=need_w_up,
-        need_w_down=need_w_down,
+        need_x=x,
+        need_topk_weights=weights,
+        need_w_up=w_up or b_up,
+        need_w_down=w_down or b_down,
     )
-    picked = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
-    return (*picked, None, None, None)
+    grad_x, *picked = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+    return (grad_x, None, None, None, *picked)
 
 
 torch.library.register_autograd("moeops::moe_mlp", _moe_mlp_grad, setup_context=_moe_mlp_setup)
@@ -166,11 +163,11 @@ def moe_mlp(
         x, w_up, w_down, b_up, b_down
     )
     if not torch.compiler.is_compiling():
-        _check_moe_mlp(x, topk_weights, plan, w_up, w_down, b_up, b_down, activation)
+        _check_moe_mlp(x, plan, topk_weights, w_up, w_down, b_up, b_down, activation)
     topk_weights = topk_weights.to(_checks.accumulate_dtype(x.dtype))
-    block = (x, topk_weights, w_up, w_down, b_up, b_down)
+    block = (topk_weights, w_up, w_down, b_up, b_down)
     y, _ = torch.ops.moeops.moe_mlp(
-        *block, *plan, activation=activation, keep_pre=_gradient_is_wanted(block)
+        x, *plan, *block, activation=activation, keep_pre=_gradient_is_wanted((x, *block))
     )
     return y
 
@@ -180,7 +177,7 @@ def _gradient_is_wanted(tensors) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _check_moe_mlp(x, topk_weights, plan, w_up, w_down, b_up, b_down, activation):
+def _check_moe_mlp(x, plan, topk_weights, w_up, w_down, b_up, b_down, activation):
     op = "moe_mlp"
     _checks.check_tensor(op, "x", x, 2)
     _checks.check_float(op, "x", x)

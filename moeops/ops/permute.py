@@ -24,7 +24,7 @@ def _permute_tokens_setup(ctx, inputs, output):
 
 
 def _permute_tokens_grad(ctx, grad_rows):
-    grad_x = torch.ops.moeops.unpermute_tokens(grad_rows, None, *ctx.saved_tensors)
+    grad_x = torch.ops.moeops.unpermute_tokens(grad_rows, *ctx.saved_tensors)
     return grad_x, None, None, None
 
 
@@ -64,7 +64,7 @@ def permute_tokens(x: Tensor, plan: TokenPlan) -> Tensor:
 
 
 @torch.library.register_fake("moeops::unpermute_tokens")
-def _unpermute_tokens_fake(rows, topk_weights, row_to_pair, pair_to_row, expert_offsets):
+def _unpermute_tokens_fake(rows, row_to_pair, pair_to_row, expert_offsets, topk_weights=None):
     fake_check(
         rows.shape[0] == row_to_pair.shape[0],
         "unpermute_tokens: rows must have as many rows as row_to_pair. Check the plan's rows.",
@@ -74,26 +74,25 @@ def _unpermute_tokens_fake(rows, topk_weights, row_to_pair, pair_to_row, expert_
 
 @torch.library.register_fake("moeops::unpermute_tokens_backward")
 def _unpermute_tokens_backward_fake(
-    grad_y, rows, topk_weights, row_to_pair, pair_to_row, expert_offsets
+    grad_y, rows, row_to_pair, pair_to_row, expert_offsets, topk_weights
 ):
     return rows.new_empty(rows.shape), topk_weights.new_empty(topk_weights.shape)
 
 
 def _unpermute_tokens_setup(ctx, inputs, output):
-    rows, topk_weights, *plan = inputs
+    rows, *plan, topk_weights = inputs
     ctx.weighted = topk_weights is not None
-    ctx.save_for_backward(*((rows, topk_weights) if ctx.weighted else ()), *plan)
+    ctx.save_for_backward(*((rows, *plan, topk_weights) if ctx.weighted else plan))
 
 
 def _unpermute_tokens_grad(ctx, grad_y):
-    *weighted, row_to_pair, pair_to_row, expert_offsets = ctx.saved_tensors
-    plan = (row_to_pair, pair_to_row, expert_offsets)
     if not ctx.weighted:
-        return torch.ops.moeops.permute_tokens(grad_y, *plan), None, None, None, None
+        grad_rows = torch.ops.moeops.permute_tokens(grad_y, *ctx.saved_tensors)
+        return grad_rows, None, None, None, None
     grad_rows, grad_topk_weights = torch.ops.moeops.unpermute_tokens_backward(
-        grad_y, *weighted, *plan
+        grad_y, *ctx.saved_tensors
     )
-    return grad_rows, grad_topk_weights, None, None, None
+    return grad_rows, None, None, None, grad_topk_weights
 
 
 torch.library.register_autograd(
@@ -136,7 +135,7 @@ def unpermute_tokens(rows: Tensor, plan: TokenPlan, topk_weights: Tensor | None 
             check_topk_weights(op, topk_weights, plan, "rows", rows)
     if topk_weights is not None:
         topk_weights = topk_weights.to(_checks.accumulate_dtype(rows.dtype))
-    return torch.ops.moeops.unpermute_tokens(rows, topk_weights, *plan)
+    return torch.ops.moeops.unpermute_tokens(rows, *plan, topk_weights)
 
 
 def check_topk_weights(op, topk_weights, plan, like_name, like):

@@ -13,7 +13,7 @@ SCORES = ("softmax", "sigmoid")
 
 
 @torch.library.register_fake("moeops::topk_route")
-def _topk_route_fake(logits, bias, top_k, **_options):
+def _topk_route_fake(logits, top_k, bias=None, **_options):
     fake_check(logits.dim() == 2, "topk_route: logits must have 2 dimensions. Reshape them first.")
     weights = logits.new_empty(
         (logits.shape[0], top_k), dtype=_checks.accumulate_dtype(logits.dtype)
@@ -102,8 +102,8 @@ def topk_route(
     return Route(
         *torch.ops.moeops.topk_route(
             logits,
-            bias,
             top_k,
+            bias,
             score=score,
             renormalize=renormalize,
             scale=scale,

@@ -30,7 +30,7 @@ def _count_tokens_fake(topk_ids, num_experts):
 
 
 @torch.library.register_fake("moeops::limit_capacity")
-def _limit_capacity_fake(topk_ids, priority, num_experts, capacity, **_options):
+def _limit_capacity_fake(topk_ids, num_experts, capacity, priority=None, **_options):
     return topk_ids.new_empty(topk_ids.shape)
 
 
@@ -160,5 +160,5 @@ def limit_capacity(
             _checks.check_size(op, "priority", priority, 1, topk_ids.shape[1], "like topk_ids")
             _checks.check_device(op, "priority", priority, "topk_ids", topk_ids)
     return torch.ops.moeops.limit_capacity(
-        topk_ids, priority, num_experts, capacity, by_choice=by_choice
+        topk_ids, num_experts, capacity, priority, by_choice=by_choice
     )

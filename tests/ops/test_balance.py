@@ -366,9 +366,11 @@ def test_bare_ops_refuse_bad_arguments(device):
     route = torch.ops.moeops.topk_route_balance
     uniform, sums = torch.rand(6, device=device), torch.ones(6, dtype=torch.float64, device=device)
     with pytest.raises(RuntimeError, match=r"num_counted must be from 0 to top_k = 2, got 3"):
-        route(logits, None, None, None, 2, num_counted=3)
+        route(logits, 2, num_counted=3)
     with pytest.raises(RuntimeError, match=r"uniform must have size 5"):
-        route(logits, None, uniform, None, 2, num_counted=2)
+        route(logits, 2, uniform=uniform)
+    with pytest.raises(RuntimeError, match=r'group_score must be "top2" or "sum", got "mean"'):
+        route(logits, 2, group_score="mean")
     _, _, _, ids, counts = moeops.topk_route_balance(logits, 2)
     backward = torch.ops.moeops.topk_route_balance_backward
     one = torch.ones((), device=device)

@@ -206,7 +206,7 @@ def test_more_than_2_to_the_31_elements(cuda_device):
     y = moeops.unpermute_tokens(rows, plan, weights)
     assert torch.equal(y, x)
     del y
-    grad_rows, grad_weights = torch.ops.moeops.unpermute_tokens_backward(x, rows, weights, *plan)
+    grad_rows, grad_weights = torch.ops.moeops.unpermute_tokens_backward(x, rows, *plan, weights)
     assert torch.equal(grad_rows[at], rows[at] * 0.5)
     pairs = plan.row_to_pair[at].long()
     want = rows[at].double().square().sum(-1)

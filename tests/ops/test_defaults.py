@@ -16,8 +16,8 @@ import moeops.ops
 from samples import OP_CASES, SAMPLES, op_cases
 
 PLAN = ("row_to_pair", "pair_to_row", "expert_offsets")
-# Options that the functions spell in another way, or decide themselves.
-OWN = {"groups_by_sum": "group_score", "keep_pre": None}
+# Options that the functions decide themselves.
+OWN = {"keep_pre"}
 SAMPLE = next(sample for sample in SAMPLES if sample.name == "dropped")
 DOCS = Path(__file__).parents[2] / "docs" / "ops.md"
 
@@ -68,19 +68,26 @@ def test_defaults_only(op):
 
 
 @pytest.mark.parametrize("op", moeops.ops.__all__)
-def test_names_and_defaults_are_those_of_the_function(op):
+def test_names_order_and_defaults_are_those_of_the_function(op):
     parameters = inspect.signature(getattr(moeops, op)).parameters
-    for argument in getattr(torch.ops.moeops, op).default._schema.arguments:
-        if argument.name in PLAN and "plan" in parameters:
-            continue
-        name = OWN.get(argument.name, argument.name)
-        if name is None:
-            continue
-        assert name in parameters, f"{op} has no parameter {name}"
+    places = [name for name, p in parameters.items() if p.kind is not p.KEYWORD_ONLY]
+    if "plan" in places:
+        at = places.index("plan")
+        places[at : at + 1] = PLAN
+    arguments = getattr(torch.ops.moeops, op).default._schema.arguments
+    before_star = [a.name for a in arguments if not a.kwarg_only]
+    assert before_star[: len(places)] == places
+    # What is left before the star are tensors that the function takes by name, in its order.
+    by_name = [name for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY]
+    tensors = before_star[len(places) :]
+    assert tensors == [name for name in by_name if name in tensors]
+    options = {a.name for a in arguments} - {*places, *OWN}
+    assert options == set(by_name)
+    for argument in arguments:
+        if argument.name in options:
+            assert argument.has_default_value(), argument.name
         if argument.has_default_value() and argument.name not in OWN:
-            assert parameters[name].default == argument.default_value, f"{op}: {name}"
-        if argument.kwarg_only:
-            assert parameters[name].kind is inspect.Parameter.KEYWORD_ONLY, f"{op}: {name}"
+            assert parameters[argument.name].default == argument.default_value, argument.name
 
 
 def test_documentation_calls_every_op():

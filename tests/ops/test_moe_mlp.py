@@ -127,9 +127,10 @@ def test_backward_returns_empty_tensors_for_what_is_not_needed(needs, device):
     block = [t["x"], t["topk_weights"], t["w_up"], t["w_down"], t["b_up"], t["b_down"]]
     grads = torch.ops.moeops.moe_mlp_backward(
         torch.randn_like(t["x"]),
-        *block,
-        pre,
+        t["x"],
         *sample.plan(device),
+        *block[1:],
+        pre,
         **dict(zip(NEEDS, needs, strict=True)),
     )
     need_x, need_weights, need_up, need_down = needs
@@ -326,7 +327,8 @@ def test_bare_op_refuses_what_would_corrupt_memory():
     sample = Sample("plain")
     plan = sample.plan()
     t = mlp_tensors(sample, torch.float32, "cpu", "swiglu", with_bias=True)
-    good = [t["x"], t["topk_weights"], t["w_up"], t["w_down"], t["b_up"], t["b_down"], *plan]
+    block_tensors = (t["topk_weights"], t["w_up"], t["w_down"], t["b_up"], t["b_down"])
+    good = [t["x"], *plan, *block_tensors]
 
     def block(position, value, activation="swiglu"):
         args = list(good)
@@ -335,13 +337,13 @@ def test_bare_op_refuses_what_would_corrupt_memory():
 
     for position, value, text in (
         (0, t["x"][1:], r"x must have size 13 in dimension 0, got shape \[12, 8\]"),
-        (1, t["topk_weights"].double(), r"topk_weights must be float32.*got Double"),
-        (2, t["w_up"][:, 1:], r"w_up must have size 12 in dimension 1, got shape \[4, 11, 8\]"),
-        (3, t["w_down"].double(), r"w_down must be Float like x, got Double"),
-        (4, t["b_up"][1:], r"b_up must have size 4 in dimension 0, got shape \[3, 12\]"),
-        (5, t["b_down"][:, 1:], r"b_down must have size 8 in dimension 1, got shape \[4, 7\]"),
-        (6, plan[0] + 1, r"row_to_pair must be in \[0, 26\), got 26"),
-        (8, plan[2] + 1, r"expert_offsets must start with 0, got 1 at \[0\]"),
+        (4, t["topk_weights"].double(), r"topk_weights must be float32.*got Double"),
+        (5, t["w_up"][:, 1:], r"w_up must have size 12 in dimension 1, got shape \[4, 11, 8\]"),
+        (6, t["w_down"].double(), r"w_down must be Float like x, got Double"),
+        (7, t["b_up"][1:], r"b_up must have size 4 in dimension 0, got shape \[3, 12\]"),
+        (8, t["b_down"][:, 1:], r"b_down must have size 8 in dimension 1, got shape \[4, 7\]"),
+        (1, plan[0] + 1, r"row_to_pair must be in \[0, 26\), got 26"),
+        (3, plan[2] + 1, r"expert_offsets must start with 0, got 1 at \[0\]"),
     ):
         with pytest.raises(RuntimeError, match=f"moe_mlp: {text}"):
             block(position, value)
@@ -349,7 +351,7 @@ def test_bare_op_refuses_what_would_corrupt_memory():
         block(0, t["x"], "tanh")
     pre = torch.randn(26, 11)
     with pytest.raises(RuntimeError, match=r"pre_activation must have size 12 .*\[26, 11\]"):
-        torch.ops.moeops.moe_mlp_backward(t["x"], *good[:6], pre, *plan)
+        torch.ops.moeops.moe_mlp_backward(t["x"], *good, pre)
 
 
 @pytest.mark.parametrize("activation", ["swiglu", "gelu", "relu", "silu", "relu_squared"])

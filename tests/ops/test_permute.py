@@ -138,8 +138,8 @@ def test_dead_rows_may_hold_anything(device):
     assert torch.equal(rows, moeops.permute_tokens(x, plan))
     weights = sample.weights(torch.float32, device)
     for got, want in zip(
-        torch.ops.moeops.unpermute_tokens_backward(x, rows, weights, *own),
-        torch.ops.moeops.unpermute_tokens_backward(x, rows, weights, *plan),
+        torch.ops.moeops.unpermute_tokens_backward(x, rows, *own, weights),
+        torch.ops.moeops.unpermute_tokens_backward(x, rows, *plan, weights),
         strict=True,
     ):
         assert torch.equal(got, want)
@@ -221,8 +221,8 @@ def test_bare_ops_refuse_bad_maps():
     with pytest.raises(RuntimeError, match=r"topk_weights must be float32.*got Double"):
         torch.ops.moeops.unpermute_tokens(
             torch.randn(26, 8),
-            torch.ones(13, 2, dtype=torch.float64),
             row_to_pair,
             pair_to_row,
             offsets,
+            torch.ones(13, 2, dtype=torch.float64),
         )

@@ -204,13 +204,13 @@ def test_bare_ops_refuse_bad_arguments():
     logits = torch.randn(5, 6)
     route = torch.ops.moeops.topk_route
     with pytest.raises(RuntimeError, match=r"top_k must be from 1 to the 6 experts .* got 7"):
-        route(logits, None, 7)
+        route(logits, 7)
     with pytest.raises(RuntimeError, match=r"score must be .* got 'tanh'"):
-        route(logits, None, 2, score="tanh")
+        route(logits, 2, score="tanh")
     with pytest.raises(RuntimeError, match=r"num_groups must divide the 6 experts, got 0"):
-        route(logits, None, 2, num_groups=0)
+        route(logits, 2, num_groups=0)
     with pytest.raises(RuntimeError, match=r"top_groups must be from 1 to .* got 3"):
-        route(logits, None, 2, num_groups=2, top_groups=3)
+        route(logits, 2, num_groups=2, top_groups=3)
     backward = torch.ops.moeops.topk_route_backward
     ids = torch.zeros(5, 2, dtype=torch.int64)
     ids[3, 1] = 6
@@ -223,7 +223,7 @@ def test_bare_ops_refuse_bad_arguments():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_softmax_is_as_exact_as_torch(num_experts, spread, dtype):
     logits = torch.randn(400, num_experts, dtype=torch.float64).mul(spread).to(dtype)
-    weights, ids = torch.ops.moeops.topk_route(logits, None, num_experts, renormalize=False)
+    weights, ids = torch.ops.moeops.topk_route(logits, num_experts, renormalize=False)
     got = torch.zeros_like(logits).scatter(1, ids, weights)
     exact = torch.softmax(logits.double(), -1)
     normal = exact > torch.finfo(dtype).tiny

@@ -28,6 +28,27 @@ inline RouteOptions route_options(const char* op, const Tensor& logits, int64_t 
   return options;
 }
 
+// Checked options of topk_route_balance; without num_counted all choices count.
+inline RouteOptions balance_options(const char* op, const Tensor& logits,
+                                    const std::optional<Tensor>& bias,
+                                    const std::optional<Tensor>& uniform,
+                                    const std::optional<Tensor>& temperature, int64_t top_k,
+                                    const std::string& score, bool renormalize, double scale,
+                                    int64_t num_groups, int64_t top_groups,
+                                    const std::string& group_score, double top_p, double min_score,
+                                    std::optional<int64_t> num_counted) {
+  const int64_t counted = num_counted.value_or(top_k);
+  check_balance_arguments(op, logits, bias, uniform, temperature, top_k, score, num_groups,
+                          top_groups, group_score, counted);
+  RouteOptions options =
+      route_options(op, logits, top_k, score, renormalize, scale, num_groups, top_groups);
+  options.groups_by_sum = group_score == "sum";
+  options.top_p = top_p;
+  options.min_score = min_score;
+  options.num_counted = static_cast<int>(counted);
+  return options;
+}
+
 // Options of a backward, which takes the choices as they are: groups and the reach of top_k are the
 // forward's business.
 inline RouteOptions chosen_options(const char* op, const Tensor& logits, const Tensor& topk_ids,

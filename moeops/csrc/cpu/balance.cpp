@@ -133,20 +133,16 @@ acc_t read_temperature(const char* op, const std::optional<Tensor>& temperature)
   return value;
 }
 
-Outputs topk_route_balance(const Tensor& logits, const std::optional<Tensor>& bias,
+Outputs topk_route_balance(const Tensor& logits, int64_t top_k, const std::optional<Tensor>& bias,
                            const std::optional<Tensor>& uniform,
-                           const std::optional<Tensor>& temperature, int64_t top_k,
-                           const std::string& score, bool renormalize, double scale,
-                           int64_t num_groups, int64_t top_groups, bool groups_by_sum, double top_p,
-                           double min_score, int64_t num_counted) {
+                           const std::optional<Tensor>& temperature, const std::string& score,
+                           bool renormalize, double scale, int64_t num_groups, int64_t top_groups,
+                           const std::string& group_score, double top_p, double min_score,
+                           std::optional<int64_t> num_counted) {
   constexpr const char* kOp = "topk_route_balance";
-  check_balance_arguments(kOp, logits, bias, uniform, temperature, top_k, score, num_groups,
-                          top_groups, num_counted);
-  RouteOptions options =
-      route_options(kOp, logits, top_k, score, renormalize, scale, num_groups, top_groups);
-  options.groups_by_sum = groups_by_sum;
-  options.top_p = top_p;
-  options.min_score = min_score;
+  const RouteOptions options =
+      balance_options(kOp, logits, bias, uniform, temperature, top_k, score, renormalize, scale,
+                      num_groups, top_groups, group_score, top_p, min_score, num_counted);
   const int64_t num_experts = logits.size(1);
   const Tensor source = as_contiguous(logits);
   const std::optional<Tensor> draws = prepared(uniform, logits),
@@ -160,7 +156,7 @@ Outputs topk_route_balance(const Tensor& logits, const std::optional<Tensor>& bi
     const acc_t* drawn = data_or_null<acc_t>(draws);
     const acc_t heat = read_temperature<acc_t>(kOp, divisor);
     route_all<scalar_t>(
-        kOp, source, num_counted, outputs,
+        kOp, source, options.num_counted, outputs,
         [&](int64_t t, const scalar_t*, acc_t* z, int32_t* order, acc_t* weights, int64_t* ids,
             acc_t* sums) {
           if (divisor) {

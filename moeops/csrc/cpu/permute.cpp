@@ -146,9 +146,8 @@ Tensor permute_tokens(const Tensor& x, const Tensor& row_to_pair, const Tensor& 
   return gather_rows(as_contiguous(x), plan);
 }
 
-Tensor unpermute_tokens(const Tensor& rows, const std::optional<Tensor>& topk_weights,
-                        const Tensor& row_to_pair, const Tensor& pair_to_row,
-                        const Tensor& expert_offsets) {
+Tensor unpermute_tokens(const Tensor& rows, const Tensor& row_to_pair, const Tensor& pair_to_row,
+                        const Tensor& expert_offsets, const std::optional<Tensor>& topk_weights) {
   constexpr const char* kOp = "unpermute_tokens";
   check_dim(kOp, "rows", rows, 2);
   check_float(kOp, "rows", rows);
@@ -159,10 +158,10 @@ Tensor unpermute_tokens(const Tensor& rows, const std::optional<Tensor>& topk_we
 }
 
 std::tuple<Tensor, Tensor> unpermute_tokens_backward(const Tensor& grad_y, const Tensor& rows,
-                                                     const Tensor& topk_weights,
                                                      const Tensor& row_to_pair,
                                                      const Tensor& pair_to_row,
-                                                     const Tensor& expert_offsets) {
+                                                     const Tensor& expert_offsets,
+                                                     const Tensor& topk_weights) {
   constexpr const char* kOp = "unpermute_tokens_backward";
   check_dim(kOp, "grad_y", grad_y, 2);
   check_dim(kOp, "rows", rows, 2);

@@ -40,9 +40,10 @@ void route_kernel(const scalar_t* logits, const accumulate_t<scalar_t>* bias, in
   });
 }
 
-std::tuple<Tensor, Tensor> topk_route(const Tensor& logits, const std::optional<Tensor>& bias,
-                                      int64_t top_k, const std::string& score, bool renormalize,
-                                      double scale, int64_t num_groups, int64_t top_groups) {
+std::tuple<Tensor, Tensor> topk_route(const Tensor& logits, int64_t top_k,
+                                      const std::optional<Tensor>& bias, const std::string& score,
+                                      bool renormalize, double scale, int64_t num_groups,
+                                      int64_t top_groups) {
   constexpr const char* kOp = "topk_route";
   check_topk_route(kOp, logits, bias);
   const RouteOptions options =

@@ -208,8 +208,8 @@ void transpose_back(id_t* out, const id_t* kept, int64_t num_tokens, int64_t top
   });
 }
 
-Tensor limit_capacity(const Tensor& topk_ids, const std::optional<Tensor>& priority,
-                      int64_t num_experts, int64_t capacity, bool by_choice) {
+Tensor limit_capacity(const Tensor& topk_ids, int64_t num_experts, int64_t capacity,
+                      const std::optional<Tensor>& priority, bool by_choice) {
   constexpr const char* kOp = "limit_capacity";
   check_limit(kOp, topk_ids, priority, num_experts, capacity, by_choice);
   const int64_t num_tokens = topk_ids.size(0), top_k = topk_ids.size(1);

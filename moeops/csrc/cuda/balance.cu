@@ -6,22 +6,17 @@ namespace moeops::cuda {
 
 namespace {
 
-Outputs topk_route_balance(const Tensor& logits, const std::optional<Tensor>& bias,
+Outputs topk_route_balance(const Tensor& logits, int64_t top_k, const std::optional<Tensor>& bias,
                            const std::optional<Tensor>& uniform,
-                           const std::optional<Tensor>& temperature, int64_t top_k,
-                           const std::string& score, bool renormalize, double scale,
-                           int64_t num_groups, int64_t top_groups, bool groups_by_sum, double top_p,
-                           double min_score, int64_t num_counted) {
+                           const std::optional<Tensor>& temperature, const std::string& score,
+                           bool renormalize, double scale, int64_t num_groups, int64_t top_groups,
+                           const std::string& group_score, double top_p, double min_score,
+                           std::optional<int64_t> num_counted) {
   constexpr auto kOp = "topk_route_balance";
-  check_balance_arguments(kOp, logits, bias, uniform, temperature, top_k, score, num_groups,
-                          top_groups, num_counted);
+  const RouteOptions options =
+      balance_options(kOp, logits, bias, uniform, temperature, top_k, score, renormalize, scale,
+                      num_groups, top_groups, group_score, top_p, min_score, num_counted);
   check_register_experts(kOp, logits.size(1));
-  RouteOptions options =
-      route_options(kOp, logits, top_k, score, renormalize, scale, num_groups, top_groups);
-  options.groups_by_sum = groups_by_sum;
-  options.top_p = top_p;
-  options.min_score = min_score;
-  options.num_counted = static_cast<int>(num_counted);
   DeviceGuard guard(logits.get_device_index());
   const ScalarType acc = accumulate_type(logits.scalar_type());
   const auto prepared = [&](const std::optional<Tensor>& t) {
@@ -33,7 +28,7 @@ Outputs topk_route_balance(const Tensor& logits, const std::optional<Tensor>& bi
   const cudaStream_t stream = current_stream(logits);
   DebugCounter bad_values(logits, stream);
   const Tensor z = as_accumulate(logits);
-  const bool one_group = groups_by_sum && top_groups == 1 && score == "softmax";
+  const bool one_group = options.groups_by_sum && top_groups == 1 && score == "softmax";
   const bool by_logit = !bias && (num_groups == 1 || one_group);
   Outputs outputs;
   MOEOPS_DISPATCH_ACCUMULATE(z.scalar_type(), [&] {

@@ -146,11 +146,12 @@ Tensor general_rows(const Block& block, Tensor& pre) {
   return grouped_matmul(kOp, hidden, block.w_down, block.plan, std::nullopt, block.stream);
 }
 
-std::tuple<Tensor, Tensor> moe_mlp(const Tensor& x, const Tensor& topk_weights, const Tensor& w_up,
-                                   const Tensor& w_down, const std::optional<Tensor>& b_up,
-                                   const std::optional<Tensor>& b_down, const Tensor& row_to_pair,
+std::tuple<Tensor, Tensor> moe_mlp(const Tensor& x, const Tensor& row_to_pair,
                                    const Tensor& pair_to_row, const Tensor& expert_offsets,
-                                   std::string activation, bool keep_pre) {
+                                   const Tensor& topk_weights, const Tensor& w_up,
+                                   const Tensor& w_down, const std::optional<Tensor>& b_up,
+                                   const std::optional<Tensor>& b_down, std::string activation,
+                                   bool keep_pre) {
   constexpr auto kOp = "moe_mlp";
   DeviceGuard guard(x.get_device_index());
   const Block block = make_block(kOp, x, topk_weights, w_up, w_down, b_up, b_down, row_to_pair,
@@ -275,10 +276,10 @@ void general_backward(const Block& block, const Tensor& grad_y, const Tensor& pr
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(
-    const Tensor& grad_y, const Tensor& x, const Tensor& topk_weights, const Tensor& w_up,
+    const Tensor& grad_y, const Tensor& x, const Tensor& row_to_pair, const Tensor& pair_to_row,
+    const Tensor& expert_offsets, const Tensor& topk_weights, const Tensor& w_up,
     const Tensor& w_down, const std::optional<Tensor>& b_up, const std::optional<Tensor>& b_down,
-    const Tensor& pre_activation, const Tensor& row_to_pair, const Tensor& pair_to_row,
-    const Tensor& expert_offsets, std::string activation, bool need_x, bool need_topk_weights,
+    const Tensor& pre_activation, std::string activation, bool need_x, bool need_topk_weights,
     bool need_w_up, bool need_w_down) {
   constexpr auto kOp = "moe_mlp_backward";
   DeviceGuard guard(x.get_device_index());

@@ -141,9 +141,8 @@ void check_topk_weights(const char* op, const Tensor& topk_weights, const Tensor
   check_same_device(op, "topk_weights", topk_weights, rows);
 }
 
-Tensor unpermute_tokens(const Tensor& rows, const std::optional<Tensor>& topk_weights,
-                        const Tensor& row_to_pair, const Tensor& pair_to_row,
-                        const Tensor& expert_offsets) {
+Tensor unpermute_tokens(const Tensor& rows, const Tensor& row_to_pair, const Tensor& pair_to_row,
+                        const Tensor& expert_offsets, const std::optional<Tensor>& topk_weights) {
   constexpr auto kOp = "unpermute_tokens";
   check_dim(kOp, "rows", rows, 2);
   check_float(kOp, "rows", rows);
@@ -184,10 +183,10 @@ void launch_unpermute_backward(const Tensor& grad_y, const Tensor& rows, const T
 }
 
 std::tuple<Tensor, Tensor> unpermute_tokens_backward(const Tensor& grad_y, const Tensor& rows,
-                                                     const Tensor& topk_weights,
                                                      const Tensor& row_to_pair,
                                                      const Tensor& pair_to_row,
-                                                     const Tensor& expert_offsets) {
+                                                     const Tensor& expert_offsets,
+                                                     const Tensor& topk_weights) {
   constexpr auto kOp = "unpermute_tokens_backward";
   check_dim(kOp, "rows", rows, 2);
   check_float(kOp, "rows", rows);

@@ -14,9 +14,10 @@ extern template void launch_topk_route<__nv_bfloat16, false>(const TopkRoute<__n
 
 namespace {
 
-std::tuple<Tensor, Tensor> topk_route(const Tensor& logits, const std::optional<Tensor>& bias,
-                                      int64_t top_k, const std::string& score, bool renormalize,
-                                      double scale, int64_t num_groups, int64_t top_groups) {
+std::tuple<Tensor, Tensor> topk_route(const Tensor& logits, int64_t top_k,
+                                      const std::optional<Tensor>& bias, const std::string& score,
+                                      bool renormalize, double scale, int64_t num_groups,
+                                      int64_t top_groups) {
   constexpr auto kOp = "topk_route";
   check_topk_route(kOp, logits, bias);
   const RouteOptions options =

@@ -171,8 +171,8 @@ Tensor count_tokens(const Tensor& topk_ids, int64_t num_experts) {
   return counts;
 }
 
-Tensor limit_capacity(const Tensor& topk_ids, const std::optional<Tensor>& priority,
-                      int64_t num_experts, int64_t capacity, bool by_choice) {
+Tensor limit_capacity(const Tensor& topk_ids, int64_t num_experts, int64_t capacity,
+                      const std::optional<Tensor>& priority, bool by_choice) {
   constexpr auto kOp = "limit_capacity";
   check_limit(kOp, topk_ids, priority, num_experts, capacity, by_choice);
   DeviceGuard guard(topk_ids.get_device_index());
