@@ -7,7 +7,7 @@ VENV ?= .venv
 # moeops supports; AUTO builds it for every GPU where there is nvcc; OFF leaves it out.
 MOEOPS_CUDA ?= NATIVE
 MOEOPS_WERROR ?= OFF
-# Options for the program that train, test or bench starts, such as ARGS="--compare-dense".
+# Options for the program that train, test or bench starts, such as ARGS="--no-compare".
 ARGS ?=
 
 BIN := $(VENV)/bin
@@ -37,7 +37,7 @@ train: build
 	$(BIN)/python examples/train_lm.py $(ARGS)
 
 test: build
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest -n 2 --durations=20 $(ARGS)
 
 build: $(BUILD_STAMP)
 

@@ -1,7 +1,8 @@
 """Train a byte-level GPT with Mixture-of-Experts MLPs under torch.compile, on text that is already on this machine.
 
-    python examples/train_lm.py                      about three minutes on two CPU cores
-    python examples/train_lm.py --compare-dense      the same, beside a dense model of equal active FLOPs
+    python examples/train_lm.py                  about three minutes on two CPU cores, for two models: one with experts,
+                                                 and a dense one of equal active FLOPs
+    python examples/train_lm.py --no-compare     without the dense one
     python examples/train_lm.py --text my_folder --gate switch --experts 16
     torchrun --nproc-per-node=2 examples/train_lm.py --expert-parallel      each rank holds half of the experts
     torchrun --nproc-per-node=4 examples/train_lm.py --expert-parallel --expert-tensor-parallel 2  half of each of them
@@ -80,7 +81,7 @@ def make_parser() -> Parser:
     )
     dense = model.add_mutually_exclusive_group()
     dense.add_argument("--dense", action="store_true", help="train the dense baseline instead")
-    dense.add_argument("--compare-dense", action="store_true", help="train the baseline as well")
+    dense.add_argument("--no-compare", action="store_true", help="train no baseline")
 
     data = parser.add_argument_group("data")
     data.add_argument("--text", type=Path, help="file or folder [Python's own standard library]")
@@ -191,6 +192,9 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
         raise UsageError(
             f"--top-k must be {wanted} for the {options.gate} gate, got {options.top_k}. Leave it out."
         )
+    # The loss of a gate that sees later tokens is comparable with nothing.
+    is_comparable = GATES[options.gate].causal != "no"
+    options.compare = is_comparable and not (options.dense or options.no_compare)
     if options.dispatch == "static":
         options.capacity = CAPACITY if options.capacity is None else options.capacity
     elif options.capacity is not None:

@@ -14,7 +14,7 @@ PANEL_COLUMNS = 4
 
 
 def plot_run(path: Path, runs: dict[str, History], order0: float) -> None:
-    """Draw losses beside the order-0 entropy, and the expert load of the first run that has experts.
+    """Draw losses by step and by time, and the expert load of the first run that has experts.
 
     Args:
         path: PNG file to write.
@@ -27,7 +27,9 @@ def plot_run(path: Path, runs: dict[str, History], order0: float) -> None:
     rows = math.ceil(num_layers / columns)
     figure = Figure(figsize=(11, 4.5 + 2.2 * rows), layout="constrained")
     grid = figure.add_gridspec(1 + rows, columns, height_ratios=[4.5] + [2.2] * rows)
-    _plot_losses(figure.add_subplot(grid[0, :]), runs, order0)
+    by_step, by_time = grid[0, :].subgridspec(1, 2).subplots(sharey=True)
+    _plot_losses(by_step, runs, order0)
+    _plot_losses_by_time(by_time, runs)
     if load:
         _plot_load(figure, grid, load, columns)
     figure.savefig(path, dpi=110)
@@ -49,6 +51,23 @@ def _plot_losses(axes, runs: dict[str, History], order0: float) -> None:
     axes.set_xlabel("step")
     axes.set_ylabel("bits per byte")
     axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+
+
+def _plot_losses_by_time(axes, runs: dict[str, History]) -> None:
+    """What a user waits for: held-out losses beside the time of the training steps."""
+    for index, (name, history) in enumerate(runs.items()):
+        losses = dict(history.held_out)
+        points = [(seconds, losses[step]) for step, seconds in history.seconds]
+        axes.plot(
+            *np.asarray(points).reshape(-1, 2).T,
+            "o--",
+            color=f"C{index}",
+            markersize=5,
+            label=f"{name}: held-out",
+        )
+    axes.set_xlabel("seconds of training steps")
     axes.grid(alpha=0.3)
     axes.legend()
 

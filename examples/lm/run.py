@@ -7,6 +7,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from lm.checkpoint import is_saved
@@ -16,7 +17,7 @@ from lm.gates import warning
 from lm.model import ModelConfig
 from lm.parallel import Ranks, check_shares, start_ranks
 from lm.plots import plot_run
-from lm.training import Result, StopRequest, TrainConfig, Trainer
+from lm.training import History, Result, StopRequest, TrainConfig, Trainer
 
 EXIT_INTERRUPTED = 130
 TEMPERATURE = 0.7
@@ -67,7 +68,7 @@ def run_on(ranks: Ranks, device: torch.device, options: argparse.Namespace) -> i
     if text is not None:
         ranks.say(text)
     names = ["dense"] if options.dense else ["moe"]
-    if options.compare_dense:
+    if options.compare:
         names.append("dense")
     stop = StopRequest(ranks.size)
     results: dict[str, Result] = {}
@@ -102,7 +103,7 @@ def run_on(ranks: Ranks, device: torch.device, options: argparse.Namespace) -> i
         prompt, options.sample_bytes, TEMPERATURE, options.seed
     )
     ranks.say(f"--- sample of {names[0]}\n{sample.decode('utf-8', errors='replace')}\n---")
-    if options.compare_dense:
+    if options.compare:
         ranks.say(compare(results["moe"], results["dense"]))
     written = [checkpoint_path(options, name).name for name in names]
     ranks.say(f"wrote {', '.join(written)}, train_lm.png and metrics.json in {options.out}/")
@@ -220,8 +221,17 @@ def describe(name: str, result: Result, order0: float) -> str:
     return text + (f", {result.graphs} compiled graph(s)" if result.graphs else "")
 
 
+def loss_at(history: History, seconds: float) -> float | None:
+    """Held-out loss after that much training, from a straight line between validations; None where none was."""
+    losses = dict(history.held_out)
+    points = [(time, losses[step]) for step, time in history.seconds]
+    if not points or not points[0][0] <= seconds <= points[-1][0]:
+        return None
+    return float(np.interp(seconds, *zip(*points, strict=True)))
+
+
 def compare(moe: Result, dense: Result) -> str:
-    """What experts bought at equal steps and equal active FLOPs."""
+    """What experts bought at equal active FLOPs: at equal steps, and when the faster of the two was done."""
     moe_loss, dense_loss = (result.history.held_out[-1][1] for result in (moe, dense))
     lines = ["             held-out bits/byte   tokens/s   parameters       active"]
     for name, result, loss in (("MoE", moe, moe_loss), ("dense", dense, dense_loss)):
@@ -229,8 +239,18 @@ def compare(moe: Result, dense: Result) -> str:
         lines.append(
             f"{name:12} {loss:18.3f} {result.tokens_per_second:10,.0f} {total:12,} {active:12,}"
         )
-    gain = dense_loss - moe_loss
-    line = f"at equal steps MoE is {abs(gain):.3f} bits/byte {'better' if gain >= 0 else 'worse'} than dense"
+    line = f"at equal steps MoE is {_lead(moe_loss, dense_loss)} than dense"
     if moe.tokens_per_second and dense.tokens_per_second:
         line += f", at {moe.tokens_per_second / dense.tokens_per_second:.2f} times its tokens/s"
-    return "\n".join([*lines, line])
+    lines.append(line)
+    seconds = min(result.history.seconds[-1][1] for result in (moe, dense))
+    moe_then, dense_then = (loss_at(result.history, seconds) for result in (moe, dense))
+    if moe_then is not None and dense_then is not None:
+        lines.append(
+            f"at equal time, {seconds:.0f} s of training steps, MoE is {_lead(moe_then, dense_then)} than dense"
+        )
+    return "\n".join(lines)
+
+
+def _lead(moe: float, dense: float) -> str:
+    return f"{abs(dense - moe):.3f} bits/byte {'better' if moe <= dense else 'worse'}"

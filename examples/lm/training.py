@@ -64,6 +64,8 @@ class History:
     Attributes:
         train: loss in bits per byte, one entry per step.
         held_out: pairs of step and bits per byte.
+        seconds: pairs of the same steps and the time of all training steps so far, without validations and without the
+            first step of each process, which compiles.
         load: pairs of step and the experts' shares since the pair before, ``[layers][E]``.
         dropped: pairs of step and the share of empty slots since the pair before, ``[layers]``.
         experts_per_token: the same for the mean number of experts.
@@ -71,6 +73,7 @@ class History:
 
     train: list[float] = field(default_factory=list)
     held_out: list[tuple[int, float]] = field(default_factory=list)
+    seconds: list[tuple[int, float]] = field(default_factory=list)
     load: list[tuple[int, list[list[float]]]] = field(default_factory=list)
     dropped: list[tuple[int, list[float]]] = field(default_factory=list)
     experts_per_token: list[tuple[int, list[float]]] = field(default_factory=list)
@@ -300,6 +303,7 @@ class Trainer:
         if self._compiled:
             losses = make_step(self._model, self._config, self._device, compiled=True)
         stopwatch = Stopwatch(self._device)
+        earlier = self._history.seconds[-1][1] if self._history.seconds else 0.0
         start_up = 0.0
         steps = self._config.steps
         bar = tqdm(
@@ -325,6 +329,7 @@ class Trainer:
                 if self._step % self._eval_every == 0 or self._step == steps:
                     held_out = evaluate(self._model, eager, self._windows, self._ranks)
                     self._history.held_out.append((self._step, held_out))
+                    self._history.seconds.append((self._step, earlier + stopwatch.seconds))
                     self._save()
                 bar.set_postfix_str(self._describe(stopwatch))
         if self._step < steps:

@@ -27,10 +27,15 @@ def text(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def quick(text, tmp_path, capsys):
-    """Run in this process: the options of --quick on the small text; returns exit code, stdout and stderr."""
+    """Run in this process: the options of --quick on the small text; returns exit code, stdout and stderr.
+
+    The dense model is left out, unless ``compare`` asks for it.
+    """
     import train_lm  # late: some tests of this folder do without its packages
 
-    def run(*options: str, out: Path = tmp_path / "out") -> tuple[int, str, str]:
+    def run(
+        *options: str, out: Path = tmp_path / "out", compare: bool = False
+    ) -> tuple[int, str, str]:
         arguments = [
             "--quick",
             "--eager",
@@ -41,6 +46,7 @@ def quick(text, tmp_path, capsys):
             "--out",
             str(out),
             *options,
+            *([] if compare or "--dense" in options else ["--no-compare"]),
         ]
         capsys.readouterr()
         code = train_lm.main(arguments)

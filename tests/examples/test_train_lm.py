@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import re
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +26,8 @@ from lm.data import Batches, load_corpus, order0_entropy  # noqa: E402
 from lm.errors import UsageError  # noqa: E402
 from lm.gates import GATES  # noqa: E402
 from lm.model import GPT, ModelConfig  # noqa: E402
+from lm.run import compare, loss_at  # noqa: E402
+from lm.training import History, Result  # noqa: E402
 from train_lm_cases import ROOT, SCRIPT, read_checkpoint, read_metrics  # noqa: E402
 
 import moeops  # noqa: E402
@@ -34,7 +38,11 @@ def test_compiled_run_learns(text, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, SCRIPT, "--quick", "--device", "cpu", "--text", text, "--out", out]
     result = subprocess.run(
-        [*command, "--steps", "60"], capture_output=True, text=True, cwd=tmp_path, timeout=300
+        [*command, "--steps", "60", "--no-compare"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=300,
     )
     assert result.returncode == 0, result.stderr
     metrics = read_metrics(out)
@@ -66,14 +74,48 @@ def test_compiled_run_learns(text, tmp_path):
     ]
 
 
-def test_compare_dense(quick, tmp_path):
-    code, stdout, _ = quick("--compare-dense")
+def test_comparison_with_dense(quick, tmp_path):
+    code, stdout, _ = quick(compare=True)
     assert code == 0
     runs = read_metrics(tmp_path / "out")["runs"]
-    gain = runs["dense"]["held_out"][-1][1] - runs["moe"]["held_out"][-1][1]
+    moe, dense = runs["moe"], runs["dense"]
+    gain = dense["held_out"][-1][1] - moe["held_out"][-1][1]
     word = "better" if gain >= 0 else "worse"
     assert f"at equal steps MoE is {abs(gain):.3f} bits/byte {word} than dense, at " in stdout
-    assert runs["dense"]["load"] == []
+    assert dense["load"] == []
+    for run in (moe, dense):
+        assert [step for step, _ in run["seconds"]] == [step for step, _ in run["held_out"]]
+        times = [0, *(seconds for _, seconds in run["seconds"])]
+        assert all(before < after for before, after in itertools.pairwise(times))
+
+
+def test_comparison_at_equal_time():
+    """Hand-worked: dense is done after 8 s, when MoE is half-way from 5 to 3 bits."""
+
+    def result(held_out, seconds, tokens_per_second):
+        model = SimpleNamespace(num_parameters=lambda: (10, 5))
+        history = History(held_out=held_out, seconds=seconds)
+        return Result(model, history, True, tokens_per_second, 1.0, 1)
+
+    moe = result([(20, 5.0), (40, 3.0)], [(20, 6.0), (40, 10.0)], 8.0)
+    dense = result([(20, 6.0), (40, 4.1)], [(20, 4.0), (40, 8.0)], 10.0)
+    assert loss_at(moe.history, 8.0) == 4
+    assert loss_at(moe.history, 5.9) is None
+    *_, steps, time = compare(moe, dense).splitlines()
+    assert steps == (
+        "at equal steps MoE is 1.100 bits/byte better than dense, at 0.80 times its tokens/s"
+    )
+    assert time == "at equal time, 8 s of training steps, MoE is 0.100 bits/byte better than dense"
+    early = result([(40, 3.0)], [(40, 10.0)], 8.0)  # not yet looked at when dense was done
+    assert "at equal time" not in compare(early, dense)
+
+
+def test_gates_that_see_the_future_are_not_compared(quick, tmp_path):
+    options = ("--gate", "soft", "--steps", "2", "--sample-bytes", "1")
+    code, stdout, _ = quick(*options, compare=True)
+    assert code == 0
+    assert "than dense" not in stdout
+    assert set(read_metrics(tmp_path / "out")["runs"]) == {"moe"}
 
 
 @pytest.mark.parametrize(
@@ -212,6 +254,7 @@ def test_ctrl_c_saves_and_resume_gives_the_uninterrupted_run(text, quick, tmp_pa
         out,
         "--steps",
         "60",
+        "--no-compare",
     ]
     process = subprocess.Popen(
         [sys.executable, SCRIPT, *options],
@@ -244,7 +287,7 @@ def test_ctrl_c_saves_and_resume_gives_the_uninterrupted_run(text, quick, tmp_pa
 
 def test_stopped_comparison_goes_on(quick, tmp_path):
     assert quick("--steps", "30")[0] == 0  # as if Ctrl-C had come between the two runs
-    code, stdout, stderr = quick("--steps", "30", "--compare-dense", "--resume")
+    code, stdout, stderr = quick("--steps", "30", "--resume", compare=True)
     assert code == 0, stderr
     assert "resumed at step 30" in stdout
     assert len(read_metrics(tmp_path / "out")["runs"]["dense"]["train"]) == 30
@@ -330,7 +373,7 @@ def test_targets_are_one_byte_later_and_steps_are_reproducible(text):
         (["--lr", "1e30"], "the loss must stay finite"),
         (["--capacity", "2"], "--capacity must come with --dispatch static, got 2"),
         (["--expert-tensor-parallel", "2"], "--expert-tensor-parallel must come with --expert-pa"),
-        (["--dense", "--compare-dense"], "not allowed with argument --dense"),
+        (["--dense", "--no-compare"], "not allowed with argument --dense"),
     ],
     ids=lambda v: v[0].lstrip("-") if isinstance(v, list) else "",
 )
