@@ -1,5 +1,6 @@
 """The ops of ``torch.ops.moeops``: one file per family, with fakes, gradients and public functions side by side."""
 
+from moeops.ops import _flops  # noqa: F401  (registers itself)
 from moeops.ops.balance import prototype_route, relu_route, topk_route_balance
 from moeops.ops.grouped_linear import grouped_linear
 from moeops.ops.moe_mlp import moe_mlp
