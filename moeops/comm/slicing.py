@@ -7,8 +7,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils import _pytree
 
+from moeops import _nests
 from moeops.comm.exchange import guarded
 from moeops.comm.groups import RankGroup
 
@@ -85,7 +85,7 @@ def slice_tokens(inp: Any, group: RankGroup) -> Any:
 
     Gradients: yes; every rank gets that of all tokens.  Host sync: none.
     """
-    return _pytree.tree_map(lambda leaf: _Slice.apply(leaf, group), inp)
+    return _nests.map_leaves(lambda leaf: _Slice.apply(leaf, group), inp)
 
 
 def join_tokens(part: Any, num_tokens: int, group: RankGroup) -> Any:
@@ -101,4 +101,4 @@ def join_tokens(part: Any, num_tokens: int, group: RankGroup) -> Any:
 
     Gradients: yes, from a loss that all ranks compute alike.  Host sync: none.
     """
-    return _pytree.tree_map(lambda leaf: _Join.apply(leaf, num_tokens, group), part)
+    return _nests.map_leaves(lambda leaf: _Join.apply(leaf, num_tokens, group), part)

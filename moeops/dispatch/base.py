@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree
 
-from moeops import _checks
+from moeops import _checks, _nests
 from moeops.comm.exchange import Splits
 from moeops.comm.groups import RankGroup
 from moeops.comm.hierarchical import Hierarchy, start_exchange
@@ -143,7 +142,7 @@ class Flight:
         *,
         back: bool = False,
     ) -> None:
-        leaves, self._spec = _pytree.tree_flatten(rows)
+        leaves, self._spec = _nests.flatten(rows)
         self._rows = rows if group.size == 1 else None
         self._exchanges = [
             start_exchange(leaf, splits, group, hierarchy, back=back)
@@ -156,7 +155,7 @@ class Flight:
         if self._rows is not None:
             return self._rows
         received = [exchange.finish() for exchange in self._exchanges]
-        return _pytree.tree_unflatten(received, self._spec)
+        return _nests.unflatten(received, self._spec)
 
 
 def chunk_bounds(total: int, n_chunks: int) -> list[tuple[int, int]]:

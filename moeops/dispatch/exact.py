@@ -6,9 +6,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree
 
-from moeops import _checks
+from moeops import _checks, _nests
 from moeops.comm.exchange import Splits, exchange_counts
 from moeops.comm.groups import RankGroup
 from moeops.comm.hierarchical import Hierarchy, hierarchical_counts
@@ -160,7 +159,7 @@ class ExactDispatcher(Dispatcher):
         outs = [local.combine(flight.finish(), chunk.record) for chunk, flight in returned]
         if len(outs) == 1:
             return outs[0]
-        return _pytree.tree_map(lambda *leaves: torch.cat(leaves), *outs)
+        return _nests.map_leaves(lambda *leaves: torch.cat(leaves), *outs)
 
     def _loads(self, routing: Routing | SlotRouting, inp: Any) -> list[_Load]:
         """Cut the tokens into chunks, and sort each by expert; slots are mixed, in one chunk."""
@@ -189,7 +188,7 @@ class ExactDispatcher(Dispatcher):
             [load.expert_offsets.diff().view(size, self.num_expert) for load in loads], 1
         )
         # Size and type of a row go with the counts, so that ranks that disagree all see it.
-        leaves = _pytree.tree_leaves(inp)
+        leaves = _nests.leaves(inp)
         signature = _row_signature(leaves)
         marks = torch.cat(
             [torch.full_like(sends[:, 0, :1], mark) for mark in signature], 1
@@ -229,7 +228,7 @@ class ExactDispatcher(Dispatcher):
             torch._check(num_rows <= record.plan.row_to_pair.shape[0])
             kept = record.plan._replace(row_to_pair=record.plan.row_to_pair.narrow(0, 0, num_rows))
             record = Chosen(kept, record.topk_weights)
-            rows = _pytree.tree_map(lambda leaf: permute_leaf(leaf, kept), rows)
+            rows = _nests.map_leaves(lambda leaf: permute_leaf(leaf, kept), rows)
         flight = Flight(rows, counts.splits, self.group, self.hierarchy)
         return Chunk(record, counts.splits, _plan_received(counts), counts.by_expert), flight
 
@@ -276,13 +275,13 @@ def _run_received(rows: Any, chunk: Chunk, experts: Experts, block: Block | None
     """The experts' outputs for the rows of a chunk, in the order in which the rows came."""
     plan = chunk.plan
     if block is not None:
-        first = _pytree.tree_leaves(rows)[0]
+        first = _nests.leaves(rows)[0]
         dtype = _checks.accumulate_dtype(first.dtype)
         ones = torch.ones(first.shape[0], 1, dtype=dtype, device=first.device)
         return block(rows, ones, plan)
-    rows = _pytree.tree_map(lambda leaf: permute_leaf(leaf, plan), rows)
+    rows = _nests.map_leaves(lambda leaf: permute_leaf(leaf, plan), rows)
     out = experts(rows, plan.expert_offsets, chunk.counts)
-    return _pytree.tree_map(lambda leaf: combine_leaf(leaf, plan, None), out)
+    return _nests.map_leaves(lambda leaf: combine_leaf(leaf, plan, None), out)
 
 
 def _cut(values: list[int], lengths: list[int]) -> list[list[int]]:
@@ -301,8 +300,8 @@ def _chunk_tokens(routing: Routing, inp: Any, n_chunks: int) -> list[tuple[Tenso
         return [(ids, weights, inp)]
     parts = []
     for start, length in chunk_bounds(ids.shape[0], n_chunks):
-        part = _pytree.tree_map(lambda t, s=start, n=length: t.narrow(0, s, n), (ids, weights, inp))
-        parts.append(part)
+        part = _nests.map_leaves(lambda leaf, s=start, n=length: leaf.narrow(0, s, n), inp)
+        parts.append((ids.narrow(0, start, length), weights.narrow(0, start, length), part))
     return parts
 
 

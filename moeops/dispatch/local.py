@@ -6,9 +6,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree
 
-from moeops import _checks
+from moeops import _checks, _nests
 from moeops._token_groups import join_groups, split_groups
 from moeops.dispatch.base import Block, Dispatcher, Experts, as_rows, combine_leaf, permute_leaf
 from moeops.ops.sorting import sort_tokens
@@ -79,10 +78,12 @@ class LocalDispatcher(Dispatcher):
         """Sort a copy of each token's leaves by expert, or mix the tokens of each slot."""
         if isinstance(routing, Routing):
             plan = self._plan(routing)
-            rows = _pytree.tree_map(lambda leaf: permute_leaf(leaf, plan), inp)
+            rows = _nests.map_leaves(lambda leaf: permute_leaf(leaf, plan), inp)
             return rows, plan.expert_offsets, Chosen(plan, routing.topk_weights)
         weights = split_groups(routing.dispatch_weights, routing.group_size)  # [G, L, E * S]
-        rows = _pytree.tree_map(lambda leaf: self._mix_leaf(leaf, weights, routing.group_size), inp)
+        rows = _nests.map_leaves(
+            lambda leaf: self._mix_leaf(leaf, weights, routing.group_size), inp
+        )
         rows_per_expert = weights.shape[0] * (weights.shape[2] // self.num_experts)  # G * S
         ends = torch.arange(self.num_experts + 1, dtype=torch.int32, device=weights.device)
         record = Mixed(routing.combine_weights, routing.group_size)
@@ -91,9 +92,9 @@ class LocalDispatcher(Dispatcher):
     def combine(self, out: Any, record: Record) -> Any:
         """Sum the outputs of each token's experts, or of all slots of its group, weighted."""
         if isinstance(record, Mixed):
-            return _pytree.tree_map(lambda leaf: self._unmix_leaf(leaf, record), out)
+            return _nests.map_leaves(lambda leaf: self._unmix_leaf(leaf, record), out)
         plan, topk_weights = record
-        return _pytree.tree_map(lambda leaf: combine_leaf(leaf, plan, topk_weights), out)
+        return _nests.map_leaves(lambda leaf: combine_leaf(leaf, plan, topk_weights), out)
 
     def _mix_leaf(self, leaf: Tensor, weights: Tensor, group_size: int | None) -> Tensor:
         """Mix ``[T, ...]`` by weights ``[G, L, E * S]`` into rows ``[E * G * S, ...]``."""

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree
 
-from moeops import _checks
+from moeops import _checks, _nests
 from moeops.comm.groups import RankGroup
 from moeops.dispatch.base import Block, Dispatcher, Experts
 from moeops.dispatch.weights import (
@@ -257,17 +256,17 @@ class ReplicaDispatcher(SharingDispatcher):
         if num_held == 0:
             out = experts(rows, own_offsets, counts[:own])
             return tie(out, held.finish())
-        leaves, spec = _pytree.tree_flatten(rows)
+        leaves, spec = _nests.flatten(rows)
         own_rows = sum(counts[:own])
         torch._check(own_rows <= leaves[0].shape[0])
         splits = [own_rows, leaves[0].shape[0] - own_rows]
         parts = [leaf.split(splits) for leaf in leaves]
         first, second = (
-            _pytree.tree_unflatten([part[index] for part in parts], spec) for index in range(2)
+            _nests.unflatten([part[index] for part in parts], spec) for index in range(2)
         )
         out = experts(first, own_offsets, counts[:own])
         offsets = expert_offsets.narrow(0, own, num_held + 1)
         replicas_out = weights.run(
             held.finish(), second, offsets - offsets[:1], counts[own : own + num_held]
         )
-        return _pytree.tree_map(lambda *both: torch.cat(both), out, replicas_out)
+        return _nests.map_leaves(lambda *both: torch.cat(both), out, replicas_out)

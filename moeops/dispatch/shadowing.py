@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree
 
-from moeops import _checks
+from moeops import _checks, _nests
 from moeops.comm.collectives import all_gather_counts
 from moeops.dispatch.base import Block, Experts, combine_leaf, permute_leaf
 from moeops.dispatch.exact import ExactDispatcher
@@ -249,7 +248,7 @@ class ShadowDispatcher(SharingDispatcher):
             total + padding,
         )
         far_out = self.inner.join(returns)
-        return _pytree.tree_map(torch.add, far_out, near)
+        return _nests.map_leaves(torch.add, far_out, near)
 
     def _decide(self, routing: Routing) -> tuple[Routing, Tensor, Tensor]:
         """The routing of rows that travel, shadow numbers of those that do not, ``[T, K]``, and chosen experts."""
@@ -279,7 +278,7 @@ class ShadowDispatcher(SharingDispatcher):
         arrived = broadcast.finish()
         if weights.block is not None:
             return weights.block(arrived)(inp, routing.topk_weights, plan)
-        rows = _pytree.tree_map(lambda leaf: permute_leaf(leaf, plan), inp)
+        rows = _nests.map_leaves(lambda leaf: permute_leaf(leaf, plan), inp)
         counts = counts if torch.compiler.is_compiling() else counts[:num_experts]
         out = weights.run(arrived, rows, plan.expert_offsets, counts)
-        return _pytree.tree_map(lambda leaf: combine_leaf(leaf, plan, routing.topk_weights), out)
+        return _nests.map_leaves(lambda leaf: combine_leaf(leaf, plan, routing.topk_weights), out)

@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree
 
-from moeops import _checks
+from moeops import _checks, _nests
 from moeops.comm.exchange import Splits
 from moeops.comm.groups import RankGroup
 from moeops.comm.hierarchical import Hierarchy
@@ -112,7 +111,7 @@ class StaticDispatcher(Dispatcher):
     ) -> Any:
         """Send every part of the buffers, run the experts on each as it arrives, send it back, combine."""
         buffers, filled = self._fill(routing, inp)
-        parts = chunk_bounds(_pytree.tree_leaves(buffers)[0].shape[1], self.n_chunks)
+        parts = chunk_bounds(_nests.leaves(buffers)[0].shape[1], self.n_chunks)
         flights = [self._send(_part(buffers, start, length)) for start, length in parts]
         returned = []
         for flight, (_, length) in zip(flights, parts, strict=True):
@@ -124,41 +123,41 @@ class StaticDispatcher(Dispatcher):
         ]
         if len(outs) == 1:
             return self._drain(outs[0], filled)
-        return self._drain(_pytree.tree_map(lambda *leaves: torch.cat(leaves, 1), *outs), filled)
+        return self._drain(_nests.map_leaves(lambda *leaves: torch.cat(leaves, 1), *outs), filled)
 
     def _fill(self, routing: Routing | SlotRouting, inp: Any) -> tuple[Any, _Filled]:
         """Sort tokens by expert, and lay what fits into buffers ``[E, C, ...]``."""
         num_experts = self.group.size * self.num_expert
         rows, expert_offsets, record = LocalDispatcher(num_experts).dispatch(routing, inp)
-        num_rows = _pytree.tree_leaves(rows)[0].shape[0]
+        num_rows = _nests.leaves(rows)[0].shape[0]
         if isinstance(routing, SlotRouting):
             # All experts have as many slots, so that the rows are buffers already.
-            buffers = _pytree.tree_map(
+            buffers = _nests.map_leaves(
                 lambda leaf: leaf.reshape(num_experts, num_rows // num_experts, *leaf.shape[1:]),
                 rows,
             )
             return buffers, _Filled(record, None, num_rows)
         capacity = self.capacity_of(routing.topk_ids.shape[0] * routing.topk_ids.shape[1])
-        buffers = _pytree.tree_map(lambda leaf: _pad_leaf(leaf, expert_offsets, capacity), rows)
+        buffers = _nests.map_leaves(lambda leaf: _pad_leaf(leaf, expert_offsets, capacity), rows)
         return buffers, _Filled(record, expert_offsets, num_rows)
 
     def _drain(self, buffers: Any, filled: _Filled) -> Any:
         """Take rows out of buffers ``[E, C, ...]``, and sum those of each token, weighted: ``[T, ...]``."""
         record, offsets, num_rows = filled
         if offsets is None:
-            rows = _pytree.tree_map(lambda leaf: leaf.flatten(0, 1), buffers)
+            rows = _nests.map_leaves(lambda leaf: leaf.flatten(0, 1), buffers)
         else:
-            rows = _pytree.tree_map(lambda leaf: _unpad_leaf(leaf, offsets, num_rows), buffers)
+            rows = _nests.map_leaves(lambda leaf: _unpad_leaf(leaf, offsets, num_rows), buffers)
         return LocalDispatcher(self.group.size * self.num_expert).combine(rows, record)
 
     def _send(self, buffers: Any, *, back: bool = False) -> Flight:
         """Begin to send buffers ``[E, C, ...]``, as many to each rank; with one rank they stay as they are."""
         size = self.group.size
-        block = self.num_expert * _pytree.tree_leaves(buffers)[0].shape[1]
+        block = self.num_expert * _nests.leaves(buffers)[0].shape[1]
         num_middle = 0 if self.hierarchy is None else self.hierarchy.num_middle
         splits = Splits([block] * size, [block] * size, [block] * num_middle, equal=True)
         if size > 1:
-            buffers = _pytree.tree_map(lambda leaf: leaf.flatten(0, 1), buffers)
+            buffers = _nests.map_leaves(lambda leaf: leaf.flatten(0, 1), buffers)
         return Flight(buffers, splits, self.group, self.hierarchy, back=back)
 
     def _receive(self, flight: Flight, capacity: int) -> Any:
@@ -167,18 +166,18 @@ class StaticDispatcher(Dispatcher):
         if self.group.size == 1:
             return received
         num_buffers = self.group.size * self.num_expert
-        return _pytree.tree_map(
+        return _nests.map_leaves(
             lambda leaf: leaf.view(num_buffers, capacity, *leaf.shape[1:]), received
         )
 
     def _run_buffers(self, received, capacity, experts, block) -> Any:
         """Outputs for ``[W * E_local, C, ...]``, in the same places."""
-        device = _pytree.tree_leaves(received)[0].device
+        device = _nests.leaves(received)[0].device
         offsets = self._offsets(capacity, device)
         if block is None:
-            rows = _pytree.tree_map(self._by_expert, received)
+            rows = _nests.map_leaves(self._by_expert, received)
             out = experts(rows, offsets, [self.group.size * capacity] * self.num_expert)
-            return _pytree.tree_map(lambda leaf: self._by_rank(leaf, capacity), out)
+            return _nests.map_leaves(lambda leaf: self._by_rank(leaf, capacity), out)
         # Each row a token with one expert, and the plan is known: the transposition of ranks and experts.
         size, num_expert = self.group.size, self.num_expert
         index = torch.arange(size * num_expert * capacity, dtype=torch.int32, device=device)
@@ -211,7 +210,7 @@ class StaticDispatcher(Dispatcher):
 
 def _part(buffers: Any, start: int, length: int) -> Any:
     """``[E, C, ...]`` cut along the capacity."""
-    return _pytree.tree_map(lambda leaf: leaf.narrow(1, start, length), buffers)
+    return _nests.map_leaves(lambda leaf: leaf.narrow(1, start, length), buffers)
 
 
 def _pad_leaf(leaf: Tensor, expert_offsets: Tensor, capacity: int) -> Tensor:

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils import _pytree
 
+from moeops import _nests
 from moeops.comm.exchange import Exchange
 from moeops.comm.groups import RankGroup
 from moeops.dispatch.base import Block, Dispatcher
@@ -256,7 +256,7 @@ class Broadcast:
 
 def check_whole(parameters: Sequence[Tensor | Sequence[Tensor]]) -> None:
     """The parameters are there, and not shards of them."""
-    for leaf in _pytree.tree_leaves(list(parameters)):
+    for leaf in _nests.leaves(list(parameters)):
         if hasattr(leaf, "device_mesh"):
             raise NotImplementedError(
                 "FMoE: experts whose weights travel between ranks must not be sharded with fully_shard, got "
@@ -280,9 +280,9 @@ class _Tie(torch.autograd.Function):
 
 def tie(out: Any, weights: list[Tensor]) -> Any:
     """Keep weights that a rank has no use for in the graph: all ranks' backwards must hold the same exchanges."""
-    leaves, spec = _pytree.tree_flatten(out)
+    leaves, spec = _nests.flatten(out)
     for index, leaf in enumerate(leaves):
         if leaf.is_floating_point():
             leaves[index] = _Tie.apply(leaf, *weights)
             break
-    return _pytree.tree_unflatten(leaves, spec)
+    return _nests.unflatten(leaves, spec)

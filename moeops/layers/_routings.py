@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree
 
+from moeops import _nests
 from moeops._token_groups import join_groups, split_groups
 from moeops.types import Routing, SlotRouting
 
@@ -66,7 +66,7 @@ def fill_masked(out: Any, mask: Tensor, mask_dict: dict[int, Any] | None, weight
             y = torch.where((mask == key).reshape(column), filled, y)
         return y
 
-    return _pytree.tree_map(fill, out)
+    return _nests.map_leaves(fill, out)
 
 
 def scale_inputs(routing: Routing | SlotRouting, inp: Any) -> tuple[Routing | SlotRouting, Any]:
@@ -87,12 +87,12 @@ def scale_inputs(routing: Routing | SlotRouting, inp: Any) -> tuple[Routing | Sl
         copies = leaf.unsqueeze(1).expand(num_tokens, top_k, *shape)
         return copies.reshape(num_tokens * top_k, *shape)
 
-    leaves, spec = _pytree.tree_flatten(inp)
+    leaves, spec = _nests.flatten(inp)
     copies = [copy(leaf) for leaf in leaves]
     column = (-1, *(1,) * (copies[0].dim() - 1))
     copies[0] = (copies[0] * factors.reshape(column)).to(copies[0].dtype)
     ids = topk_ids.reshape(-1, 1)
-    inp = _pytree.tree_unflatten(copies, spec)
+    inp = _nests.unflatten(copies, spec)
     return Routing(ids, torch.ones_like(topk_weights).reshape(-1, 1), num_rows), inp
 
 
@@ -107,4 +107,4 @@ def sum_copies(routing: Routing | SlotRouting, out: Any) -> Any:
     def fold(leaf: Tensor) -> Tensor:
         return leaf.reshape(num_tokens, top_k, *leaf.shape[1:]).sum(1)
 
-    return _pytree.tree_map(fold, out)
+    return _nests.map_leaves(fold, out)

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree
 
-from moeops import _checks
+from moeops import _checks, _nests
 from moeops.comm.agreement import agreement
 from moeops.comm.groups import expert_group, slice_group_of
 from moeops.comm.slicing import join_tokens, slice_tokens
@@ -287,7 +286,7 @@ class FMoE(nn.Module):
             gate returns other types than it must.
         """
         op = type(self).__name__
-        leaves = _pytree.tree_leaves(moe_inp)
+        leaves = _nests.leaves(moe_inp)
         if not torch.compiler.is_compiling():
             _layer_checks.check_leaves(op, leaves)
         mask = self.mask if mask is None else mask
@@ -304,7 +303,7 @@ class FMoE(nn.Module):
     def _forward(self, moe_inp: Any, mask: Tensor | None) -> Any:
         """Run checked tokens, those of one slice."""
         op = type(self).__name__
-        leaves = _pytree.tree_leaves(moe_inp)
+        leaves = _nests.leaves(moe_inp)
         gate_inp = leaves[0] if leaves[0].dim() == 2 else leaves[0].flatten(1)  # [T, D]
         if not torch.compiler.is_compiling():
             _checks.check_float(op, "x", gate_inp)
@@ -370,8 +369,8 @@ class FMoE(nn.Module):
         else:
             out = self._loop_over_experts(rows, expert_offsets, rows_per_expert)
         if not torch.compiler.is_compiling():
-            num_rows = _pytree.tree_leaves(rows)[0].shape[0]
-            _layer_checks.check_rows(op, _pytree.tree_leaves(out), num_rows)
+            num_rows = _nests.leaves(rows)[0].shape[0]
+            _layer_checks.check_rows(op, _nests.leaves(out), num_rows)
         return out
 
     def _loop_over_experts(
@@ -383,7 +382,7 @@ class FMoE(nn.Module):
     ) -> Any:
         """Call every expert, this layer's own if none are given, on its slice of the rows; join what they return."""
         op = type(self).__name__
-        all_rows, spec = _pytree.tree_flatten(rows)
+        all_rows, spec = _nests.flatten(rows)
         num_rows = all_rows[0].shape[0]
         if rows_per_expert is None:
             # One copy to the host, and not one for each of the entries; what is left are rows without an expert.
@@ -398,11 +397,11 @@ class FMoE(nn.Module):
         outputs: list[list[Tensor]] = []
         out_spec = None
         for index, expert in enumerate(self.experts if experts is None else experts):  # type: ignore[arg-type]
-            part = _pytree.tree_unflatten([leaf[index] for leaf in slices], spec)
-            leaves, this_spec = _pytree.tree_flatten(expert(part))
+            part = _nests.unflatten([leaf[index] for leaf in slices], spec)
+            leaves, this_spec = _nests.flatten(expert(part))
             if not torch.compiler.is_compiling():
                 _layer_checks.check_expert_output(op, index, leaves, counts[index])
-            if out_spec is None:
+            if index == 0:
                 out_spec = this_spec
             elif this_spec != out_spec:
                 raise ValueError(
@@ -416,8 +415,7 @@ class FMoE(nn.Module):
                 _layer_checks.check_same_row(op, parts)
             padding = parts[0].new_zeros((counts[-1], *parts[0].shape[1:]))
             joined.append(torch.cat((*parts, padding)))
-        assert out_spec is not None
-        return _pytree.tree_unflatten(joined, out_spec)
+        return _nests.unflatten(joined, out_spec)
 
     def extra_repr(self) -> str:
         """Sizes of the layer."""

@@ -180,6 +180,15 @@ def test_export(kind, gate, mode, tracing, device, tmp_path):
         torch.testing.assert_close(loaded(x), expected)
 
 
+@pytest.mark.parametrize("kind", LAYERS)
+def test_aot_compile(kind):
+    layer = make_layer(kind, "gshard").eval()
+    x = torch.randn(6, D)
+    forward = torch.compile(layer.forward, fullgraph=True, backend="aot_eager")
+    compiled = forward.aot_compile(((x,), {}))
+    torch.testing.assert_close(compiled(layer, x), layer(x), **CLOSE)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "gate"), [("mlp", "switch"), ("composed", "naive"), ("modules", "gshard")]
