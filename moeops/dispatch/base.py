@@ -164,6 +164,16 @@ def chunk_bounds(total: int, n_chunks: int) -> list[tuple[int, int]]:
     return [(starts[index], starts[index + 1] - starts[index]) for index in range(n_chunks)]
 
 
+def split_rows(leaf: Tensor, lengths: Sequence[int]) -> Sequence[Tensor]:
+    """Cut rows ``[R, ...]`` among their experts, who may do with them what they like, such as write into them.
+
+    Nothing is copied, but autograd takes the parts for tensors of their own: it would refuse to write into one of
+    several views that ``Tensor.split`` returned. That is sound where the rows themselves have no other reader, which
+    holds for rows made for experts: every dispatcher makes them anew, and no op saves its output.
+    """
+    return torch.unsafe_split_with_sizes(leaf, lengths)
+
+
 def permute_leaf(leaf: Tensor, plan: TokenPlan) -> Tensor:
     """Copy a leaf ``[T, ...]`` into expert order ``[R, ...]``."""
     if leaf.dtype in _checks.FLOAT_DTYPES:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moeops import _checks, _nests
 from moeops.comm.groups import RankGroup
-from moeops.dispatch.base import Block, Dispatcher, Experts
+from moeops.dispatch.base import Block, Dispatcher, Experts, split_rows
 from moeops.dispatch.weights import (
     ExpertWeights,
     Held,
@@ -260,7 +260,7 @@ class ReplicaDispatcher(SharingDispatcher):
         own_rows = sum(counts[:own])
         torch._check(own_rows <= leaves[0].shape[0])
         splits = [own_rows, leaves[0].shape[0] - own_rows]
-        parts = [leaf.split(splits) for leaf in leaves]
+        parts = [split_rows(leaf, splits) for leaf in leaves]
         first, second = (
             _nests.unflatten([part[index] for part in parts], spec) for index in range(2)
         )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from moeops import _checks
@@ -98,6 +100,26 @@ def check_expert_output(op: str, index: int, leaves: list[Any], count: int) -> N
                 f"{op}: expert {index} must return its {count} rows in dimension 0, got {_checks.describe(leaf)}. "
                 "An expert maps rows to rows."
             )
+
+
+def warn_of_folded_rows(op: str, experts: Iterable[Any]) -> None:
+    """Name modules that Inductor is known to miscompile where the number of rows is a symbol without a value."""
+    for index, expert in enumerate(experts):
+        modules = expert.modules() if isinstance(expert, nn.Module) else ()
+        if any(isinstance(module, nn.MultiheadAttention) for module in modules):
+            _warn_at_compile_time(
+                f"{op}: experts must keep their rows in a dimension of their own under Inductor, got "
+                f"nn.MultiheadAttention in expert {index}, which folds rows and heads into one. Inductor (torch 2.13 "
+                "and before) takes the number of rows for a constant there and computes wrong values without an "
+                'error. Leave this layer out of the compiled model, or compile it with backend="aot_eager".'
+            )
+            return
+
+
+@torch.compiler.assume_constant_result
+def _warn_at_compile_time(text: str) -> None:
+    """Warn once per trace: a compiler runs this and keeps nothing of it in the graph."""
+    warnings.warn(text, stacklevel=2)
 
 
 def check_same_row(op: str, parts: Sequence[Tensor]) -> None:

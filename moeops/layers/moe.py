@@ -13,7 +13,7 @@ from moeops import _checks, _nests
 from moeops.comm.agreement import agreement
 from moeops.comm.groups import expert_group, slice_group_of
 from moeops.comm.slicing import join_tokens, slice_tokens
-from moeops.dispatch.base import Block, Dispatcher, DispatchOptions, ExpertRanks
+from moeops.dispatch.base import Block, Dispatcher, DispatchOptions, ExpertRanks, split_rows
 from moeops.dispatch.options import as_options, build_dispatcher
 from moeops.dispatch.weights import (
     ExpertWeights,
@@ -393,9 +393,11 @@ class FMoE(nn.Module):
         for count in counts:
             torch._check(count >= 0)
         torch._check(sum(counts) == num_rows)
-        slices = [leaf.split(counts) for leaf in all_rows]
+        slices = [split_rows(leaf, counts) for leaf in all_rows]
         outputs: list[list[Tensor]] = []
         out_spec = None
+        if torch.compiler.is_compiling():
+            _layer_checks.warn_of_folded_rows(op, self.experts)  # type: ignore[arg-type]
         for index, expert in enumerate(self.experts if experts is None else experts):  # type: ignore[arg-type]
             part = _nests.unflatten([leaf[index] for leaf in slices], spec)
             leaves, this_spec = _nests.flatten(expert(part))

@@ -78,6 +78,11 @@ class Nested(nn.Module):
         return {"y": self.down(hidden), "z": hidden.unflatten(1, (1, H))}
 
 
+def in_place(d_model: int) -> nn.Module:
+    """An expert that writes into its rows first."""
+    return nn.Sequential(nn.LeakyReLU(0.5, inplace=True), nn.Linear(d_model, 3))
+
+
 KINDS = ("mlp", "composed", "modules", "nested")
 
 
@@ -99,7 +104,7 @@ def make(kind: str, num_expert: int, device: str, dtype=torch.float64, **options
         return FMoETransformerMLP(num_expert, D, H, activation="swiglu", **options)
     if kind == "composed":
         return FMoETransformerMLP(num_expert, D, H, activation=torch.tanh, **options)
-    expert = Nested if kind == "nested" else (lambda d_model: nn.Linear(d_model, 3))
+    expert = Nested if kind == "nested" else in_place
     return FMoE(num_expert, D, expert=expert, **options)
 
 
