@@ -20,7 +20,7 @@ from benchmarks.registry import Case, WrongResult, register
 from benchmarks.runner import Row
 from benchmarks.shapes import Shape
 from moeops import SlotRouting, gates
-from moeops.gates import BaseGate, router_logits
+from moeops.gates import BaseGate, RouterLinear, router_logits
 
 GROUP = "gates"
 COMPILED = "-compiled"
@@ -243,7 +243,7 @@ def router_case(problem: GateProblem) -> Case:
     """The router's product alone."""
     shape, device = problem.shape, problem.x.device
     x = problem.x.clone().requires_grad_()
-    router = nn.Linear(shape.d_model, shape.num_experts, device=device)
+    router = RouterLinear(shape.d_model, shape.num_experts, device=device)
 
     def check(outputs: Sequence[Tensor], grads: Mapping[str, Tensor] | None) -> dict[str, float]:
         want = nn.functional.linear(

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
-import moeops
+import every_gate
 from moeops import FMoETransformerMLP, auxiliary_loss
 from moeops.gates import BaseGate, GShardGate, NaiveGate, SwitchGate, with_losses
 from moeops.losses import (
@@ -95,19 +95,10 @@ def test_added_losses_compile_and_accumulate():
     assert float(want["0.gate.gate.weight"].abs().sum()) > 0
 
 
-LIBRARY = [
-    gate
-    for name in moeops.gates.__all__
-    if isinstance(gate := getattr(moeops.gates, name), type)
-    and issubclass(gate, BaseGate)
-    and gate is not BaseGate
-]
-
-
-@pytest.mark.parametrize("cls", LIBRARY, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", every_gate.GATES, ids=lambda cls: cls.__name__)
 def test_every_gate_takes_added_losses_or_says_no(cls):
     """The same noise with and without: the difference is the added loss of the gate's own logits."""
-    gate = cls(D, 8, **({"num_groups": 2} if cls.__name__ == "SAMGate" else {}))
+    gate = every_gate.make_gate(cls, D, 8)
     if not gate.has_logits:
         assert cls.__name__ in ("ForcedBalanceGate", "HashGate", "SoftMoEGate", "ZeroGate")
         with pytest.raises(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from numba import cuda, float64, int32
-from torch import Tensor, nn
+from torch import Tensor
 
 from moeops.gates.base import BaseGate
-from moeops.gates.functional import expert_capacity, router_logits
+from moeops.gates.functional import RouterLinear, expert_capacity, router_logits
 from moeops.numba import block_kernel, row_kernel, widen
 from moeops.types import Routing
 
@@ -278,7 +278,7 @@ class BlockExpertChoiceGate(BaseGate):
     ) -> None:
         super().__init__(num_expert, world_size)
         self.top_k = top_k
-        self.gate = nn.Linear(d_model, self.tot_expert, bias=gate_bias)
+        self.gate = RouterLinear(d_model, self.tot_expert, bias=gate_bias)
 
     def forward(self, inp: Tensor) -> Routing:
         """Choose tokens: slot ``e`` of a token holds expert ``e``, or -1 if that expert did not take it."""

@@ -9,7 +9,13 @@ from moeops.gates.dense_to_sparse import DenseToSparseGate
 from moeops.gates.expert_choice import ExpertChoiceGate
 from moeops.gates.faster import FasterGate, gen_faster_gate
 from moeops.gates.forced_balance import ForcedBalanceGate
-from moeops.gates.functional import apply_capacity, expert_capacity, expert_loads, router_logits
+from moeops.gates.functional import (
+    RouterLinear,
+    apply_capacity,
+    expert_capacity,
+    expert_loads,
+    router_logits,
+)
 from moeops.gates.gshard import GShardGate
 from moeops.gates.hash import HashGate, token_ids
 from moeops.gates.ktop1 import KTop1Gate
@@ -49,6 +55,7 @@ __all__ = [
     "NoisyGate",
     "Qwen3Gate",
     "ReMoEGate",
+    "RouterLinear",
     "SAMGate",
     "SigmoidGate",
     "SoftMoEGate",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moeops import _checks
-from moeops.gates.functional import expert_loads, router_logits
+from moeops.gates.functional import RouterLinear, expert_loads, router_logits
 from moeops.gates.naive import NaiveGate
 from moeops.losses import TINY
 from moeops.ops.routing import topk_route
@@ -24,6 +24,14 @@ _SWAPS = 4
 _GOLDEN_RATIO = 0.6180339887498949
 # Below every score less its price, and finite, so that differences of two of them are numbers.
 _CLOSED = -1e30
+
+
+class _Centroids(RouterLinear):
+    """A router whose rows are orthogonal at the start."""
+
+    def reset_parameters(self) -> None:
+        """Draw orthogonal centroids of length 0.1."""
+        nn.init.orthogonal_(self.weight, gain=0.1)
 
 
 class BASEGate(NaiveGate):
@@ -52,7 +60,7 @@ class BASEGate(NaiveGate):
         top_k: must be 1.
 
     Attributes:
-        gate: the centroids, ``nn.Linear(D, E)`` without bias.
+        gate: the centroids, ``RouterLinear(D, E)`` without bias.
 
     Raises:
         ValueError: ``top_k`` is not 1, or a number does not fit; on CPU also for logits that are NaN or infinite.
@@ -70,11 +78,7 @@ class BASEGate(NaiveGate):
                 f"{type(self).__name__}: top_k must be 1, got {top_k!r}. Pass top_k=1 to the layer."
             )
         super().__init__(d_model, num_expert, world_size, 1, gate_bias=False)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw orthogonal centroids of length 0.1."""
-        nn.init.orthogonal_(self.gate.weight, gain=0.1)
+        self.gate = _Centroids(d_model, self.tot_expert, bias=False)
 
     def forward(  # type: ignore[override]
         self, inp: Tensor

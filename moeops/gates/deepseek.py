@@ -56,7 +56,7 @@ class DeepSeekV3Gate(NaiveGate):
         bias_speed: step of the bias in ``after_step``, at least 0.
 
     Attributes:
-        gate: the router, ``nn.Linear(D, E)``.
+        gate: the router, ``RouterLinear(D, E)``.
         selection_bias: ``[E]`` float32, starts with 0.
         loads: ``[E]`` int64, tokens of each expert since the last ``update_bias``.
 

@@ -10,7 +10,6 @@ from moeops.gates.functional import (
     apply_capacity,
     expert_capacity,
     router_logits,
-    uniform_like,
 )
 from moeops.gates.naive import NaiveGate
 from moeops.losses import score_balance_loss
@@ -68,7 +67,7 @@ class DeepSpeedGate(NaiveGate):
         compat: draw in evaluation too, as DeepSpeed does.
 
     Attributes:
-        gate: the router, ``nn.Linear(D, E)`` without bias.
+        gate: the router, ``RouterLinear(D, E)`` without bias.
 
     Raises:
         ValueError: a number or a policy does not fit.  TypeError: a number is not an int.
@@ -153,11 +152,8 @@ class DeepSpeedGate(NaiveGate):
                 type(self).__name__, "used_token", used_token, 0, inp.shape[0], "one per token"
             )
         draws = self.training or self.compat
-        if self.noisy_gate_policy == "Jitter" and self.training:
-            # In the router's type: bfloat16 would round most of the jitter away.
-            x = inp.to(_checks.accumulate_dtype(inp.dtype))
-            inp = x * uniform_like(x, 1 - _JITTER, 1 + _JITTER)
-        logits = router_logits(inp, self.gate)  # [T, E]
+        jitter = _JITTER if self.noisy_gate_policy == "Jitter" and self.training else 0.0
+        logits = router_logits(inp, self.gate, jitter=jitter)  # [T, E]
         samples = self.noisy_gate_policy == "RSample" and self.training
         samples = samples or (self.top_k == 2 and draws and self.top2_2nd_expert_sampling)
         num_counted = self.top_k if self.top_k > 2 else 1

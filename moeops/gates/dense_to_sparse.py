@@ -48,7 +48,7 @@ class DenseToSparseGate(NaiveGate):
             balance, ``E`` if all go to one expert.
 
     Attributes:
-        gate: the router, ``nn.Linear(D, E)`` without bias.
+        gate: the router, ``RouterLinear(D, E)`` without bias.
         temperature: the buffer.
 
     Raises:

@@ -38,7 +38,7 @@ class ExpertChoiceGate(NaiveGate):
         capacity: capacity factors (training, evaluation), or one for both.
 
     Attributes:
-        gate: the router, ``nn.Linear(D, E)`` without bias.
+        gate: the router, ``RouterLinear(D, E)`` without bias.
 
     Raises:
         ValueError: a number does not fit.  TypeError: a number is not an int.

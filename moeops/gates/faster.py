@@ -47,7 +47,7 @@ class FasterGate(NaiveGate):
         compat: FastMoE's scale of the loss.
 
     Attributes:
-        gate: the router, ``nn.Linear(D, E)``.
+        gate: the router, ``RouterLinear(D, E)``.
 
     Raises:
         ValueError: a number does not fit, or ``node_rank`` is missing.  TypeError: a number is not an int.

@@ -26,30 +26,97 @@ GROUP_POLICIES = ("position", "choice")
 Count = TypeVar("Count", int, Tensor)
 
 
-def router_logits(x: Tensor, router: nn.Linear) -> Tensor:
-    """Apply a linear router in float32, whatever the types of the model and of autocast.
+class RouterLinear(nn.Linear):
+    """The linear layer of a router: ``nn.Linear`` that computes in float32, whatever the types and autocast.
+
+    Parameters, their names and their start are those of ``nn.Linear``, and so is all that torch and others do to one:
+    hooks, parametrisations, pruning, offloading, FSDP units and low-rank adapters around it.
+
+    Args:
+        in_features: ``D``.
+        out_features: ``E``.
+        bias: add one.
+        device: of the parameters, torch's default if ``None``.
+        dtype: of the parameters, torch's default if ``None``.
+        keep_float32: leave the parameters in float32 when the module is cast to a half type.
+
+    Example:
+        >>> router = RouterLinear(4, 2).bfloat16()
+        >>> router.weight.dtype, router(torch.ones(3, 4, dtype=torch.bfloat16)).dtype
+        (torch.bfloat16, torch.float32)
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        keep_float32: bool = False,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.keep_float32 = keep_float32
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Compute ``input W^T + b``: ``[..., D]`` of any float type to ``[..., E]`` float32 (float64 for float64)."""
+        return exact_linear(input, self.weight, self.bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RouterLinear:
+        def keep(old: Tensor) -> Tensor:
+            new = fn(old)
+            if new.dtype not in (torch.bfloat16, torch.float16):
+                return new
+            # The values of before: a trip through a half type would round them.
+            return (new if old.is_meta else old).to(new.device, torch.float32)
+
+        return super()._apply(keep if self.keep_float32 else fn, recurse)
+
+
+def router_logits(x: Tensor, router: nn.Module, *, jitter: float = 0.0) -> Tensor:
+    """Call a router, and return its logits in float32.
+
+    A ``RouterLinear`` computes in float32, whatever the types of the model and of autocast. Any other module (a plain
+    ``nn.Linear``, a quantised one, an adapter around either) gets the tokens as they are and computes as it does
+    elsewhere in the model: a bfloat16 ``nn.Linear``, or one under autocast, has bfloat16 logits, which are cast. An
+    adapter around a ``RouterLinear`` adds what it computes to logits in float32.
 
     Args:
         x: tokens, ``[T, D]``, any float type.
-        router: the linear layer ``D -> E``, any float type.
+        router: called as ``router(x)``; returns ``[T, E]``.
+        jitter: half-width of a factor on every entry of ``x``, drawn from ``U(1 - jitter, 1 + jitter)`` and multiplied
+            in float32; only a ``RouterLinear`` sees the product unrounded.
 
     Returns:
         Logits ``[T, E]``, float32 (float64 for float64 ``x``).
 
     Raises:
-        ValueError: ``x`` is not ``[T, D]``.  TypeError: ``x`` is not float.
+        ValueError: ``x`` is not ``[T, D]``, or the router's output not ``[T, E]``.  TypeError: one is not float.
     Gradients: ``x`` and the router's parameters.  Host sync: none.
 
     Example:
-        >>> router_logits(torch.ones(3, 4, dtype=torch.bfloat16), nn.Linear(4, 2)).dtype
+        >>> router_logits(torch.ones(3, 4, dtype=torch.bfloat16), RouterLinear(4, 2)).dtype
         torch.float32
     """
+    op = "router_logits"
     if not torch.compiler.is_compiling():
-        op = "router_logits"
         _checks.check_tensor(op, "x", x, 2)
         _checks.check_float(op, "x", x)
-        _checks.check_size(op, "x", x, 1, router.in_features, "the router's inputs")
-    return exact_linear(x, router.weight, router.bias)
+        width = getattr(router, "in_features", None)
+        if isinstance(width, int):
+            _checks.check_size(op, "x", x, 1, width, "the router's inputs")
+    dtype = _checks.accumulate_dtype(x.dtype)
+    if jitter:
+        exact = x.to(dtype)
+        exact = exact * uniform_like(exact, 1 - jitter, 1 + jitter)
+        x = exact if isinstance(router, RouterLinear) else exact.to(x.dtype)
+    logits = router(x)
+    if not torch.compiler.is_compiling():
+        _checks.check_tensor(op, "the router's output", logits, 2)
+        _checks.check_float(op, "the router's output", logits)
+        _checks.check_size(op, "the router's output", logits, 0, x.shape[0], "the tokens")
+    return logits.to(dtype)
 
 
 def exact_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -37,7 +37,7 @@ class KTop1Gate(NaiveGate):
         capacity: capacity factors (training, evaluation), one factor for both, or ``None`` for no limit.
 
     Attributes:
-        gate: the router, ``nn.Linear(D, E)``.
+        gate: the router, ``RouterLinear(D, E)``.
 
     Raises:
         ValueError: ``top_k`` does not divide ``E``, or another argument does not fit.

@@ -27,7 +27,7 @@ class Llama4Gate(NaiveGate):
         balance: set the loss.
 
     Attributes:
-        gate: the router, ``nn.Linear(D, E)`` without bias.
+        gate: the router, ``RouterLinear(D, E)`` without bias.
 
     Raises:
         ValueError: a number does not fit.  TypeError: a number is not an int.

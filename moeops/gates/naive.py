@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from moeops import _checks
 from moeops.gates.base import BaseGate, check_top_k
-from moeops.gates.functional import router_logits
+from moeops.gates.functional import RouterLinear, router_logits
 from moeops.ops.routing import chosen_weights, topk_route
 
 
@@ -28,7 +28,7 @@ class NaiveGate(BaseGate):
         gate_bias: give the router a bias.
 
     Attributes:
-        gate: the router, ``nn.Linear(D, E)``.
+        gate: the router, ``RouterLinear(D, E)``.
 
     Example:
         >>> topk_ids, topk_weights = NaiveGate(8, 4, 1, top_k=2)(torch.randn(5, 8))
@@ -50,7 +50,7 @@ class NaiveGate(BaseGate):
         check_top_k(name, top_k, self.tot_expert)
         self.d_model = d_model
         self.top_k = top_k
-        self.gate = nn.Linear(d_model, self.tot_expert, bias=gate_bias)
+        self.gate = RouterLinear(d_model, self.tot_expert, bias=gate_bias)
 
     def forward(
         self, inp: Tensor, return_all_scores: bool = False

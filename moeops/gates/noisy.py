@@ -6,9 +6,10 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from moeops.gates.functional import (
+    RouterLinear,
     apply_capacity,
     balanced_route,
     check_capacity,
@@ -60,7 +61,7 @@ class NoisyGate(NaiveGate):
         compat: FastMoE's variance.
 
     Attributes:
-        gate: ``W``, ``nn.Linear(D, E)`` without bias.
+        gate: ``W``, ``RouterLinear(D, E)`` without bias.
         noise: ``W_noise``, the same.
 
     Raises:
@@ -105,7 +106,7 @@ class NoisyGate(NaiveGate):
         self.balance = balance
         self.capacity = check_capacity(name, capacity)
         self.compat = bool(compat)
-        self.noise = nn.Linear(d_model, self.tot_expert, bias=False)
+        self.noise = RouterLinear(d_model, self.tot_expert, bias=False)
 
     def forward(  # type: ignore[override]
         self, inp: Tensor

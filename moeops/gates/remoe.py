@@ -63,7 +63,7 @@ class ReMoEGate(VariableGate):
         row_budget: experts per token that there are rows for on average; ``None`` for ``max_k``.
 
     Attributes:
-        gate: the router, ``nn.Linear(D, E)``.
+        gate: the router, ``RouterLinear(D, E)``.
         coefficient: scalar float32; saved.
         active: scalar int64, positive weights since the last update; saved.
         tokens: scalar int64, tokens since then; saved.

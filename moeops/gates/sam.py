@@ -50,7 +50,7 @@ class SAMGate(NaiveGate):
         compat: HetuMoE's numbers.
 
     Attributes:
-        gate: the router, ``nn.Linear(D, E)``.
+        gate: the router, ``RouterLinear(D, E)``.
 
     Raises:
         ValueError: the groups do not divide the experts, a group has fewer than ``top_k``, or another argument does

@@ -25,7 +25,7 @@ class SigmoidGate(TopKGate):
         balance: set the loss; ``"global"``: over all ranks of ``gate.group``.
 
     Attributes:
-        gate: the router, ``nn.Linear(D, E)``.
+        gate: the router, ``RouterLinear(D, E)``.
 
     Raises:
         ValueError: a number does not fit.  TypeError: a number is not an int.

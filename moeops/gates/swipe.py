@@ -41,7 +41,7 @@ class SwipeGate(NaiveGate):
         group: the ``W`` ranks that hold the experts, a process group; a layer may set it later.
 
     Attributes:
-        gate: the router, ``nn.Linear(D, E)``.
+        gate: the router, ``RouterLinear(D, E)``.
 
     Raises:
         ValueError: a number does not fit, or ``group`` is missing in training with ``world_size > 1``.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from moeops.gates._fastmoe_names import accept_fastmoe_names
@@ -121,22 +120,15 @@ class SwitchGate(NaiveGate):
         self.compat = bool(compat)
         self.group = group
 
-    def _noise(self, like: Tensor) -> Tensor:
-        """Uniform noise in ``[1 - switch_eps, 1 + switch_eps]``."""
-        return uniform_like(like, 1 - self.switch_eps, 1 + self.switch_eps)
-
     def forward(  # type: ignore[override]
         self, inp: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Choose one expert per token: ``inp [T, D]`` to topk_ids ``[T, 1]`` and topk_weights ``[T, 1]``."""
         noisy = self.training and self.switch_eps > 0
-        if noisy and self.jitter == "input":
-            # In the router's type: bfloat16 would round most of a small jitter away.
-            x = inp.to(torch.promote_types(inp.dtype, torch.float32))
-            inp = x * self._noise(x)
-        logits = router_logits(inp, self.gate)  # [T, E]
+        jitter = self.switch_eps if noisy and self.jitter == "input" else 0.0
+        logits = router_logits(inp, self.gate, jitter=jitter)  # [T, E]
         if noisy and self.jitter == "logits":
-            logits = logits + self._noise(logits)
+            logits = logits + uniform_like(logits, 1 - self.switch_eps, 1 + self.switch_eps)
         group = self._balance_group() if self.global_balance else None
         topk_weights, topk_ids, loss = balanced_route(logits, 1, renormalize=False, group=group)
         kept_ids = self._limit(topk_ids, topk_weights)

@@ -44,7 +44,7 @@ class ThresholdGate(VariableGate):
         row_budget: experts per token that there are rows for on average; ``None`` for ``K``.
 
     Attributes:
-        gate: the router, ``nn.Linear(D, E)``.
+        gate: the router, ``RouterLinear(D, E)``.
         dropped: slots lost to the row budget, int64; not saved.
 
     Raises:

@@ -37,7 +37,7 @@ class TopKGate(NaiveGate):
         balance: set the loss; ``"global"``: over all ranks of ``gate.group``, which has to be set on several ranks.
 
     Attributes:
-        gate: the router, ``nn.Linear(D, E)``.
+        gate: the router, ``RouterLinear(D, E)``.
 
     Raises:
         ValueError: a number or ``score`` does not fit.  TypeError: a number is not an int.

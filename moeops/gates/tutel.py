@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,7 +62,7 @@ class TutelGate(NaiveGate):
         compat: Tutel's load and importance losses.
 
     Attributes:
-        gate: the router, ``nn.Linear(D, E)`` without bias.
+        gate: the router, ``RouterLinear(D, E)`` without bias.
 
     Raises:
         ValueError: a number does not fit.  TypeError: a number is not an int.
@@ -111,6 +110,7 @@ class TutelGate(NaiveGate):
         self.normalize_gate = bool(normalize_gate)
         self.is_gshard_loss = bool(is_gshard_loss)
         self.fp32_gate = bool(fp32_gate)
+        self.gate.keep_float32 = self.fp32_gate
         self.alignment = alignment
         self.compat = bool(compat)
 
@@ -172,16 +172,6 @@ class TutelGate(NaiveGate):
         if self.compat:
             return (_cv_squared_tutel(weights) + _cv_squared_tutel(load)) / 2
         return (cv_squared(weights) + cv_squared(load)) / 2
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        before = self.gate.weight.data
-        out = super()._apply(fn, recurse)
-        after = self.gate.weight.data
-        if self.fp32_gate and after.dtype in (torch.bfloat16, torch.float16):
-            # The values of before: a trip through bfloat16 would round them.
-            source = after if before.is_meta else before
-            self.gate.weight.data = source.to(after.device, torch.float32)
-        return out
 
     def extra_repr(self) -> str:
         """Sizes and options of the gate."""

@@ -10,7 +10,13 @@ from torch import Tensor, nn
 
 from moeops import _checks
 from moeops.gates.base import BaseGate, check_top_k
-from moeops.gates.functional import balanced_route, check_balance, exact_linear, router_logits
+from moeops.gates.functional import (
+    RouterLinear,
+    balanced_route,
+    check_balance,
+    exact_linear,
+    router_logits,
+)
 from moeops.ops.routing import SCORES
 
 _MAX_SCALE = 100.0
@@ -43,7 +49,7 @@ class XMoEGate(BaseGate):
         balance: set the loss; ``"global"``: over all ranks of ``gate.group``.
 
     Attributes:
-        projector: ``nn.Linear(D, P)``.
+        projector: ``RouterLinear(D, P)``.
         expert_vectors: ``[E, P]``, the ``v_e``, drawn from ``N(0, 0.01 ** 2)``.
         log_scale: scalar, ``log s``; values above ``log 100`` act as ``log 100`` and get no gradient.
 
@@ -93,7 +99,7 @@ class XMoEGate(BaseGate):
         self.renormalize = bool(renormalize)
         check_balance(type(self).__name__, balance)
         self.balance = balance
-        self.projector = nn.Linear(d_model, proj_dim, bias=gate_bias)
+        self.projector = RouterLinear(d_model, proj_dim, bias=gate_bias)
         self.expert_vectors = nn.Parameter(torch.empty(self.tot_expert, proj_dim))
         self.log_scale = nn.Parameter(torch.empty(()))
         self.reset_parameters()

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from moeops import _checks
 from moeops.gates.base import BaseGate, check_top_k
-from moeops.gates.functional import router_logits
+from moeops.gates.functional import RouterLinear, router_logits
 from moeops.numba._row_op import RowOp
 
 InputFunction = Callable[[BaseGate, Tensor], Tensor]
@@ -54,7 +54,7 @@ class RuleGate(BaseGate):
             )
         self.d_model = d_model
         self.top_k = top_k
-        self.gate = nn.Linear(d_model, self.tot_expert, bias=gate_bias)
+        self.gate = RouterLinear(d_model, self.tot_expert, bias=gate_bias)
         if self.recipe.setup is not None:
             self.recipe.setup(self)
 

@@ -145,7 +145,7 @@ def check_distributed_data_parallel(ranks: Ranks) -> None:
 
 
 def check_fully_sharded(ranks: Ranks) -> None:
-    """FSDP2 over all ranks for all but the experts, and over their copies for the experts."""
+    """FSDP2 over all ranks, one unit per linear layer, and over their copies for the experts."""
     half = ranks.size // 2
     kind = ranks.device.partition(":")[0]
     mesh = init_device_mesh(kind, (2, half), mesh_dim_names=("data", "experts"))
@@ -155,6 +155,9 @@ def check_fully_sharded(ranks: Ranks) -> None:
     whole, part = whole_and_part(ranks, half, place, moe_group=group)
     wanted = own_share(dict(whole.named_parameters()), whole, place)
     fully_shard(part.moe.experts, mesh=mesh["data"])
+    for module in part.modules():
+        if isinstance(module, nn.Linear):
+            fully_shard(module, mesh=everyone)
     fully_shard(part, mesh=everyone)
     scale_expert_gradients(part)
     x = batch(TOKENS * ranks.size, ranks.device)

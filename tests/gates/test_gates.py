@@ -8,7 +8,6 @@ import pickle
 
 import pytest
 import torch
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from moeops.gates import (
@@ -16,6 +15,7 @@ from moeops.gates import (
     DCGate,
     GShardGate,
     NaiveGate,
+    RouterLinear,
     SwitchGate,
     balance_loss,
     expert_capacity,
@@ -351,7 +351,7 @@ class SigmoidGate(BaseGate):
     def __init__(self, d_model, num_expert, world_size, top_k=2):
         super().__init__(num_expert, world_size)
         self.top_k = top_k
-        self.router = nn.Linear(d_model, self.tot_expert, bias=False)
+        self.router = RouterLinear(d_model, self.tot_expert, bias=False)
 
     def forward(self, x):
         scores = torch.sigmoid(router_logits(x, self.router))

@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from moeops import FMoE, FMoETransformerMLP
-from moeops.gates import BaseGate, NaiveGate, balance_loss, router_logits
+from moeops.gates import BaseGate, NaiveGate, RouterLinear, balance_loss, router_logits
 from samples import every_pair
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo", "same_random_numbers")
@@ -283,7 +283,7 @@ class SigmoidGate(BaseGate):
     def __init__(self, d_model, num_expert, world_size, top_k=2):
         super().__init__(num_expert, world_size)
         self.top_k = top_k
-        self.router = nn.Linear(d_model, self.tot_expert, bias=False)
+        self.router = RouterLinear(d_model, self.tot_expert, bias=False)
 
     def forward(self, x):
         scores = torch.sigmoid(router_logits(x, self.router))
