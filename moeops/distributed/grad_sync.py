@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from moeops import _checks
 from moeops.comm.groups import RankGroup
-from moeops.layers.walk import named_layers
+from moeops.layers.walk import named_layers, parameter_tags
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Work
@@ -29,6 +29,9 @@ def scale_expert_gradients(model: nn.Module) -> list[RemovableHandle]:
     itself; call it once, before the first step, where DDP or FSDP2 is used instead. FSDP2 must have been given the
     experts before, by a ``fully_shard`` of their own.
 
+    Parameters that torch makes anew later, as ``load_state_dict(assign=True)`` does, have no hook: remove the hooks and
+    call it again. ``DistributedGroupedDataParallel`` sees to that by itself.
+
     Args:
         model: holds ``moeops.FMoE`` layers.
 
@@ -38,37 +41,62 @@ def scale_expert_gradients(model: nn.Module) -> list[RemovableHandle]:
     Raises:
         ValueError: the experts are sharded together with other modules.
     """
-    handles = []
+    return [hook.handle for hook in _hook_scales(model).values()]
+
+
+class _Hook(NamedTuple):
+    """A hook on a parameter, and the tensor it is on: ``torch.utils.swap_tensors`` puts another one in its place."""
+
+    handle: RemovableHandle
+    tensor: int
+
+    def is_on(self, parameter: nn.Parameter) -> bool:
+        """Whether gradients of the parameter call the hook."""
+        return parameter._cdata == self.tensor
+
+
+def _hook_scales(model: nn.Module) -> dict[nn.Parameter, _Hook]:
+    """Have experts' gradients divided as they arrive."""
+    hooks = {}
+    for parameter, (name, ranks) in _served_ranks(model).items():
+        if hasattr(parameter, "device_mesh"):
+            raise ValueError(
+                f"scale_expert_gradients: experts must be sharded by themselves, got {name} sharded with other "
+                "parameters. Call fully_shard(layer.experts, mesh=...) before fully_shard of the whole."
+            )
+        parameter._backward_hooks = (
+            parameter._backward_hooks
+        )  # a swap leaves the dict, and nobody who reads it
+        handle = parameter.register_hook(lambda grad, f=1.0 / ranks: grad * f)
+        hooks[parameter] = _Hook(handle, parameter._cdata)
+    for _, layer in named_layers(model):
+        if layer.moe_group is not None:
+            for module, parameters in _fully_sharded(layer.experts):
+                mesh = parameters[0].device_mesh  # type: ignore[attr-defined]
+                module.set_gradient_divide_factor(float(layer.moe_group.size * mesh.size()))
+    return hooks
+
+
+def _served_ranks(model: nn.Module) -> dict[nn.Parameter, tuple[str, int]]:
+    """Experts' parameters whose gradients need a hook, with their names and how many ranks' losses reach them."""
+    served = {}
     for _, layer in named_layers(model):
         if layer.moe_group is None:
             continue
-        ranks = layer.moe_group.size
-        sharded = _set_divide_factors(layer.experts, ranks)
+        by_itself = {p for _, parameters in _fully_sharded(layer.experts) for p in parameters}
         for name, parameter in layer.experts.named_parameters():
-            if parameter in sharded or not parameter.requires_grad:
-                continue
-            if hasattr(parameter, "device_mesh"):
-                raise ValueError(
-                    f"scale_expert_gradients: experts must be sharded by themselves, got {name} sharded with other "
-                    "parameters. Call fully_shard(layer.experts, mesh=...) before fully_shard of the whole."
-                )
-            handles.append(parameter.register_hook(lambda grad, f=1.0 / ranks: grad * f))
-    return handles
+            if parameter.requires_grad and parameter not in by_itself:
+                served[parameter] = name, layer.moe_group.size
+    return served
 
 
-def _set_divide_factors(experts: nn.Module, ranks: int) -> set[nn.Parameter]:
-    """Have FSDP2 divide by all ranks whose losses reach the experts; return the parameters that it handles."""
+def _fully_sharded(experts: nn.Module) -> Iterator[tuple[Any, list[nn.Parameter]]]:
+    """Modules that FSDP2 has sharded, with their parameters: it divides their gradients by itself."""
     from torch.distributed.fsdp import FSDPModule
 
-    handled: set[nn.Parameter] = set()
     for module in experts.modules():
-        if isinstance(module, FSDPModule):
-            parameters = list(module.parameters())
-            handled.update(parameters)
-            if parameters:
-                mesh = parameters[0].device_mesh  # type: ignore[attr-defined]
-                module.set_gradient_divide_factor(float(ranks * mesh.size()))
-    return handled
+        if isinstance(module, FSDPModule) and (parameters := list(module.parameters())):
+            yield module, parameters
 
 
 class _Bucket(NamedTuple):
@@ -92,7 +120,11 @@ class DistributedGroupedDataParallel(nn.Module):
 
     FastMoE's wrapper of the same name. A parameter belongs to the group that its tag names: the attribute ``dp_comm``,
     "dp" without one. The layers of this library tag experts "none" and gates "gate"; any other string will do, with a
-    keyword ``<tag>_group`` here. A tag without a group is not reduced.
+    keyword ``<tag>_group`` here. A tag without a group is not reduced. Layers know the tags of their parameters, so
+    those that torch makes anew keep theirs: see ``FMoE.mark_parallel_comm``.
+
+    Tags and parameters are read when gradients are reduced. With ``auto_allreduce`` they are read when the wrapper is
+    built and when it is called: a change between that and the backward is an error.
 
     Gradients are averaged by ``allreduce_gradients`` after the backward, or, with ``auto_allreduce``, in buckets
     during the backward. A parameter without a gradient on this rank counts as zeros and gets the average too, so the
@@ -121,7 +153,7 @@ class DistributedGroupedDataParallel(nn.Module):
 
     Raises:
         TypeError: a keyword is no ``<tag>_group``, or its value no group.  RuntimeError: torch.distributed is not
-        initialised.
+        initialised; when gradients are reduced, parameters were replaced after the last call of the wrapper.
 
     Example (under torchrun)::
 
@@ -154,18 +186,63 @@ class DistributedGroupedDataParallel(nn.Module):
         self.module = module
         self.fp32_allreduce = fp32_allreduce
         self._groups = _read_groups(op, groups)
-        self._buckets = _make_buckets(module, self._groups, bucket_bytes)
+        self._bucket_bytes = bucket_bytes
         self._sync = True
-        self._handles = scale_expert_gradients(module) if scale_experts else []
+        self._scale_experts = scale_experts
+        self._scale_hooks = _hook_scales(module) if scale_experts else {}
         if need_sync:
             self._broadcast_parameters()
         self.auto_allreduce = auto_allreduce
         if auto_allreduce:
-            self._start_auto()
+            self._own_groups: dict[str, ProcessGroup] = {}
+            self._reduce_hooks: dict[nn.Parameter, _Hook] = {}
+            self._start_auto(self._plan())
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module."""
+        if not torch.compiler.is_compiling():
+            self._follow()
         return self.module(*args, **kwargs)
+
+    def _plan(self) -> list[_Bucket]:
+        """What is reduced, by the tags and parameters of this moment."""
+        return _make_buckets(self.module, self._groups, self._bucket_bytes)
+
+    def _follow(self) -> None:
+        """Put hooks on parameters that are new, and those of the reduction where tags have changed."""
+        if self._unscaled():
+            for hook in self._scale_hooks.values():
+                hook.handle.remove()
+            self._scale_hooks = _hook_scales(self.module)
+        if self.auto_allreduce and self._is_stale():
+            for hook in self._reduce_hooks.values():
+                hook.handle.remove()
+            self._start_auto(self._plan())
+
+    def _unscaled(self) -> list[str]:
+        """Names of experts' parameters without the hook that divides their gradients."""
+        if not self._scale_experts:
+            return []
+        hooks = self._scale_hooks
+        return [
+            name
+            for parameter, (name, _) in _served_ranks(self.module).items()
+            if parameter not in hooks or not hooks[parameter].is_on(parameter)
+        ]
+
+    def _is_stale(self) -> bool:
+        """The buckets of ``auto_allreduce`` are not those of this moment's parameters and tags."""
+        if not all(hook.is_on(parameter) for parameter, hook in self._reduce_hooks.items()):
+            return True
+        return _layout(self._plan()) != self._layout
+
+    def _refuse_changes(self, changed: bool) -> None:
+        if changed:
+            raise RuntimeError(
+                "DistributedGroupedDataParallel: parameters and tags must be those of the last call of the wrapper, "
+                "got others, whose gradients have no hooks. Call the wrapper itself, and change nothing between its "
+                "call and the reduction."
+            )
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -187,8 +264,9 @@ class DistributedGroupedDataParallel(nn.Module):
             reduce_after: divide after the sum and not before it: more exact, and nearer to an overflow in float16.
             fp32_allreduce: reduce in float32.
         """
+        self._refuse_changes(bool(self._unscaled()))
         pending = [
-            _begin(bucket, no_scale, reduce_after, fp32_allreduce) for bucket in self._buckets
+            _begin(bucket, no_scale, reduce_after, fp32_allreduce) for bucket in self._plan()
         ]
         for reduction in pending:
             _end(reduction)
@@ -199,37 +277,42 @@ class DistributedGroupedDataParallel(nn.Module):
     @torch.no_grad()
     def _broadcast_parameters(self) -> None:
         dist = torch.distributed
-        for group, parameters in self._buckets:
+        for group, parameters in self._plan():
             flat = torch.cat([parameter.detach().reshape(-1) for parameter in parameters])
             dist.broadcast(flat, dist.get_global_rank(group, 0), group=group)
             _copy_back(flat, [parameter.detach() for parameter in parameters])
 
-    def _start_auto(self) -> None:
+    def _start_auto(self, plan: list[_Bucket]) -> None:
         # Groups of their own, because the order of these reductions among a layer's exchanges depends on the rank.
         dist = torch.distributed
-        own: dict[str, ProcessGroup] = {}
-        for index, (group, parameters) in enumerate(self._buckets):
-            if group.group_name not in own:
+        self._layout = _layout(plan)
+        self._buckets = []
+        for group, parameters in plan:
+            if group.group_name not in self._own_groups:
                 ranks = dist.get_process_group_ranks(group)
-                own[group.group_name] = dist.new_group(ranks, use_local_synchronization=True)
-            self._buckets[index] = _Bucket(own[group.group_name], parameters)
+                own = dist.new_group(ranks, use_local_synchronization=True)
+                self._own_groups[group.group_name] = own
+            self._buckets.append(_Bucket(self._own_groups[group.group_name], parameters))
         self._missing: list[int] = []
         self._next = 0
         self._pending: list[_Pending] = []
         self._running = False
+        self._reduce_hooks = {}
         for index, bucket in enumerate(self._buckets):
             for parameter in bucket.parameters:
-                self._handles.append(
-                    parameter.register_post_accumulate_grad_hook(
-                        lambda _, index=index: self._on_gradient(index)
-                    )
+                hooks = parameter._post_accumulate_grad_hooks  # as for hooks that scale
+                parameter._post_accumulate_grad_hooks = hooks
+                handle = parameter.register_post_accumulate_grad_hook(
+                    lambda _, index=index: self._on_gradient(index)
                 )
+                self._reduce_hooks[parameter] = _Hook(handle, parameter._cdata)
 
     def _on_gradient(self, index: int) -> None:
         """One more gradient of a bucket is there; begin whatever bucket is complete, in order."""
         if not self._sync:
             return
         if not self._running:
+            self._refuse_changes(self._is_stale() or bool(self._unscaled()))
             self._running = True
             self._missing = [len(bucket.parameters) for bucket in self._buckets]
             self._next, self._pending = 0, []
@@ -279,8 +362,9 @@ def _make_buckets(
     """Cut the parameters that are reduced into buckets, in the order in which a backward finishes them."""
     buckets: list[_Bucket] = []
     open_buckets: dict[Any, tuple[_Bucket, int]] = {}
+    tags = parameter_tags(module)
     for parameter in reversed(list(module.parameters())):
-        group = groups.get(getattr(parameter, "dp_comm", "dp"))
+        group = groups.get(tags.get(parameter, "dp"))
         if group is None or group.size() == 1 or not parameter.requires_grad:
             continue
         key = (group.group_name, parameter.dtype, parameter.device)
@@ -292,6 +376,11 @@ def _make_buckets(
         bucket.parameters.append(parameter)
         open_buckets[key] = bucket, used + size
     return buckets
+
+
+def _layout(plan: list[_Bucket]) -> list[tuple[Any, ...]]:
+    """What two plans for the same gradients have in common."""
+    return [(bucket.group.group_name, *map(id, bucket.parameters)) for bucket in plan]
 
 
 def _begin(bucket: _Bucket, no_scale: bool, reduce_after: bool, fp32: bool) -> _Pending:

@@ -175,6 +175,7 @@ class FMoE(nn.Module):
         table = None if table is None else table.to(device)
         self.register_buffer("dispatch_table", table, persistent=False)
         self.expert_dp_comm: str | None = None
+        self.register_load_state_dict_post_hook(_restore_tags_of)
 
     def _build(
         self,
@@ -233,21 +234,37 @@ class FMoE(nn.Module):
         """Tag parameters with the group that reduces their gradients, as attribute ``dp_comm``.
 
         The gate's parameters are tagged ``"gate"``. The tags are read by data-parallel wrappers that know them, not by
-        torch's; they outlive ``deepcopy``, pickle and moves between devices.
+        torch's. The layer remembers them: a parameter that torch makes anew (by a move, ``deepcopy``,
+        ``load_state_dict(assign=True)``, sharding, a parametrization) has the layer's tag still where
+        ``moeops.layers.walk.parameter_tags`` is asked, as ``DistributedGroupedDataParallel`` does. A tag that you set
+        on a parameter yourself counts before the layer's, and is lost with the parameter.
 
         Args:
             expert_dp_comm: tag of the experts' parameters; ``"none"`` means that no group reduces them.
         """
         self.expert_dp_comm = expert_dp_comm
-        for module, tag in ((self.experts, expert_dp_comm), (self.gate, "gate")):
+        for module, tag in self.comm_tags():
             for parameter in module.parameters():
                 parameter.dp_comm = tag  # type: ignore[attr-defined]
+
+    def comm_tags(self) -> tuple[tuple[nn.Module, str], ...]:
+        """The experts and the gate, each with the tag of its parameters; nothing where the layer has no tags.
+
+        Experts that are spread over ranks are nobody else's, so they are tagged ``"none"`` without
+        ``mark_parallel_comm`` too.
+        """
+        tag = self.expert_dp_comm
+        if tag is None:
+            if self.moe_group is None:
+                return ()
+            tag = "none"
+        return (self.experts, tag), (self.gate, "gate")
 
     def _restore_tags(self) -> None:
         """Tag parameters that torch made anew; a tag that is there may be the user's own and stays."""
         if self.expert_dp_comm is None:
             return
-        for module, tag in ((self.experts, self.expert_dp_comm), (self.gate, "gate")):
+        for module, tag in self.comm_tags():
             for parameter in module.parameters():
                 if not hasattr(parameter, "dp_comm"):
                     parameter.dp_comm = tag  # type: ignore[attr-defined]
@@ -425,3 +442,8 @@ class FMoE(nn.Module):
         if self.expert_tensor_parallel_size > 1:
             text += f", expert_tensor_parallel_size={self.expert_tensor_parallel_size}"
         return text
+
+
+def _restore_tags_of(layer: FMoE, _incompatible_keys: Any) -> None:
+    """Tag what ``load_state_dict(assign=True)`` made."""
+    layer._restore_tags()

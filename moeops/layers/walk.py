@@ -47,6 +47,29 @@ def find_layers(op: str, model: Any) -> dict[str, FMoE]:
     return layers
 
 
+def parameter_tags(model: nn.Module) -> dict[nn.Parameter, str]:
+    """The tag of each parameter that has one: the group that reduces its gradients, see ``FMoE.mark_parallel_comm``.
+
+    Layers say what the tags of their parameters are, whatever made these parameters. An attribute ``dp_comm`` of a
+    parameter counts before that, unless a layer has set it. All of an expert that is spread over ranks has the tag of
+    that expert, layers inside of it included.
+    """
+    said: dict[nn.Parameter, list[str]] = {}  # the inner layers' first
+    kept: dict[nn.Parameter, str] = {}
+    for _, layer in reversed(list(named_layers(model))):
+        for module, tag in layer.comm_tags():
+            outweighs = layer.moe_group is not None and module is layer.experts
+            for parameter in module.parameters():
+                said.setdefault(parameter, []).append(tag)
+                if outweighs or parameter not in kept:
+                    kept[parameter] = tag
+    for parameter in model.parameters():
+        own = getattr(parameter, "dp_comm", None)
+        if own is not None and own not in said.get(parameter, ()):
+            kept[parameter] = own
+    return kept
+
+
 class LayerHook:
     """Base of routing hooks that belong to a tool: a copy or a pickle of the model gets none of them."""
 

@@ -8,8 +8,9 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from moeops import FMoE, FMoETransformerMLP
+from moeops.comm.groups import RankGroup
 from moeops.distributed.checkpoint.state import ModelState
-from moeops.layers.walk import clean_name, find_layers, named_layers
+from moeops.layers.walk import clean_name, find_layers, named_layers, parameter_tags
 
 D = 6
 
@@ -76,3 +77,46 @@ def test_a_model_without_layers():
         find_layers("op", nn.Linear(2, 2))
     with pytest.raises(TypeError, match=r"op: model must be a torch\.nn\.Module, got int"):
         find_layers("op", 3)
+
+
+def tags(model):
+    found = parameter_tags(model)
+    return {name: found[p] for name, p in model.named_parameters() if p in found}
+
+
+def test_tags_belong_to_the_layer():
+    layer = fused()
+    names = [name for name, _ in layer.named_parameters()]
+    assert tags(layer) == {n: "gate" if n.startswith("gate") else "none" for n in names}
+
+
+def test_tags_of_parameters_made_anew():
+    layer = fused()
+    layer.mark_parallel_comm("moe")
+    before = tags(layer)
+    layer.load_state_dict({n: t.clone() for n, t in layer.state_dict().items()}, assign=True)
+    assert {p.dp_comm for p in layer.experts.parameters()} == {"moe"}
+    for name, parameter in list(layer.experts.named_parameters()):
+        setattr(layer.experts, name, nn.Parameter(parameter.detach().clone()))
+    assert tags(layer) == before
+    layer.experts.w_up.dp_comm = "mine"  # the user's own
+    assert tags(layer) == {**before, "experts.w_up": "mine"}
+
+
+def test_tags_without_marks():
+    assert tags(modules()) == {}
+    layer = modules()
+    layer.moe_group = RankGroup("0", 2, 0)
+    assert set(tags(layer).values()) == {"gate", "none"}
+
+
+@pytest.mark.parametrize("spread", [False, True])
+def test_tags_of_layers_in_experts(spread):
+    """All of an expert that is spread over ranks is nobody else's; what is copied has the inner layer's tags."""
+    layer = FMoE(1, D, top_k=1, expert=lambda d_model: fused())
+    layer.moe_group = RankGroup("0", 2, 0) if spread else None
+    found = tags(layer)
+    inner_gate = "experts.0.gate.gate.weight"
+    assert found[inner_gate] == ("none" if spread else "gate")
+    assert found["experts.0.experts.w_up"] == "none"
+    assert found.get("gate.gate.weight") == ("gate" if spread else None)
