@@ -256,7 +256,172 @@ void weight_gradient(int64_t expert, const Matrix& grad, const Matrix& rows,
   sum_columns(grad, row_weights, first, count, target);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(
+// Which gradients are wanted, and which rows' gradients they take.
+struct Needed {
+  bool x, topk_weights, w_up, w_down;
+
+  bool grad_pre() const { return x || w_up; }
+  bool grad_hidden() const { return grad_pre() || topk_weights; }
+};
+
+// What the backward reads, contiguous but for the weights.
+struct BackwardInputs {
+  Tensor grad_y, x, topk_weights, w_up, w_down;
+  std::optional<Tensor> b_up, b_down;
+  Tensor pre;
+  std::string activation;
+};
+
+// The backward of one call: block by block the rows' gradients, and the weights' while the rows are
+// at hand; then the weights of the experts whose rows were cut into several blocks.
+class BlockBackward {
+ public:
+  using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+  BlockBackward(const Plan& plan, const BackwardInputs& in, const Needed& needed)
+      : plan_(plan),
+        in_(in),
+        needed_(needed),
+        blocks_(expert_blocks(plan.offsets)),
+        tasks_(blocks_.size()) {
+    allocate_outputs();
+    allocate_buffers();
+  }
+
+  Outputs run() {
+    tasks_.run([&](int64_t worker, int64_t task) { run_block(worker, blocks_[task]); });
+    std::vector<bool> cut(static_cast<size_t>(plan_.offsets.num_experts), false);
+    for (const ExpertBlock& block : blocks_) cut[block.expert] = !block.whole;
+    if (needed_.w_up) finish(cut, in_.w_up.size(1), &BlockBackward::up_gradient);
+    if (needed_.w_down) finish(cut, in_.w_down.size(1), &BlockBackward::down_gradient);
+    return {needed_.x ? sum_rows(grad_rows_, std::nullopt, plan_) : none(),
+            grad_weights_,
+            grad_w_up_,
+            grad_w_down_,
+            grad_b_up_ ? *grad_b_up_ : none(),
+            grad_b_down_ ? *grad_b_down_ : none()};
+  }
+
+ private:
+  using WeightGradient = void (BlockBackward::*)(int64_t worker, const ExpertBlock& block,
+                                                 int64_t first, int64_t count);
+
+  // Outputs must not alias each other, so what is not needed is an empty tensor of its own.
+  Tensor none() const { return torch::stable::new_empty(in_.x, {0}); }
+  Tensor like(bool needed, const Tensor& t) const {
+    return needed ? torch::stable::new_empty(in_.x, t.sizes()) : none();
+  }
+
+  void allocate_outputs() {
+    grad_w_up_ = like(needed_.w_up, in_.w_up);
+    grad_w_down_ = like(needed_.w_down, in_.w_down);
+    if (needed_.w_up && in_.b_up) grad_b_up_ = like(true, *in_.b_up);
+    if (needed_.w_down && in_.b_down) grad_b_down_ = like(true, *in_.b_down);
+    const Tensor& weights = in_.topk_weights;
+    // Pairs without a live row keep the zero.
+    grad_weights_ =
+        needed_.topk_weights ? torch::stable::new_zeros(weights, weights.sizes()) : none();
+    row_weights_ = torch::stable::new_empty(weights, {grad_b_down_ ? plan_.num_rows : 0});
+    grad_rows_ = torch::stable::new_empty(in_.x, {needed_.x ? plan_.num_rows : 0, in_.x.size(1)});
+  }
+
+  void allocate_buffers() {
+    const RowBuffers buffers(in_.x, blocks_, tasks_.num_workers(), plan_.num_rows);
+    const int64_t up_width = in_.w_up.size(1), width = in_.w_down.size(2);
+    grad_out_buffer_ = buffers.make(in_.w_down.size(1), needed_.w_down);
+    grad_hidden_buffer_ = buffers.make(needed_.grad_hidden() ? width : 0);
+    grad_pre_buffer_ = buffers.make(needed_.grad_pre() ? up_width : 0, needed_.w_up);
+    hidden_buffer_ = buffers.make(needed_.w_down ? width : 0, needed_.w_down);
+    x_buffer_ = buffers.make(needed_.w_up ? in_.x.size(1) : 0, needed_.w_up);
+  }
+
+  void run_block(int64_t worker, const ExpertBlock& block) {
+    const Matrix grad_out = grad_out_buffer_.rows(worker, block);
+    const Matrix grad_hidden = grad_hidden_buffer_.rows(worker, block);
+    const Matrix grad_pre = grad_pre_buffer_.rows(worker, block);
+    gather_live_rows(in_.grad_y, plan_, block.begin, grad_out);
+    if (needed_.grad_hidden()) {
+      multiply(grad_out, expert_matrix(in_.w_down, block.expert), grad_hidden);
+    }
+    run_pointwise(block, grad_out, grad_hidden, grad_pre, hidden_buffer_.rows(worker, block));
+    if (needed_.x) {
+      multiply(grad_pre, expert_matrix(in_.w_up, block.expert),
+               row_matrix(grad_rows_, block.begin, block.size()));
+    }
+    if (needed_.w_up) gather_live_rows(in_.x, plan_, block.begin, x_buffer_.rows(worker, block));
+    if (!block.whole) return;
+    if (needed_.w_up) up_gradient(worker, block, 0, in_.w_up.size(1));
+    if (needed_.w_down) down_gradient(worker, block, 0, in_.w_down.size(1));
+  }
+
+  void run_pointwise(const ExpertBlock& block, const Matrix& grad_out, const Matrix& grad_hidden,
+                     const Matrix& grad_pre, const Matrix& hidden) {
+    MOEOPS_DISPATCH_FLOAT(in_.x.scalar_type(), "moe_mlp_backward", [&] {
+      using acc_t = accumulate_t<scalar_t>;
+      const auto in = [](const void* data) { return static_cast<const scalar_t*>(data); };
+      const auto out = [](bool needed, const Matrix& m) {
+        return needed ? reinterpret_cast<scalar_t*>(m.data) : nullptr;
+      };
+      BackwardRows<scalar_t> p;
+      p.grad_pre = out(needed_.grad_pre(), grad_pre);
+      p.weighted_hidden = out(needed_.w_down, hidden);
+      p.grad_weights =
+          needed_.topk_weights ? static_cast<acc_t*>(grad_weights_.mutable_data_ptr()) : nullptr;
+      p.row_weights =
+          grad_b_down_ ? reinterpret_cast<acc_t*>(row_weights_from(block.begin)) : nullptr;
+      p.pre = in(row_of(in_.pre, block.begin));
+      p.grad_hidden = out(needed_.grad_hidden(), grad_hidden);
+      p.weights = static_cast<const acc_t*>(in_.topk_weights.const_data_ptr());
+      p.grad_out = in(grad_out.data);
+      p.b_down = in(row_of(in_.b_down, block.expert));
+      p.row_to_pair = plan_.row_to_pair + block.begin;
+      p.width = in_.w_down.size(2);
+      p.out_width = in_.w_down.size(1);
+      activate_backward(in_.activation, p, block.size());
+    });
+  }
+
+  char* row_weights_from(int64_t row) {
+    return static_cast<char*>(row_weights_.mutable_data_ptr()) + row * row_weights_.element_size();
+  }
+
+  // The rows [first, first + count) of a weight's gradient that `block`, of all rows of an expert,
+  // has.
+  void up_gradient(int64_t worker, const ExpertBlock& block, int64_t first, int64_t count) {
+    weight_gradient(block.expert, grad_pre_buffer_.rows(worker, block),
+                    x_buffer_.rows(worker, block), nullptr, first, count, grad_w_up_, grad_b_up_);
+  }
+  void down_gradient(int64_t worker, const ExpertBlock& block, int64_t first, int64_t count) {
+    weight_gradient(block.expert, grad_out_buffer_.rows(worker, block),
+                    hidden_buffer_.rows(worker, block),
+                    grad_b_down_ ? row_weights_from(block.begin) : nullptr, first, count,
+                    grad_w_down_, grad_b_down_);
+  }
+
+  // The gradients of weights of `height` rows, of the experts that were cut.
+  void finish(const std::vector<bool>& cut, int64_t height, WeightGradient gradient) {
+    const std::vector<WeightTile> tiles = weight_tiles(plan_.offsets, height, cut);
+    Tasks(tiles.size()).run([&](int64_t, int64_t task) {
+      const WeightTile& tile = tiles[task];
+      const ExpertBlock rows{tile.expert, plan_.offsets.begin(tile.expert),
+                             plan_.offsets.end(tile.expert), false};
+      (this->*gradient)(0, rows, tile.first, tile.count);
+    });
+  }
+
+  const Plan& plan_;
+  const BackwardInputs& in_;
+  const Needed needed_;
+  const std::vector<ExpertBlock> blocks_;
+  const Tasks tasks_;
+  RowBuffers::Buffer grad_out_buffer_, grad_hidden_buffer_, grad_pre_buffer_, hidden_buffer_,
+      x_buffer_;
+  Tensor grad_rows_, grad_weights_, grad_w_up_, grad_w_down_;
+  std::optional<Tensor> grad_b_up_, grad_b_down_;
+  Tensor row_weights_;  // of each row, for the gradient of b_down
+};
+
+BlockBackward::Outputs moe_mlp_backward(
     const Tensor& grad_y, const Tensor& x, const Tensor& row_to_pair, const Tensor& pair_to_row,
     const Tensor& expert_offsets, const Tensor& topk_weights, const Tensor& w_up,
     const Tensor& w_down, const std::optional<Tensor>& b_up, const std::optional<Tensor>& b_down,
@@ -267,115 +432,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(
                 expert_offsets, activation);
   check_moe_mlp_grads(kOp, grad_y, pre_activation, x, w_up, w_down, row_to_pair);
   const Plan plan = read_plan(kOp, row_to_pair, pair_to_row, expert_offsets, x);
-  const Tensor tokens = as_contiguous(x), grad_tokens = as_contiguous(grad_y);
-  const Tensor pre = as_contiguous(pre_activation), weights = as_contiguous(topk_weights);
-  const std::optional<Tensor> down_bias = contiguous_or_none(b_down);
-  const int64_t num_rows = plan.num_rows, up_width = w_up.size(1), width = w_down.size(2);
-  const bool need_pre = need_x || need_w_up, need_hidden = need_pre || need_topk_weights;
-
-  // Outputs must not alias each other, so what is not needed is an empty tensor of its own.
-  const auto none = [&] { return torch::stable::new_empty(x, {0}); };
-  const auto like = [&](bool needed, const Tensor& t) {
-    return needed ? torch::stable::new_empty(x, t.sizes()) : none();
-  };
-  Tensor grad_w_up = like(need_w_up, w_up), grad_w_down = like(need_w_down, w_down);
-  std::optional<Tensor> grad_b_up, grad_b_down;
-  if (need_w_up && b_up) grad_b_up = like(true, *b_up);
-  if (need_w_down && b_down) grad_b_down = like(true, *b_down);
-  // Pairs without a live row keep the zero.
-  Tensor grad_weights =
-      need_topk_weights ? torch::stable::new_zeros(weights, weights.sizes()) : none();
-  Tensor row_weights = torch::stable::new_empty(weights, {grad_b_down ? num_rows : 0});
-  const auto row_weights_from = [&](int64_t row) {
-    return static_cast<char*>(row_weights.mutable_data_ptr()) + row * row_weights.element_size();
-  };
-  Tensor grad_rows = torch::stable::new_empty(x, {need_x ? num_rows : 0, x.size(1)});
-
-  const std::vector<ExpertBlock> blocks = expert_blocks(plan.offsets);
-  const Tasks tasks(blocks.size());
-  const RowBuffers buffers(x, blocks, tasks.num_workers(), num_rows);
-  const auto grad_out_buffer = buffers.make(w_down.size(1), need_w_down);
-  const auto grad_hidden_buffer = buffers.make(need_hidden ? width : 0);
-  const auto grad_pre_buffer = buffers.make(need_pre ? up_width : 0, need_w_up);
-  const auto hidden_buffer = buffers.make(need_w_down ? width : 0, need_w_down);
-  const auto x_buffer = buffers.make(need_w_up ? x.size(1) : 0, need_w_up);
-
-  // The rows [first, first + count) of each weight's gradient that `block`, of all rows of an
-  // expert, has.
-  const auto up_gradient = [&](int64_t worker, const ExpertBlock& block, int64_t first,
-                               int64_t count) {
-    weight_gradient(block.expert, grad_pre_buffer.rows(worker, block), x_buffer.rows(worker, block),
-                    nullptr, first, count, grad_w_up, grad_b_up);
-  };
-  const auto down_gradient = [&](int64_t worker, const ExpertBlock& block, int64_t first,
-                                 int64_t count) {
-    weight_gradient(block.expert, grad_out_buffer.rows(worker, block),
-                    hidden_buffer.rows(worker, block),
-                    grad_b_down ? row_weights_from(block.begin) : nullptr, first, count,
-                    grad_w_down, grad_b_down);
-  };
-
-  // Block by block: the rows' gradients, and the weights' while the rows are at hand.
-  tasks.run([&](int64_t worker, int64_t task) {
-    const ExpertBlock& block = blocks[task];
-    const Matrix grad_out = grad_out_buffer.rows(worker, block);
-    const Matrix grad_hidden = grad_hidden_buffer.rows(worker, block);
-    const Matrix grad_pre = grad_pre_buffer.rows(worker, block);
-    gather_live_rows(grad_tokens, plan, block.begin, grad_out);
-    if (need_hidden) multiply(grad_out, expert_matrix(w_down, block.expert), grad_hidden);
-    MOEOPS_DISPATCH_FLOAT(x.scalar_type(), kOp, [&] {
-      using acc_t = accumulate_t<scalar_t>;
-      const auto in = [](const void* data) { return static_cast<const scalar_t*>(data); };
-      const auto out = [](bool needed, const Matrix& m) {
-        return needed ? reinterpret_cast<scalar_t*>(m.data) : nullptr;
-      };
-      BackwardRows<scalar_t> p;
-      p.grad_pre = out(need_pre, grad_pre);
-      p.weighted_hidden = out(need_w_down, hidden_buffer.rows(worker, block));
-      p.grad_weights =
-          need_topk_weights ? static_cast<acc_t*>(grad_weights.mutable_data_ptr()) : nullptr;
-      p.row_weights =
-          grad_b_down ? reinterpret_cast<acc_t*>(row_weights_from(block.begin)) : nullptr;
-      p.pre = in(row_of(pre, block.begin));
-      p.grad_hidden = out(need_hidden, grad_hidden);
-      p.weights = static_cast<const acc_t*>(weights.const_data_ptr());
-      p.grad_out = in(grad_out.data);
-      p.b_down = in(row_of(down_bias, block.expert));
-      p.row_to_pair = plan.row_to_pair + block.begin;
-      p.width = width;
-      p.out_width = w_down.size(1);
-      activate_backward(activation, p, block.size());
-    });
-    if (need_x) {
-      multiply(grad_pre, expert_matrix(w_up, block.expert),
-               row_matrix(grad_rows, block.begin, block.size()));
-    }
-    if (need_w_up) gather_live_rows(tokens, plan, block.begin, x_buffer.rows(worker, block));
-    if (need_w_up && block.whole) up_gradient(worker, block, 0, up_width);
-    if (need_w_down && block.whole) down_gradient(worker, block, 0, w_down.size(1));
-  });
-
-  // The weights of the experts that were cut into several blocks.
-  std::vector<bool> cut(static_cast<size_t>(plan.offsets.num_experts), false);
-  for (const ExpertBlock& block : blocks) cut[block.expert] = !block.whole;
-  const auto finish = [&](int64_t height, const auto& gradient) {
-    const std::vector<WeightTile> tiles = weight_tiles(plan.offsets, height, cut);
-    Tasks(tiles.size()).run([&](int64_t, int64_t task) {
-      const WeightTile& tile = tiles[task];
-      const ExpertBlock rows{tile.expert, plan.offsets.begin(tile.expert),
-                             plan.offsets.end(tile.expert), false};
-      gradient(0, rows, tile.first, tile.count);
-    });
-  };
-  if (need_w_up) finish(up_width, up_gradient);
-  if (need_w_down) finish(w_down.size(1), down_gradient);
-
-  return {need_x ? sum_rows(grad_rows, std::nullopt, plan) : none(),
-          grad_weights,
-          grad_w_up,
-          grad_w_down,
-          grad_b_up ? *grad_b_up : none(),
-          grad_b_down ? *grad_b_down : none()};
+  const BackwardInputs in{as_contiguous(grad_y),
+                          as_contiguous(x),
+                          as_contiguous(topk_weights),
+                          w_up,
+                          w_down,
+                          b_up,
+                          contiguous_or_none(b_down),
+                          as_contiguous(pre_activation),
+                          activation};
+  return BlockBackward(plan, in, {need_x, need_topk_weights, need_w_up, need_w_down}).run();
 }
 
 }  // namespace

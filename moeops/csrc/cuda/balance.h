@@ -85,6 +85,94 @@ Outputs add_up_route(const Tensor& logits, int64_t top_k, cudaStream_t stream,
   return {weights, sums, loss, ids, counts};
 }
 
+// What the kernels of prototype_route and relu_route take, and how they are launched.
+template <typename T>
+struct RouteForward {
+  using Acc = T;
+  const Acc* logits;
+  int64_t num_tokens;
+  int num_experts;
+  Acc* weights;
+  int64_t* ids;
+  Acc* partial_sums;
+  int32_t* partial_counts;
+  int32_t* bad_values;
+  int blocks, threads;
+  size_t shared_bytes;
+  cudaStream_t stream;
+};
+
+// A route without options, of checked arguments: launch(kSlots, RouteForward) starts its kernel.
+template <typename Launch>
+Outputs run_route(const char* op, const Tensor& logits, int64_t top_k, const Launch& launch) {
+  check_register_experts(op, logits.size(1));
+  DeviceGuard guard(logits.get_device_index());
+  const cudaStream_t stream = current_stream(logits);
+  DebugCounter bad_values(logits, stream);
+  const Tensor z = as_accumulate(logits);
+  const int num_experts = static_cast<int>(z.size(1));
+  Outputs outputs;
+  MOEOPS_DISPATCH_ACCUMULATE(z.scalar_type(), [&] {
+    using Acc = scalar_t;
+    outputs = add_up_route<Acc>(
+        z, top_k, stream,
+        [&](auto slots, int blocks, int threads, Acc* weights, int64_t* ids, Acc* partial_sums,
+            int32_t* partial_counts) {
+          launch(slots, RouteForward<Acc>{static_cast<const Acc*>(z.data_ptr()), z.size(0),
+                                          num_experts, weights, ids, partial_sums, partial_counts,
+                                          bad_values.device_pointer(), blocks, threads,
+                                          balance_shared_bytes<Acc>(num_experts, 0, 0, 0), stream});
+        });
+  });
+  refuse_bad_logits(op, bad_values);
+  return outputs;
+}
+
+// The same for their backwards; gradients that are missing are null pointers.
+template <typename T>
+struct RouteBackward {
+  using Acc = T;
+  const Acc* grad_weights;
+  const Acc* grad_sums;
+  const Acc* grad_loss;
+  const Acc* logits;
+  const int32_t* counts;
+  int64_t num_tokens;
+  int num_experts;
+  Acc* grad_logits;
+  unsigned blocks;
+  cudaStream_t stream;
+};
+
+// The logits' gradient, of checked arguments: launch(kSlots, RouteBackward) starts the kernel.
+template <typename Launch>
+Tensor run_route_backward(const char* op, const std::optional<Tensor>& grad_topk_weights,
+                          const std::optional<Tensor>& grad_sums,
+                          const std::optional<Tensor>& grad_loss, const Tensor& logits,
+                          const Tensor& tokens_per_expert, const Launch& launch) {
+  check_register_experts(op, logits.size(1));
+  DeviceGuard guard(logits.get_device_index());
+  Tensor grad_logits = empty_on(logits, logits.sizes(), accumulate_type(logits.scalar_type()));
+  if (logits.size(0) == 0) return in_type_of(logits, grad_logits);
+  const std::optional<Tensor> grad_weights = contiguous_or_none(grad_topk_weights),
+                              grad_shares = contiguous_or_none(grad_sums);
+  const Tensor z = as_accumulate(logits), counts = as_contiguous(tokens_per_expert);
+  MOEOPS_DISPATCH_ACCUMULATE(z.scalar_type(), [&] {
+    using Acc = scalar_t;
+    MOEOPS_DISPATCH_SLOTS(z.size(1), [&] {
+      launch(
+          std::integral_constant<int, kSlots>{},
+          RouteBackward<Acc>{pointer_or_null<Acc>(grad_weights), pointer_or_null<Acc>(grad_shares),
+                             pointer_or_null<Acc>(grad_loss), static_cast<const Acc*>(z.data_ptr()),
+                             static_cast<const int32_t*>(counts.data_ptr()), z.size(0),
+                             static_cast<int>(z.size(1)), static_cast<Acc*>(grad_logits.data_ptr()),
+                             backward_blocks(z), current_stream(logits)});
+      STD_CUDA_KERNEL_LAUNCH_CHECK();
+    });
+  });
+  return in_type_of(logits, grad_logits);
+}
+
 // A launch of topk_route_balance_kernel; the pointers may be null where the kernel's may.
 template <typename Acc>
 struct BalanceForward {
