@@ -1,0 +1,21 @@
+"""moeops as the experts of Hugging Face transformers' models. Importing this registers ``"moeops"``.
+
+.. code-block:: python
+
+    import moeops.integrations.transformers
+
+    model = AutoModelForCausalLM.from_pretrained(name, experts_implementation="moeops")
+
+``model.set_experts_implementation("moeops")`` does the same to a loaded model. docs/transformers.md says what is fused.
+"""
+
+from moeops.integrations.transformers._version import require_transformers
+
+require_transformers()
+
+from moeops.integrations.transformers.experts import NAME, register  # noqa: E402
+from moeops.integrations.transformers.explain import ExpertsReport, explain  # noqa: E402
+
+register()
+
+__all__ = ["NAME", "ExpertsReport", "explain", "register"]
