@@ -37,6 +37,7 @@ from moeops.ops import (  # noqa: E402
 from moeops.replay import RoutingReplay  # noqa: E402
 from moeops.types import (  # noqa: E402
     BalancedRoute,
+    LoraFactors,
     NoisyRoute,
     Route,
     Routing,
@@ -53,6 +54,7 @@ __all__ = [
     "FMoETransformerMLP",
     "LayerLoad",
     "LoadMonitor",
+    "LoraFactors",
     "NoisyRoute",
     "Route",
     "Routing",

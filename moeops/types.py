@@ -6,7 +6,15 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["BalancedRoute", "NoisyRoute", "Route", "Routing", "SlotRouting", "TokenPlan"]
+__all__ = [
+    "BalancedRoute",
+    "LoraFactors",
+    "NoisyRoute",
+    "Route",
+    "Routing",
+    "SlotRouting",
+    "TokenPlan",
+]
 
 
 class TokenPlan(NamedTuple):
@@ -25,6 +33,25 @@ class TokenPlan(NamedTuple):
     row_to_pair: Tensor
     pair_to_row: Tensor
     expert_offsets: Tensor
+
+
+class LoraFactors(NamedTuple):
+    """A low-rank addition to each expert's matrix: ``weight[e] + scaling * b[e] @ a[e]``, which is never built.
+
+    A plain tuple ``(a, b, scaling)`` does as well.
+
+    Attributes:
+        a: ``[E, r, D]``, any float type and strides; ``D`` inputs of the weight.
+        b: ``[E, H, r]``, any float type and strides; ``H`` outputs of the weight.
+        scaling: factor of the product.
+        dropout: probability with which an element of a row is left out, 0 for none; what is kept is scaled up. The
+            weight itself sees the whole row. Pass 0 outside training.
+    """
+
+    a: Tensor
+    b: Tensor
+    scaling: float = 1.0
+    dropout: float = 0.0
 
 
 class Route(NamedTuple):

@@ -8,6 +8,8 @@ from torch import Tensor
 from moeops import _checks
 from moeops._checks import fake_check
 from moeops.ops._autocast import cast_for_autocast
+from moeops.ops._lora import add_lora, check_lora
+from moeops.types import LoraFactors
 
 
 @torch.library.register_fake("moeops::grouped_linear")
@@ -54,7 +56,12 @@ torch.library.register_autograd(
 
 
 def grouped_linear(
-    rows: Tensor, weight: Tensor, expert_offsets: Tensor, *, bias: Tensor | None = None
+    rows: Tensor,
+    weight: Tensor,
+    expert_offsets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    lora: LoraFactors | tuple[Tensor, Tensor, float] | None = None,
 ) -> Tensor:
     """Multiply each expert's rows by that expert's matrix.
 
@@ -67,13 +74,17 @@ def grouped_linear(
             read it).
         expert_offsets: ``[E + 1]`` int32, rising, at most ``R``.
         bias: ``[E, H]``, dtype of ``rows``.
+        lora: a low-rank addition to the weight, ``(a [E, r, D], b [E, H, r], scaling)`` or a ``LoraFactors``, cast to
+            the dtype of ``rows``. No tensor of the weight's size is built, in the backward neither; a weight that needs
+            no gradient costs nothing there.
 
     Returns:
         ``[R, H]``, dtype of ``rows``; products are summed in float32 (float64 for float64).
 
     Raises:
         ValueError: a shape or device does not fit.  TypeError: a dtype is wrong.
-    Gradients: ``rows``, ``weight``, ``bias``.  Host sync: none.  Deterministic: yes.  Cost: 2 R D H operations.
+    Gradients: ``rows``, ``weight``, ``bias``, factors.  Host sync: none.  Deterministic: yes, but for dropout.
+    Cost: 2 R D H operations; the factors' 2 R r (D + H), and R r elements kept.
     Under ``torch.autocast`` the float arguments are cast to the autocast type.
 
     Example:
@@ -84,7 +95,10 @@ def grouped_linear(
     rows, weight, bias = cast_for_autocast(rows, weight, bias)  # type: ignore[assignment]
     if not torch.compiler.is_compiling():
         check_grouped_linear("grouped_linear", rows, weight, expert_offsets, bias)
-    return torch.ops.moeops.grouped_linear(rows, weight, expert_offsets, bias)
+        if lora is not None:
+            check_lora("grouped_linear", "lora", lora, "weight", weight)
+    out = torch.ops.moeops.grouped_linear(rows, weight, expert_offsets, bias)
+    return out if lora is None else add_lora(out, rows, LoraFactors(*lora), expert_offsets)
 
 
 def check_grouped_linear(op, rows, weight, expert_offsets, bias):

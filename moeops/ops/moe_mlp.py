@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moeops import _checks
 from moeops._checks import fake_check
 from moeops.ops._autocast import cast_for_autocast
-from moeops.ops.permute import check_topk_weights
-from moeops.types import TokenPlan
+from moeops.ops._lora import check_lora
+from moeops.ops.grouped_linear import grouped_linear
+from moeops.ops.permute import check_topk_weights, permute_tokens, unpermute_tokens
+from moeops.types import LoraFactors, TokenPlan
 
 ACTIVATIONS = ("swiglu", "gelu", "relu", "silu", "relu_squared")
 
@@ -125,6 +128,8 @@ def moe_mlp(
     b_up: Tensor | None = None,
     b_down: Tensor | None = None,
     activation: str = "swiglu",
+    lora_up: LoraFactors | tuple[Tensor, Tensor, float] | None = None,
+    lora_down: LoraFactors | tuple[Tensor, Tensor, float] | None = None,
 ) -> Tensor:
     """Run every token through its chosen experts and sum the results, weighted, in one op.
 
@@ -141,15 +146,18 @@ def moe_mlp(
         b_up: ``[E, 2H or H]``, dtype of ``x``.
         b_down: ``[E, D_out]``, dtype of ``x``.
         activation: one of ``ACTIVATIONS``: swiglu, gelu (exact), relu, silu, relu_squared.
+        lora_up: a low-rank addition to ``w_up``, ``(a [E, r, D], b [E, 2H or H, r], scaling)`` or a ``LoraFactors``.
+        lora_down: the same for ``w_down``. With either the block is composed of ``permute_tokens``,
+            ``grouped_linear`` and ``unpermute_tokens``, and keeps what these keep.
 
     Returns:
         ``[T, D_out]``, dtype of ``x``.
 
     Raises:
         ValueError: a shape, device or ``activation`` does not fit.  TypeError: a dtype is wrong.
-    Gradients: ``x``, ``topk_weights``, ``w_up``, ``w_down``, ``b_up``, ``b_down``.  Host sync: none.
-    Deterministic: yes.  Memory: keeps ``x`` and the pre-activation ``[R, 2H or H]`` for the backward, nothing else;
-    where autograd does not record, not even those.
+    Gradients: ``x``, ``topk_weights``, ``w_up``, ``w_down``, ``b_up``, ``b_down``, factors.  Host sync: none.
+    Deterministic: yes, but for dropout.  Memory: keeps ``x`` and the pre-activation ``[R, 2H or H]`` for the backward,
+    nothing else; where autograd does not record, not even those.
     Under ``torch.autocast`` the float arguments but ``topk_weights`` are cast to the autocast type.
     Source: recomputation scheme of SonicMoE, arXiv:2512.14080.
 
@@ -164,12 +172,34 @@ def moe_mlp(
     )
     if not torch.compiler.is_compiling():
         _check_moe_mlp(x, plan, topk_weights, w_up, w_down, b_up, b_down, activation)
+        for name, lora, weight_name, weight in (
+            ("lora_up", lora_up, "w_up", w_up),
+            ("lora_down", lora_down, "w_down", w_down),
+        ):
+            if lora is not None:
+                check_lora("moe_mlp", name, lora, weight_name, weight)
+    if lora_up is not None or lora_down is not None:
+        offsets = plan.expert_offsets
+        rows = permute_tokens(x, plan)
+        hidden = _activate(grouped_linear(rows, w_up, offsets, bias=b_up, lora=lora_up), activation)
+        rows = grouped_linear(hidden, w_down, offsets, bias=b_down, lora=lora_down)
+        return unpermute_tokens(rows, plan, topk_weights)
     topk_weights = topk_weights.to(_checks.accumulate_dtype(x.dtype))
     block = (topk_weights, w_up, w_down, b_up, b_down)
     y, _ = torch.ops.moeops.moe_mlp(
         x, *plan, *block, activation=activation, keep_pre=_gradient_is_wanted((x, *block))
     )
     return y
+
+
+def _activate(pre_activation: Tensor, activation: str) -> Tensor:
+    """``[R, 2H] -> [R, H]`` for swiglu, elementwise for the others."""
+    if activation == "swiglu":
+        gate, up = pre_activation.chunk(2, dim=-1)
+        return F.silu(gate) * up
+    if activation == "relu_squared":
+        return F.relu(pre_activation).square()
+    return getattr(F, activation)(pre_activation)
 
 
 def _gradient_is_wanted(tensors) -> bool:
