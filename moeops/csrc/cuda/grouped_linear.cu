@@ -91,14 +91,14 @@ RowPlan plan_rows(const Tensor& offsets, int64_t num_rows, const Tensor& like,
   RowPlan plan;
   plan.offsets = empty_on(offsets, {num_experts + 1}, ScalarType::Int);
   if (hopper::refusal(like) == nullptr) {
-    plan.tiles = empty_on(offsets, {num_rows / kTileRows + num_experts, 4}, ScalarType::Int);
-    plan.num_tiles = empty_on(offsets, {1}, ScalarType::Int);
+    plan.tiles = empty_on(offsets, {num_rows / kTileRows + num_experts + 1, 4}, ScalarType::Int);
   }
+  const bool tiled = plan.tiles.defined();
   plan_rows_kernel<<<1, kPlanThreads, 0, stream>>>(
       offsets_data(offsets), static_cast<int>(num_experts), num_rows,
       static_cast<int32_t*>(plan.offsets.data_ptr()),
-      plan.tiles.defined() ? static_cast<int4*>(plan.tiles.data_ptr()) : nullptr,
-      plan.tiles.defined() ? static_cast<int32_t*>(plan.num_tiles.data_ptr()) : nullptr);
+      tiled ? const_cast<int4*>(plan.tile_table()) : nullptr,
+      tiled ? const_cast<int32_t*>(plan.num_tiles()) : nullptr);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   return plan;
 }

@@ -9,10 +9,15 @@
 namespace moeops::cuda {
 
 // Which rows are whose, on the device. offsets [E + 1] int32 are safe to index with, whatever the
-// caller passed. tiles [at most R / 128 + E, 4] and num_tiles [1] cut the rows for the Hopper
-// kernels (kernels/plan_rows.cuh), and are undefined where those do not run.
+// caller passed. tiles [at most R / 128 + E, 4], followed by a row that begins with their number,
+// cut the rows for the Hopper kernels (kernels/plan_rows.cuh); undefined where those do not run.
 struct RowPlan {
-  Tensor offsets, tiles, num_tiles;
+  Tensor offsets, tiles;
+
+  const int4* tile_table() const { return static_cast<const int4*>(tiles.data_ptr()); }
+  const int32_t* num_tiles() const {
+    return static_cast<const int32_t*>(tiles.data_ptr()) + 4 * (tiles.size(0) - 1);
+  }
 };
 RowPlan plan_rows(const Tensor& offsets, int64_t num_rows, const Tensor& like, cudaStream_t stream);
 

@@ -4,6 +4,9 @@
 
 #include <cuda_runtime.h>
 
+#include <array>
+#include <mutex>
+
 #include "common.h"
 #include "hopper/layouts.cuh"
 #include "hopper/ptx.cuh"
@@ -160,26 +163,26 @@ struct PersistentCta {
   }
 };
 
-// Grid of one CTA per multiprocessor, in clusters of `cluster`. Programmatic dependent launch lost
-// 5 % here: CTAs then land on multiprocessors in the order in which the kernel before frees them,
-// and those that read the same lines are no longer in step.
-template <typename... Args>
-void launch_persistent(void (*kernel)(Args...), int cluster, int num_sms, int threads, int bytes,
-                       cudaStream_t stream, const Args&... args) {
-  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+// Grid of one CTA per multiprocessor, in clusters. Programmatic dependent launch lost 5 % here:
+// CTAs then land on multiprocessors in the order in which the kernel before frees them, and those
+// that read the same lines are no longer in step.
+template <auto kKernel, int kCluster, int kSharedBytes, typename... Args>
+void launch_persistent(int device, int threads, cudaStream_t stream, const Args&... args) {
+  const int num_sms = device_limits(device).num_sms;
+  static std::array<std::once_flag, kMaxDevices> allowed;
+  std::call_once(allowed[device], [] { allow_shared_bytes(kKernel, kSharedBytes); });
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = cluster;
+  attribute.val.clusterDim.x = kCluster;
   attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(num_sms / cluster * cluster));
+  config.gridDim = dim3(static_cast<unsigned>(num_sms / kCluster * kCluster));
   config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = bytes;
+  config.dynamicSmemBytes = kSharedBytes;
   config.stream = stream;
   config.attrs = &attribute;
-  config.numAttrs = cluster > 1 ? 1 : 0;
-  STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args...));
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  config.numAttrs = kCluster > 1 ? 1 : 0;
+  STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kKernel, args...));
 }
 
 }  // namespace moeops::hopper

@@ -142,8 +142,8 @@ void launch_rows(const RowsLaunch& problem, const RowsChoice& choice) {
   }
   const RowsArgs args{problem.a,
                       row_source(problem.gather),
-                      static_cast<const int4*>(problem.plan.tiles.data_ptr()),
-                      static_cast<const int*>(problem.plan.num_tiles.data_ptr()),
+                      problem.plan.tile_table(),
+                      problem.plan.num_tiles(),
                       epilogue,
                       choice.large_groups ? 1 : 0,
                       static_cast<int>(k),
@@ -151,10 +151,9 @@ void launch_rows(const RowsLaunch& problem, const RowsChoice& choice) {
                       static_cast<int>(ceil_div(problem.n, Out::kColumns)),
                       static_cast<int>(ceil_div(k, kDepth)),
                       choice.whole_tiles};
-  moeops::hopper::launch_persistent(&moeops::hopper::rows_gemm_kernel<Config>,
-                                    Config::Tile::kCluster, device_limits(problem.device).num_sms,
-                                    3 * moeops::hopper::kWarpgroup, Config::Plan::kBytes,
-                                    problem.stream, args, maps);
+  moeops::hopper::launch_persistent<&moeops::hopper::rows_gemm_kernel<Config>,
+                                    Config::Tile::kCluster, Config::Plan::kBytes>(
+      problem.device, 3 * moeops::hopper::kWarpgroup, problem.stream, args, maps);
 }
 
 // Launches the one of Tiles that was chosen.

@@ -70,9 +70,9 @@ void launch_weight_grad_tile(const WeightGradLaunch& problem, int group) {
       static_cast<int>(ceil_div(problem.m, Tile::kRows)),
       static_cast<int>(ceil_div(problem.n, Tile::kColumns)),
       group};
-  moeops::hopper::launch_persistent(&moeops::hopper::weight_grad_kernel<Config>, Tile::kCluster,
-                                    device_limits(problem.device).num_sms, Config::kThreads,
-                                    Config::Plan::kBytes, problem.stream, args, maps);
+  moeops::hopper::launch_persistent<&moeops::hopper::weight_grad_kernel<Config>, Tile::kCluster,
+                                    Config::Plan::kBytes>(problem.device, Config::kThreads,
+                                                          problem.stream, args, maps);
 }
 
 template <typename T, Gathered kGathered>
