@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moeops.gates.base import records
 from moeops.gates.functional import expert_loads
+from moeops.gates.recording import add_up
 from moeops.layers.moe import FMoE
 from moeops.layers.walk import LayerHook, add_hook, find_layers, remove_hook
 from moeops.types import Routing, SlotRouting
@@ -292,14 +292,14 @@ class _Counter(LayerHook):
         torch._dynamo.mark_static_address(self.totals)
 
     def __call__(self, layer: FMoE, x: Tensor, routing: Routing | SlotRouting) -> None:
-        if not records() or self.training not in (None, layer.training):
+        if self.training not in (None, layer.training):
             return
         if self.totals.device != routing[0].device:
             raise RuntimeError(
                 f"LoadMonitor: the layer must stay on {self.totals.device}, where it was when the monitor was made, "
                 f"got tokens on {routing[0].device}. Make the monitor after model.to(device)."
             )
-        self.totals.add_(_count(routing, self.num_experts))
+        add_up(self.totals, _count(routing, self.num_experts))
 
 
 @torch.no_grad()

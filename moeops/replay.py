@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moeops import _checks
-from moeops.gates.base import exporting, records
+from moeops.gates.recording import Newest, exporting
 from moeops.layers.moe import FMoE
 from moeops.layers.walk import LayerHook, add_hook, find_layers, remove_hook
 from moeops.types import Routing, SlotRouting
@@ -89,9 +89,10 @@ class RoutingReplay:
         """Hand over what was recorded since the last call, by layer; layers that did not run are left out."""
         taken = {}
         for name, (_, tape) in self._watched.items():
-            if tape.recorded is not None:
-                taken[name] = tape.recorded
-            tape.recorded = None
+            recorded = tape.recorded.get()
+            if recorded is not None:
+                taken[name] = recorded
+            tape.recorded.clear()
         return taken
 
     def replay(self, decisions: Mapping[str, Decision], weights: str = "recorded") -> None:
@@ -126,14 +127,15 @@ class RoutingReplay:
         for name, (_, tape) in self._watched.items():
             tape.mode = "replay"
             tape.from_gate = weights == "gate"
-            tape.recorded = None
+            tape.recorded.clear()
             # Constants: a decision that carries gradients would tie two steps together.
             tape.given = (decisions[name][0].detach(), decisions[name][1].detach())
 
     def stop(self) -> None:
         """Neither record nor replay."""
         for _, tape in self._watched.values():
-            tape.mode, tape.given, tape.recorded = "off", None, None
+            tape.mode, tape.given = "off", None
+            tape.recorded.clear()
 
     def remove(self) -> None:
         """Stop, and leave the model as it was."""
@@ -148,15 +150,14 @@ class _Tape(LayerHook):
     def __init__(self) -> None:
         self.mode = "off"
         self.from_gate = False
-        self.recorded: Decision | None = None
+        self.recorded: Newest[Decision] = Newest()
         self.given: Decision | None = None
 
     def __call__(
         self, layer: FMoE, x: Tensor, routing: Routing | SlotRouting
     ) -> Routing | SlotRouting | None:
         if self.mode == "record":
-            if records():
-                self.recorded = (routing[0].detach(), routing[1].detach())
+            self.recorded.set((routing[0].detach(), routing[1].detach()))
             return None
         if self.given is None:
             return None

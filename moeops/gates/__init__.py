@@ -22,6 +22,7 @@ from moeops.gates.ktop1 import KTop1Gate
 from moeops.gates.llama4 import Llama4Gate
 from moeops.gates.naive import NaiveGate
 from moeops.gates.noisy import NoisyGate
+from moeops.gates.recording import add_up
 from moeops.gates.remoe import ReMoEGate, update_coefficients
 from moeops.gates.sam import SAMGate
 from moeops.gates.sigmoid import SigmoidGate
@@ -66,6 +67,7 @@ __all__ = [
     "TutelGate",
     "XMoEGate",
     "ZeroGate",
+    "add_up",
     "apply_capacity",
     "auxiliary_loss",
     "balance_loss",

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from moeops import _checks
-from moeops.gates.base import records
 from moeops.gates.functional import expert_capacity
 from moeops.gates.naive import NaiveGate
+from moeops.gates.recording import add_up
 from moeops.ops.sorting import limit_capacity
 from moeops.types import Routing
 
@@ -69,7 +69,13 @@ class VariableGate(NaiveGate):
                 "It is the average number of experts per token that there is room for."
             )
         self.row_budget = None if row_budget is None else float(row_budget)
-        self.register_buffer("dropped", torch.zeros((), dtype=torch.int64), persistent=False)
+        self.register_buffer("dropped", torch.empty((), dtype=torch.int64), persistent=False)
+        VariableGate.reset_parameters(self)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set the count of dropped slots to 0; the router resets itself."""
+        self.dropped.zero_()
 
     def _fit(
         self, topk_ids: Tensor, topk_weights: Tensor, priority: Callable[[], Tensor]
@@ -86,8 +92,7 @@ class VariableGate(NaiveGate):
             # One queue for all slots that hold something, whatever the expert.
             queue = torch.where(filled, 0, -1)
             queue = limit_capacity(queue, 1, num_rows, priority=priority().detach())
-            if records():
-                self.dropped.add_(filled.sum() - (queue >= 0).sum())
+            add_up(self.dropped, filled.sum() - (queue >= 0).sum())
             topk_ids = torch.where(queue < 0, -1, topk_ids)
             topk_weights = topk_weights.masked_fill(topk_ids < 0, 0)
         return Routing(topk_ids, topk_weights, num_rows)

@@ -12,29 +12,13 @@ from torch import Tensor, nn
 
 from moeops import _checks
 from moeops.comm.groups import RankGroup, rank_group
+from moeops.gates.recording import Newest, exporting
 from moeops.losses import GATE_LOSSES
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 GateLoss = Callable[[Tensor, Tensor], Tensor]
-
-
-def _in_backward() -> bool:
-    """Autograd is running: this forward is a recomputation made by activation checkpointing."""
-    return torch._C._current_graph_task_id() != -1
-
-
-def exporting() -> bool:
-    """torch.export is tracing. Its flag is read directly: torch 2.11's Dynamo takes isexporting() for always true."""
-    return torch.compiler._is_exporting_flag
-
-
-def records() -> bool:
-    """This forward may leave something behind: it is not exported, nor a recomputation by checkpointing."""
-    if exporting():
-        return False
-    return torch.compiler.is_compiling() or not _in_backward()
 
 
 class BaseGate(nn.Module):
@@ -78,7 +62,6 @@ class BaseGate(nn.Module):
         torch.Size([5, 2])
     """
 
-    loss: Tensor | None
     extra_losses: tuple[tuple[GateLoss, float], ...] = ()
     # False in gates that hand no logits to set_loss: losses of logits are refused there.
     has_logits = True
@@ -96,7 +79,7 @@ class BaseGate(nn.Module):
         self.num_expert = num_expert
         self.world_size = world_size
         self.tot_expert = num_expert * world_size
-        self.loss = None
+        self._newest_loss: Newest[Tensor] = Newest()
 
     def forward(self, x: Tensor) -> Any:
         """Choose experts: ``x [T, D]`` to ``(topk_ids [T, K], topk_weights [T, K])``."""
@@ -145,10 +128,6 @@ class BaseGate(nn.Module):
             )
         return None
 
-    def _records(self) -> bool:
-        """See ``records``."""
-        return records()
-
     def set_loss(
         self, loss: Tensor | None, logits: Tensor | None = None, topk_ids: Tensor | None = None
     ) -> None:
@@ -169,8 +148,8 @@ class BaseGate(nn.Module):
             for function, weight in self.extra_losses:
                 extra = weight * function(logits, topk_ids)
                 loss = extra if loss is None else loss + extra
-        if loss is not None and self._records():
-            self.loss = loss
+        if loss is not None:
+            self._newest_loss.set(loss)
 
     def add_loss(self, loss: str | GateLoss, weight: float = 1.0) -> BaseGate:
         """Add a loss of the logits to the gate's own loss, in every forward from here on.
@@ -227,10 +206,15 @@ class BaseGate(nn.Module):
         Args:
             clear: forget it, so that it is counted once and its graph can be freed.
         """
-        loss = self.loss
+        loss = self._newest_loss.get()
         if clear:
-            self.loss = None
+            self._newest_loss.clear()
         return loss
+
+    @property
+    def loss(self) -> Tensor | None:
+        """The auxiliary loss that was not fetched yet; reading it does not fetch it."""
+        return self._newest_loss.get()
 
     @property
     def has_loss(self) -> bool:
@@ -262,9 +246,14 @@ class BaseGate(nn.Module):
                 setattr(self, name, (new if old.is_meta else old).to(new.device, torch.float32))
         return out
 
+    def _replicate_for_data_parallel(self) -> BaseGate:
+        replica = super()._replicate_for_data_parallel()
+        replica._newest_loss = Newest()
+        return replica
+
     def __getstate__(self) -> dict[str, Any]:
         # A loss is part of one forward's graph: deepcopy refuses it and pickle has no use for it.
-        return {**self.__dict__, "loss": None}
+        return {**self.__dict__, "_newest_loss": Newest()}
 
 
 def with_losses(gate: Callable[..., BaseGate], **weights: float) -> Callable[..., BaseGate]:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from moeops import _checks
 from moeops.comm.collectives import all_reduce_sum
-from moeops.gates.base import exporting
 from moeops.gates.functional import check_scale, router_logits
 from moeops.gates.naive import NaiveGate
+from moeops.gates.recording import add_up, exporting
 from moeops.gates.topk import expert_probs
 from moeops.losses import sequence_loss
 from moeops.ops.routing import chosen_weights, topk_route
@@ -105,8 +105,15 @@ class DeepSeekV3Gate(NaiveGate):
         _check_speed(name, "bias_speed", bias_speed)
         self.sequence_length = sequence_length
         self.bias_speed = float(bias_speed)
-        self.register_buffer("selection_bias", torch.zeros(self.tot_expert, dtype=torch.float32))
-        self.register_buffer("loads", torch.zeros(self.tot_expert, dtype=torch.int64))
+        self.register_buffer("selection_bias", torch.empty(self.tot_expert, dtype=torch.float32))
+        self.register_buffer("loads", torch.empty(self.tot_expert, dtype=torch.int64))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set bias and loads to 0; the router resets itself."""
+        self.selection_bias.zero_()
+        self.loads.zero_()
 
     def _check_groups(self, name: str, num_groups: int, top_groups: int) -> None:
         _checks.check_int(name, "num_groups", num_groups, 1, "Use 1 for no groups.")
@@ -140,8 +147,8 @@ class DeepSeekV3Gate(NaiveGate):
             num_groups=self.num_groups,
             top_groups=self.top_groups,
         )
-        if self.training and self._records():
-            self.loads.add_(count_tokens(topk_ids, self.tot_expert))
+        if self.training:
+            add_up(self.loads, count_tokens(topk_ids, self.tot_expert))
         # Not skipped in recomputations, which must save the same tensors as the forward.
         if not exporting():
             self.set_loss(self._sequence_loss(logits), logits, topk_ids)

@@ -99,7 +99,12 @@ class DenseToSparseGate(NaiveGate):
         self.threshold = float(threshold)
         self.eval_top_k = eval_top_k
         self.balance = bool(balance)
-        self.register_buffer("temperature", torch.full((), float(temperature), dtype=torch.float32))
+        self.register_buffer("temperature", torch.empty((), dtype=torch.float32))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Go back to the temperature of the start; the router resets itself."""
+        self.set_temperature(self.start_temperature)
 
     def forward(  # type: ignore[override]
         self, inp: Tensor

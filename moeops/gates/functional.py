@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from moeops import _checks
 from moeops.comm.collectives import all_gather_counts
 from moeops.comm.groups import rank_group
-from moeops.gates.base import exporting
+from moeops.gates.recording import exporting
 from moeops.losses import balance_of_route
 from moeops.ops.balance import topk_route_balance
 from moeops.ops.routing import topk_route

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from moeops import _checks
 from moeops.comm.collectives import all_reduce_sum
 from moeops.gates._variable_k import VariableGate
-from moeops.gates.base import exporting
 from moeops.gates.functional import router_logits
+from moeops.gates.recording import add_up, exporting
 from moeops.losses import TINY
 from moeops.ops.balance import relu_route
 from moeops.types import Routing
@@ -115,9 +115,19 @@ class ReMoEGate(VariableGate):
             )
         self.balance = bool(balance)
         self.max_k = max_k
-        self.register_buffer("coefficient", torch.tensor(float(coefficient), dtype=torch.float32))
-        self.register_buffer("active", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("tokens", torch.zeros((), dtype=torch.int64))
+        self.start_coefficient = float(coefficient)
+        self.register_buffer("coefficient", torch.empty((), dtype=torch.float32))
+        self.register_buffer("active", torch.empty((), dtype=torch.int64))
+        self.register_buffer("tokens", torch.empty((), dtype=torch.int64))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set the coefficient to its first value and the counts to 0; the router resets itself."""
+        super().reset_parameters()
+        self.coefficient.fill_(self.start_coefficient)
+        self.active.zero_()
+        self.tokens.zero_()
 
     def forward(  # type: ignore[override]
         self, inp: Tensor
@@ -126,9 +136,9 @@ class ReMoEGate(VariableGate):
         logits = router_logits(inp, self.gate)  # [T, E]
         weights, norms, balance, topk_ids, counts = relu_route(logits)  # [T, E], [E], [], ...
         active = counts.sum()
-        if self.training and self._records():
-            self.active.add_(active)
-            self.tokens.add_(torch.ones_like(topk_ids[:, 0]).sum())
+        if self.training:
+            add_up(self.active, active)
+            add_up(self.tokens, torch.ones_like(topk_ids[:, 0]).sum())
         if not exporting():
             loss = self._loss(norms, balance, active, inp.shape[0])
             self.set_loss(loss, logits, topk_ids)

@@ -172,6 +172,7 @@ class FMoE(nn.Module):
         # A plain attribute: a compiler sees it change, which it does not with torch's hooks on the gate.
         self.routing_hooks: tuple[RoutingHook, ...] = ()
         self.register_buffer("mask", mask, persistent=False)
+        self._first_mask = None if mask is None else mask.detach().cpu()
         table = None if table is None else table.to(device)
         self.register_buffer("dispatch_table", table, persistent=False)
         self.expert_dp_comm: str | None = None
@@ -225,10 +226,16 @@ class FMoE(nn.Module):
         return self.num_expert * (self.world_size // self.expert_tensor_parallel_size)
 
     def reset_parameters(self) -> None:
-        """Draw new parameters in the gate and in every expert that can."""
-        for module in self.modules():
+        """Draw new parameters and start buffers anew, in the gate and in every expert that can, and in the layer.
+
+        After ``to_empty`` of a layer that was built on the meta device nothing is left undefined.
+        """
+        # Inner modules first: a gate may start its router in its own way.
+        for module in reversed(list(self.modules())):
             if module is not self and callable(getattr(module, "reset_parameters", None)):
                 module.reset_parameters()  # type: ignore[operator]
+        if self.mask is not None and self._first_mask is not None:
+            self.mask = self._first_mask.to(self.mask.device)
 
     def mark_parallel_comm(self, expert_dp_comm: str = "none") -> None:
         """Tag parameters with the group that reduces their gradients, as attribute ``dp_comm``.

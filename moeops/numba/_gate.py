@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from moeops import _checks
@@ -58,6 +60,21 @@ class RuleGate(BaseGate):
         if self.recipe.setup is not None:
             self.recipe.setup(self)
 
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Give what ``setup`` adds its first values again; the router resets itself."""
+        if self.recipe.setup is None:
+            return
+        # The same sizes and options, none of the tensors: setup fills it on the CPU.
+        fresh = copy.copy(self)
+        fresh._parameters, fresh._buffers, fresh._modules = {}, {}, dict(self._modules)
+        with torch.device("cpu"):
+            self.recipe.setup(fresh)
+        for kind in ("_parameters", "_buffers"):
+            for name, value in getattr(fresh, kind).items():
+                if value is not None:
+                    getattr(self, name).copy_(value)
+
     def forward(self, inp: Tensor) -> Any:
         """Choose experts: ``inp [T, D]`` to topk_ids ``[T, K]`` and topk_weights ``[T, K]``."""
         op, inputs, loss, routing, _, _ = self.recipe
@@ -100,7 +117,8 @@ def as_gate(
         loss: auxiliary loss, a function ``(gate, logits, topk_ids, topk_weights) -> scalar``, set in each forward.
         routing: what the gate returns, a function ``(gate, logits, topk_ids, topk_weights)``; ``(topk_ids,
             topk_weights)`` by default.
-        setup: called with the new gate at the end of its constructor, to add buffers or parameters.
+        setup: called with the new gate at the end of its constructor, to add buffers or parameters, and by
+            ``reset_parameters`` with a bare copy of the gate, from which their first values are taken.
         options: values of the op's numbers that replace the signature's defaults.
 
     Returns:

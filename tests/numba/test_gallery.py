@@ -71,6 +71,17 @@ def test_gate_in_a_layer(device, name):
     assert counter.frame_count == 1
 
 
+def test_reset_gives_what_setup_adds_its_first_values():
+    with torch.device("meta"):
+        gate = gallery.GroupLimitedGate(8, 4, 1, top_k=2)
+    gate.to_empty(device="cpu")
+    gate.selection_bias.fill_(float("nan"))
+    parameters = dict(gate.named_parameters())
+    gate.reset_parameters()
+    assert gate.selection_bias.tolist() == [0, 0, 0, 0]
+    assert all(parameters[name] is p for name, p in gate.named_parameters())
+
+
 def test_switch_drops_and_top_p_varies():
     gate = gallery.SwitchJitterGate(8, 4, 1, top_k=1)
     torch.nn.init.zeros_(gate.gate.weight)
