@@ -1,6 +1,9 @@
 """Auxiliary losses of routers, as functions. T tokens, E experts, K experts per token.
 
 All are 0 for no tokens, and none copies to the host. ``moeops.auxiliary_loss`` collects the losses that gates set.
+
+``mask`` names tokens that are not there, such as padding: ``[T]`` integers or bool, and a token with a value other than
+0 counts for nothing; its numbers must be finite. What is left is the loss of the other tokens alone.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moeops import _checks
+from moeops._masks import drop_masked, hide_masked, num_unmasked
 from moeops.comm.collectives import all_reduce_sum
 from moeops.ops.routing import topk_route
 from moeops.ops.scores import score_sums
@@ -25,7 +29,9 @@ from moeops.types import BalancedRoute
 TINY = 1e-30
 
 
-def balance_loss(router_probs: Tensor, topk_ids: Tensor, *, group: Any = None) -> Tensor:
+def balance_loss(
+    router_probs: Tensor, topk_ids: Tensor, *, group: Any = None, mask: Tensor | None = None
+) -> Tensor:
     """Compute the load-balancing loss of GShard and Switch: ``E * sum_e f_e * P_e``, 1 at perfect balance.
 
     ``f_e`` is the share of the ``T * K`` entries of ``topk_ids`` that name expert ``e`` (a constant for autograd),
@@ -41,6 +47,7 @@ def balance_loss(router_probs: Tensor, topk_ids: Tensor, *, group: Any = None) -
         topk_ids: ``[T, K]`` int32 or int64, before any token is dropped.
         group: the ranks to count over, a process group or ``moeops.distributed.RankGroup``; all of them must call
             this. ``None`` for this rank alone.
+        mask: ``[T]``, tokens to leave out.
 
     Returns:
         A scalar of the type of ``router_probs``; 0 for no tokens.
@@ -54,48 +61,116 @@ def balance_loss(router_probs: Tensor, topk_ids: Tensor, *, group: Any = None) -
         >>> balance_loss(torch.full((4, 2), 0.5), torch.tensor([[0], [1], [0], [1]]))
         tensor(1.)
     """
-    prob_sums = router_probs.sum(0, dtype=_checks.accumulate_dtype(router_probs.dtype))  # [E]
-    loss = balance_of_sums(prob_sums, topk_ids, group=group)
+    prob_sums = sum_tokens(router_probs, mask)  # [E]
+    loss = balance_of_sums(prob_sums, topk_ids, group=group, mask=mask)
     return loss.to(router_probs.dtype)
 
 
 def score_balance_loss(
-    logits: Tensor, topk_ids: Tensor, score: str = "softmax", *, group: Any = None
+    logits: Tensor,
+    topk_ids: Tensor,
+    score: str = "softmax",
+    *,
+    group: Any = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
-    """``balance_loss`` of each token's scores divided by their sum, which are never written."""
-    return balance_of_sums(score_sums(logits, score=score), topk_ids, group=group)
+    """``balance_loss`` of each token's scores divided by their sum, which are never written without a mask."""
+    sums = masked_score_sums(logits, mask, score=score)
+    return balance_of_sums(sums, topk_ids, group=group, mask=mask)
 
 
-def balance_of_sums(prob_sums: Tensor, topk_ids: Tensor, *, group: Any = None) -> Tensor:
+def balance_of_sums(
+    prob_sums: Tensor, topk_ids: Tensor, *, group: Any = None, mask: Tensor | None = None
+) -> Tensor:
     """``balance_loss`` from the sums of the probabilities over the tokens, ``[E]`` float32 or float64."""
-    num_tokens, num_experts = topk_ids.shape[0], prob_sums.shape[0]
+    topk_ids = drop_masked(topk_ids, mask)
+    num_tokens, num_experts = num_unmasked(topk_ids, mask, prob_sums.dtype), prob_sums.shape[0]
     counts = count_tokens(topk_ids, num_experts)  # [E]
     if group is None:
         pairs = num_tokens * topk_ids.shape[1]
         return (counts * prob_sums).sum() / (num_tokens * pairs * (1 / num_experts) + TINY)
-    counts, all_pairs = _sum_counts(counts, topk_ids, group)
+    counts, all_pairs = _sum_counts(counts, topk_ids, group, mask)
     means = (counts * prob_sums).sum() / (num_tokens * (1 / num_experts) + TINY)
     return means / (all_pairs.to(means.dtype) + TINY)
 
 
-def balance_of_route(route: BalancedRoute, *, group: Any = None) -> Tensor:
-    """``balance_loss`` of what ``topk_route_balance`` counted; with ``group`` over its ranks."""
+def balance_of_route(
+    route: BalancedRoute, *, group: Any = None, mask: Tensor | None = None
+) -> Tensor:
+    """``balance_loss`` of what a route counted; with ``group`` over its ranks. Takes the mask that the route took."""
     if group is None:
         return route.balance_loss
     counts = all_reduce_sum(route.tokens_per_expert.to(torch.int64), group)  # [E]
-    num_tokens, num_experts = route.topk_ids.shape[0], counts.shape[0]
-    means = (counts * route.score_sums).sum() / (num_tokens * (1 / num_experts) + TINY)
+    num_tokens = num_unmasked(route.topk_ids, mask, route.score_sums.dtype)
+    return _balance_of_counts(counts, route.score_sums, num_tokens)
+
+
+def _balance_of_counts(counts: Tensor, sums: Tensor, num_tokens: Any) -> Tensor:
+    """``E * sum_e f_e * P_e`` with the shares of the counted pairs, however many each token has."""
+    means = (counts * sums).sum() / (num_tokens * (1 / counts.shape[0]) + TINY)
     return means / (counts.sum().to(torch.float64).to(means.dtype) + TINY)
 
 
-def _sum_counts(counts: Tensor, topk_ids: Tensor, group: Any) -> tuple[Tensor, Tensor]:
+def mask_route(
+    route: BalancedRoute,
+    shares: Callable[[], Tensor],
+    mask: Tensor | None,
+    num_counted: int | None = None,
+) -> BalancedRoute:
+    """Take masked tokens out of a route: ids, sums, counts and loss are those of the other tokens alone.
+
+    Args:
+        route: of all tokens.
+        shares: makes what the route summed up, ``[T, E]`` with gradients. The op that made the route never wrote it.
+        mask: ``[T]``; ``None`` leaves the route as it is.
+        num_counted: choices of a token that are counted, from the first one on; ``None`` for all.
+    """
+    if mask is None:
+        return route
+    topk_ids = drop_masked(route.topk_ids, mask)
+    counts = count_tokens(topk_ids[:, :num_counted], route.score_sums.shape[0])
+    sums = sum_tokens(shares(), mask)
+    loss = _balance_of_counts(counts, sums, num_unmasked(topk_ids, mask, sums.dtype))
+    return BalancedRoute(route.topk_weights, sums, loss, topk_ids, counts)
+
+
+def sum_tokens(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Sum ``[T, E]`` over the tokens that are there, half types in float32."""
+    return hide_masked(values, mask).sum(0, dtype=_checks.accumulate_dtype(values.dtype))
+
+
+def masked_score_sums(logits: Tensor, mask: Tensor | None, *, score: str = "softmax") -> Tensor:
+    """``score_sums`` over the tokens that are there."""
+    if mask is None:
+        return score_sums(logits, score=score)
+    return sum_tokens(score_shares(logits, score), mask)
+
+
+def score_shares(logits: Tensor, score: str = "softmax") -> Tensor:
+    """Scores of all experts, each row divided by its sum: ``[T, E]``, half types in float32."""
+    logits = logits.to(_checks.accumulate_dtype(logits.dtype))
+    if score == "softmax":
+        return torch.softmax(logits, dim=-1)
+    # sigmoid(z) / sum sigmoid is the softmax of log sigmoid(z), which cannot divide by zero. With m = max(-z, 0) held
+    # constant, no exponent below is positive. (logaddexp with a constant cannot be compiled for CUDA with an unbacked
+    # token count on torch 2.11.)
+    m = torch.relu(-logits).detach()  # [T, E]
+    return torch.softmax(-m - torch.log(torch.exp(-m) + torch.exp(-logits - m)), dim=-1)
+
+
+def _sum_counts(
+    counts: Tensor, topk_ids: Tensor, group: Any, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Sum the pairs of each expert, and of all, over the ranks."""
-    pairs = torch.ones_like(topk_ids, dtype=torch.int64).sum()
+    pairs = torch.ones_like(topk_ids, dtype=torch.int64)
+    pairs = (pairs if mask is None else pairs * (mask == 0)[:, None]).sum()
     sums = all_reduce_sum(torch.cat((counts.to(torch.int64), pairs[None])), group)  # [E + 1]
     return sums[:-1], sums[-1].to(torch.float64)  # exact, where float32 ends at 2 ** 24
 
 
-def switch_loss(logits: Tensor, topk_ids: Tensor, *, group: Any = None) -> Tensor:
+def switch_loss(
+    logits: Tensor, topk_ids: Tensor, *, group: Any = None, mask: Tensor | None = None
+) -> Tensor:
     """Compute the Switch Transformer's loss from logits: ``balance_loss(softmax(logits), topk_ids)``.
 
     Every choice counts alike, so that it serves any ``K``; the loss that Mixtral and Qwen3 train with is ``K`` times
@@ -105,6 +180,7 @@ def switch_loss(logits: Tensor, topk_ids: Tensor, *, group: Any = None) -> Tenso
         logits: ``[T, E]``, any float type, computed in float32 (float64 for float64).
         topk_ids: ``[T, K]`` integers, before any token is dropped.
         group: ranks to count over, see ``balance_loss``.
+        mask: ``[T]``, tokens to leave out.
 
     Returns:
         A scalar, 1 at perfect balance.
@@ -121,16 +197,19 @@ def switch_loss(logits: Tensor, topk_ids: Tensor, *, group: Any = None) -> Tenso
     if not torch.compiler.is_compiling():
         _check_logits("switch_loss", logits)
         _check_ids("switch_loss", topk_ids, logits.shape[0])
-    return score_balance_loss(logits, topk_ids, group=group)
+    return score_balance_loss(logits, topk_ids, group=group, mask=mask)
 
 
-def gshard_loss(logits: Tensor, topk_ids: Tensor, *, group: Any = None) -> Tensor:
+def gshard_loss(
+    logits: Tensor, topk_ids: Tensor, *, group: Any = None, mask: Tensor | None = None
+) -> Tensor:
     """Compute GShard's loss from logits: ``balance_loss`` of the first choices, column 0 of ``topk_ids``.
 
     Args:
         logits: ``[T, E]``, any float type, computed in float32 (float64 for float64).
         topk_ids: ``[T, K]`` integers, best first, before any token is dropped.
         group: ranks to count over, see ``balance_loss``.
+        mask: ``[T]``, tokens to leave out.
 
     Returns:
         A scalar, 1 at perfect balance.
@@ -147,14 +226,15 @@ def gshard_loss(logits: Tensor, topk_ids: Tensor, *, group: Any = None) -> Tenso
     if not torch.compiler.is_compiling():
         _check_logits("gshard_loss", logits)
         _check_ids("gshard_loss", topk_ids, logits.shape[0])
-    return score_balance_loss(logits, topk_ids[:, :1], group=group)
+    return score_balance_loss(logits, topk_ids[:, :1], group=group, mask=mask)
 
 
-def z_loss(logits: Tensor) -> Tensor:
+def z_loss(logits: Tensor, *, mask: Tensor | None = None) -> Tensor:
     """Compute the router z-loss ``mean_t logsumexp(logits_t) ** 2``, which keeps logits small.
 
     Args:
         logits: ``[T, E]``, any float type, computed in float32 (float64 for float64).
+        mask: ``[T]``, tokens to leave out.
 
     Returns:
         A scalar.
@@ -174,16 +254,17 @@ def z_loss(logits: Tensor) -> Tensor:
     # Not torch.logsumexp: it asks whether T * E is 0, which a compiler with an unbacked token count cannot answer.
     largest = z.detach().amax(-1, keepdim=True)  # [T, 1]
     logsumexp = (z - largest).exp().sum(-1).log() + largest[:, 0]  # [T]
-    return logsumexp.square().sum() / (logits.shape[0] + TINY)
+    return hide_masked(logsumexp.square(), mask).sum() / (num_unmasked(z, mask, z.dtype) + TINY)
 
 
-def router_entropy(logits: Tensor) -> Tensor:
+def router_entropy(logits: Tensor, *, mask: Tensor | None = None) -> Tensor:
     """Compute the mean entropy of ``softmax(logits)`` in nats: 0 for a certain router, ``log(E)`` for a uniform one.
 
     Add it to a loss for sharper choices, subtract it for softer ones, or log it.
 
     Args:
         logits: ``[T, E]``, any float type, finite, computed in float32 (float64 for float64).
+        mask: ``[T]``, tokens to leave out.
 
     Returns:
         A scalar.
@@ -199,18 +280,23 @@ def router_entropy(logits: Tensor) -> Tensor:
     if not torch.compiler.is_compiling():
         _check_logits("router_entropy", logits)
     log_probs = torch.log_softmax(logits.to(_checks.accumulate_dtype(logits.dtype)), dim=-1)
-    return -(log_probs.exp() * log_probs).sum() / (logits.shape[0] + TINY)
+    terms = hide_masked(log_probs.exp() * log_probs, mask)  # [T, E]
+    return -terms.sum() / (num_unmasked(logits, mask, log_probs.dtype) + TINY)
 
 
-def sequence_loss(router_probs: Tensor, topk_ids: Tensor, sequence_length: int) -> Tensor:
+def sequence_loss(
+    router_probs: Tensor, topk_ids: Tensor, sequence_length: int, *, mask: Tensor | None = None
+) -> Tensor:
     """Compute the sequence-wise balance loss: the mean over the sequences of ``balance_loss`` of each alone.
 
-    ``S`` tokens in a row are a sequence; a last one with fewer than ``S`` is averaged over those it has.
+    ``S`` tokens in a row are a sequence; a last one with fewer than ``S`` is averaged over those it has, and so is one
+    with masked tokens. A sequence of masked tokens alone is none.
 
     Args:
         router_probs: ``[T, E]`` float, each row sums to 1.
         topk_ids: ``[T, K]`` integers, no expert twice in a row; -1 counts for no expert.
         sequence_length: ``S``, at least 1.
+        mask: ``[T]``, tokens to leave out; they keep their places in the sequences.
 
     Returns:
         A scalar of the type of ``router_probs``, 1 at perfect balance; 0 for no tokens.
@@ -238,12 +324,22 @@ def sequence_loss(router_probs: Tensor, topk_ids: Tensor, sequence_length: int) 
     missing = num_sequences * sequence_length - num_tokens
     sums = [
         F.pad(t, (0, 0, 0, missing)).view(num_sequences, sequence_length, num_experts).sum(1)
-        for t in (chosen_experts(topk_ids, num_experts).to(router_probs.dtype), router_probs)
+        for t in (
+            chosen_experts(drop_masked(topk_ids, mask), num_experts).to(router_probs.dtype),
+            hide_masked(router_probs, mask),
+        )
     ]  # [sequences, E] each
-    first = torch.arange(num_sequences, device=router_probs.device) * sequence_length
-    tokens = (num_tokens - first).clamp(max=sequence_length).to(router_probs.dtype)  # [sequences]
-    products = (sums[0] * sums[1]).sum(1) / tokens.square()
-    return num_experts / topk_ids.shape[1] * products.sum() / (num_sequences + TINY)
+    if mask is None:
+        first = torch.arange(num_sequences, device=router_probs.device) * sequence_length
+        tokens = (num_tokens - first).clamp(max=sequence_length)  # [sequences]
+        counted: Any = num_sequences
+    else:
+        tokens = F.pad((mask == 0).to(torch.int64), (0, missing))
+        tokens = tokens.view(num_sequences, sequence_length).sum(1)
+        counted = (tokens > 0).sum().to(router_probs.dtype)
+        tokens = tokens.clamp_min(1)
+    products = (sums[0] * sums[1]).sum(1) / tokens.to(router_probs.dtype).square()
+    return num_experts / topk_ids.shape[1] * products.sum() / (counted + TINY)
 
 
 def chosen_experts(topk_ids: Tensor, num_experts: int) -> Tensor:
@@ -257,7 +353,12 @@ def chosen_experts(topk_ids: Tensor, num_experts: int) -> Tensor:
 
 
 def noisy_load(
-    clean_logits: Tensor, noisy_logits: Tensor, noise: Tensor, topk_ids: Tensor
+    clean_logits: Tensor,
+    noisy_logits: Tensor,
+    noise: Tensor,
+    topk_ids: Tensor,
+    *,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Estimate smoothly how many tokens each expert gets from a noisy top-k gate.
 
@@ -270,6 +371,7 @@ def noisy_load(
         noisy_logits: ``[T, E]``, ``clean_logits`` plus the noise that was drawn.
         noise: ``[T, E]``, standard deviation of the noise, above 0.
         topk_ids: ``[T, K]`` integers, the K best of ``noisy_logits``, best first.
+        mask: ``[T]``, tokens to leave out.
 
     Returns:
         ``[E]`` of the type of ``noisy_logits``; ``cv_squared`` of it is Shazeer's load loss.
@@ -299,7 +401,7 @@ def noisy_load(
     num_experts = noisy_logits.shape[1]
     top_k = topk_ids.shape[1]
     if top_k == num_experts:
-        return count_tokens(topk_ids, num_experts).to(noisy_logits.dtype)
+        return count_tokens(drop_masked(topk_ids, mask), num_experts).to(noisy_logits.dtype)
     # The K-th best among the others: for a chosen expert the first one left out, else the last one let in. Where
     # experts tie with the last one let in, both are equal.
     _, best = topk_route(noisy_logits.detach(), top_k + 1)
@@ -308,7 +410,7 @@ def noisy_load(
     mark = torch.where(noisy_logits >= let_in, left_out, let_in)  # [T, E]
     # Phi(x) is erfc(-x / sqrt(2)) / 2.
     distance = torch.addcdiv(noise.new_zeros(()), mark - clean_logits, noise, value=math.sqrt(0.5))
-    return 0.5 * torch.erfc(distance).sum(0)
+    return 0.5 * hide_masked(torch.erfc(distance), mask).sum(0)
 
 
 def importance(topk_weights: Tensor, topk_ids: Tensor, num_experts: int) -> Tensor:
@@ -344,7 +446,9 @@ def importance(topk_weights: Tensor, topk_ids: Tensor, num_experts: int) -> Tens
     return per_token.scatter(1, ids, topk_weights)[:, :num_experts].sum(0)
 
 
-def alignment_loss(router_probs: Tensor, topk_ids: Tensor, group_size: int) -> Tensor:
+def alignment_loss(
+    router_probs: Tensor, topk_ids: Tensor, group_size: int, *, mask: Tensor | None = None
+) -> Tensor:
     """Compute the alignment loss of switch-and-mixture: how much better experts outside the chosen group are.
 
     The mean over the tokens of ``sum over the experts e outside the token's group of max(0, p_e - p_last)``, with
@@ -354,6 +458,7 @@ def alignment_loss(router_probs: Tensor, topk_ids: Tensor, group_size: int) -> T
         router_probs: ``[T, E]`` float, each row sums to 1.
         topk_ids: ``[T, K]`` integers in ``[0, E)``, best first, all of a row in one group, before any token is dropped.
         group_size: experts per group; expert ``e`` is in group ``e // group_size``.
+        mask: ``[T]``, tokens to leave out.
 
     Returns:
         A scalar of the type of ``router_probs``; 0 for no tokens.
@@ -374,11 +479,14 @@ def alignment_loss(router_probs: Tensor, topk_ids: Tensor, group_size: int) -> T
         _check_ids(op, topk_ids, router_probs.shape[0])
         _checks.check_int(op, "group_size", group_size, 1, "Pass the experts per group.")
     topk_ids = topk_ids.to(torch.int64)
+    if mask is not None:
+        topk_ids = topk_ids.clamp_min(0)  # those of masked tokens may be -1
     experts = torch.arange(router_probs.shape[1], device=topk_ids.device)
     outside = experts // group_size != topk_ids[:, :1] // group_size  # [T, E]
     # Inside, 0 exceeds no probability.
     excess = torch.where(outside, router_probs, 0) - router_probs.gather(1, topk_ids[:, -1:])
-    return torch.relu(excess).sum() / (router_probs.shape[0] + TINY)
+    num_tokens = num_unmasked(router_probs, mask, router_probs.dtype)
+    return hide_masked(torch.relu(excess), mask).sum() / (num_tokens + TINY)
 
 
 def cv_squared(values: Tensor) -> Tensor:
@@ -419,16 +527,16 @@ def _check_ids(op: str, topk_ids: Tensor, num_tokens: int) -> None:
     _checks.check_size(op, "topk_ids", topk_ids, 0, num_tokens, "one row per token")
 
 
-def _z(logits: Tensor, topk_ids: Tensor) -> Tensor:
-    return z_loss(logits)
+def _z(logits: Tensor, topk_ids: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    return z_loss(logits, mask=mask)
 
 
-def _entropy(logits: Tensor, topk_ids: Tensor) -> Tensor:
-    return router_entropy(logits)
+def _entropy(logits: Tensor, topk_ids: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    return router_entropy(logits, mask=mask)
 
 
-# Losses that BaseGate.add_loss knows by name: functions of logits [T, E] and topk_ids [T, K].
-GATE_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+# Losses that BaseGate.add_loss knows by name: functions of logits [T, E], topk_ids [T, K] and mask [T].
+GATE_LOSSES: dict[str, Callable[..., Tensor]] = {
     "z": _z,
     "entropy": _entropy,
     "switch": switch_loss,

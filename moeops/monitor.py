@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moeops._masks import hide_masked
 from moeops.gates.functional import expert_loads
 from moeops.gates.recording import add_up
 from moeops.layers.moe import FMoE
@@ -109,7 +110,7 @@ class LoadMonitor:
     - **Several ranks**: each counts its own tokens (with a ``slice_group`` those of its slice), over all ``E``
       experts of its gate, those on other ranks included. Reading with ``group=`` sums over a process group in one
       ``all_reduce``: all its ranks must call, and only its rank 0 writes files.
-    - **Masks** of the layer are not seen: what the gate decided for masked tokens counts.
+    - **Masked tokens** of a layer do not count.
 
     Args:
         model: any module with ``FMoE`` layers, compiled or not.
@@ -291,7 +292,9 @@ class _Counter(LayerHook):
         # CUDA graphs refuse to run a step that writes to an input whose address may change.
         torch._dynamo.mark_static_address(self.totals)
 
-    def __call__(self, layer: FMoE, x: Tensor, routing: Routing | SlotRouting) -> None:
+    def __call__(
+        self, layer: FMoE, x: Tensor, routing: Routing | SlotRouting, mask: Tensor | None = None
+    ) -> None:
         if self.training not in (None, layer.training):
             return
         if self.totals.device != routing[0].device:
@@ -299,15 +302,18 @@ class _Counter(LayerHook):
                 f"LoadMonitor: the layer must stay on {self.totals.device}, where it was when the monitor was made, "
                 f"got tokens on {routing[0].device}. Make the monitor after model.to(device)."
             )
-        add_up(self.totals, _count(routing, self.num_experts))
+        add_up(self.totals, _count(routing, self.num_experts, mask))
 
 
 @torch.no_grad()
-def _count(routing: Routing | SlotRouting, num_experts: int) -> Tensor:
-    """Loads and the numbers of ``_COUNTS`` of one call, ``[E + 5]`` float64. The token count may be symbolic."""
+def _count(routing: Routing | SlotRouting, num_experts: int, mask: Tensor | None) -> Tensor:
+    """Loads and the numbers of ``_COUNTS`` of one call, ``[E + 5]`` float64. The token count may be symbolic.
+
+    Masked tokens have no ids and weights in the routing.
+    """
     first = routing[0]
     one = torch.ones(1, dtype=torch.float64, device=first.device)
-    tokens = torch.ones_like(first[:, :1], dtype=torch.float64).sum(0)  # [1]
+    tokens = hide_masked(torch.ones_like(first[:, :1], dtype=torch.float64), mask).sum(0)  # [1]
     if isinstance(routing, SlotRouting):
         loads = routing.combine_weights.sum(0, dtype=torch.float64).view(num_experts, -1).sum(1)
         return torch.cat((loads, tokens, tokens, 0 * one, 0 * one, one))
@@ -316,7 +322,7 @@ def _count(routing: Routing | SlotRouting, num_experts: int) -> Tensor:
     slots = tokens * ids.shape[1]
     if routing.num_rows is not None:
         slots = slots.clamp(max=routing.num_rows)
-    unrouted = (ids < 0).all(1).to(torch.float64).sum(0, keepdim=True)
+    unrouted = hide_masked((ids < 0).all(1).to(torch.float64), mask).sum(0, keepdim=True)
     return torch.cat((loads, tokens, slots, slots - loads.sum(), unrouted, one))
 
 

@@ -48,7 +48,8 @@ class RoutingReplay:
     - A layer that runs several times per forward keeps its last decision; replaying gives each run the same one.
     - **Several ranks**: each records and replays the decisions about its own tokens, with ids among all ``E`` experts;
       those of all ranks, one after the other, are what one rank with the whole batch and all experts replays.
-    - **Masks** of the layer are not seen: recorded and replayed is what the gate decides before them.
+    - **Masked tokens** of a layer are recorded without experts; replayed, a decision about a token that is masked in
+      that forward is passed over.
 
     Args:
         model: any module with ``FMoE`` layers, compiled or not.
@@ -154,7 +155,7 @@ class _Tape(LayerHook):
         self.given: Decision | None = None
 
     def __call__(
-        self, layer: FMoE, x: Tensor, routing: Routing | SlotRouting
+        self, layer: FMoE, x: Tensor, routing: Routing | SlotRouting, mask: Tensor | None = None
     ) -> Routing | SlotRouting | None:
         if self.mode == "record":
             self.recorded.set((routing[0].detach(), routing[1].detach()))

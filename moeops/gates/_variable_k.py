@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from moeops import _checks
-from moeops.gates.functional import expert_capacity
+from moeops.gates.functional import apply_capacity, expert_capacity
 from moeops.gates.naive import NaiveGate
 from moeops.gates.recording import add_up
-from moeops.ops.sorting import limit_capacity
 from moeops.types import Routing
 
 
@@ -78,23 +77,37 @@ class VariableGate(NaiveGate):
         self.dropped.zero_()
 
     def _fit(
-        self, topk_ids: Tensor, topk_weights: Tensor, priority: Callable[[], Tensor]
+        self,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        priority: Callable[[], Tensor],
+        mask: Tensor | None = None,
     ) -> Routing:
         """Drop what the row budget has no room for: the slots with the lowest ``priority() [T, K]``.
 
-        The weights of the empty slots are 0.
+        The weights of the empty slots are 0, but for masked tokens, whose ids are -1: they keep theirs.
         """
         num_tokens, num_slots = topk_ids.shape
         num_rows = None
         if self.row_budget is not None and self.row_budget < num_slots:
-            num_rows = expert_capacity(self.row_budget, num_tokens, 1, 1)
+            budget = self.row_budget
+            # A bound: with a mask there is room for the other tokens' share of it.
+            num_rows = expert_capacity(budget, num_tokens, 1, 1)
             filled = topk_ids >= 0
             # One queue for all slots that hold something, whatever the expert.
             queue = torch.where(filled, 0, -1)
-            queue = limit_capacity(queue, 1, num_rows, priority=priority().detach())
+            queue = apply_capacity(
+                queue,
+                priority(),
+                1,
+                lambda tokens: expert_capacity(budget, tokens, 1, 1),
+                policy="priority",
+                mask=mask,
+            )
             add_up(self.dropped, filled.sum() - (queue >= 0).sum())
             topk_ids = torch.where(queue < 0, -1, topk_ids)
-            topk_weights = topk_weights.masked_fill(topk_ids < 0, 0)
+            empty = topk_ids < 0 if mask is None else (topk_ids < 0) & (mask == 0)[:, None]
+            topk_weights = topk_weights.masked_fill(empty, 0)
         return Routing(topk_ids, topk_weights, num_rows)
 
     def extra_repr(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from moeops.losses import GATE_LOSSES
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-GateLoss = Callable[[Tensor, Tensor], Tensor]
+GateLoss = Callable[..., Tensor]
 
 
 class BaseGate(nn.Module):
@@ -39,6 +40,13 @@ class BaseGate(nn.Module):
       ``torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True``, which says the same to torch.
     - ``nn.DataParallel``: the replicas' losses vanish with the replicas; return the loss from the model's forward.
     - ``copy.deepcopy`` and pickle drop it.
+
+    A layer's mask, which names tokens that are not there (padding), reaches a gate whose ``forward`` has an argument
+    ``mask``: ``[T]`` integers or bool, other than 0 for a masked token, ``None`` without a mask. The rows of masked
+    tokens must be finite: layers hand over zeros, or what is there where ``mask_dict`` asks for weights. The gate gives
+    masked tokens id -1 in all slots and leaves them out of what it counts: capacities, loads, losses
+    (``set_loss(..., mask=mask)``). Their weights count for ``mask_dict`` alone. Where a gate has no such argument, the
+    layer takes the masked tokens' ids away afterwards; they have taken places and counted by then.
 
     A gate that has to know the other ranks' tokens reads ``self.group``: the ranks that it is told of, ``None`` until
     somebody sets it. Set a process group; what is kept is its ``moeops.distributed.RankGroup``, which can be copied.
@@ -63,6 +71,8 @@ class BaseGate(nn.Module):
     """
 
     extra_losses: tuple[tuple[GateLoss, float], ...] = ()
+    # forward has an argument mask; wrappers that pass attributes on show it for the gate inside.
+    takes_mask = False
     # False in gates that hand no logits to set_loss: losses of logits are refused there.
     has_logits = True
     # Buffers that stay float32 when the module is cast.
@@ -70,6 +80,10 @@ class BaseGate(nn.Module):
     # Ranks that hold one expert together, each a shard of it; set by the layer. The ranks are world_size times as many.
     expert_shards = 1
     _group: RankGroup | None = None
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.takes_mask = takes_mask(cls.forward)
 
     def __init__(self, num_expert: int, world_size: int = 1) -> None:
         super().__init__()
@@ -129,7 +143,11 @@ class BaseGate(nn.Module):
         return None
 
     def set_loss(
-        self, loss: Tensor | None, logits: Tensor | None = None, topk_ids: Tensor | None = None
+        self,
+        loss: Tensor | None,
+        logits: Tensor | None = None,
+        topk_ids: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> None:
         """Keep the auxiliary loss of this forward; what is left of an earlier one is replaced.
 
@@ -137,7 +155,8 @@ class BaseGate(nn.Module):
             loss: a scalar, or ``None`` for a gate without a loss of its own.
             logits: ``[T, E]``, what the losses of ``add_loss`` read. A gate that passes logits and choices can be
                 given any of them.
-            topk_ids: ``[T, K]``, the choices before any token is dropped.
+            topk_ids: ``[T, K]``, the choices before any token is dropped; -1 for masked tokens.
+            mask: ``[T]``, the tokens that are not there, for the losses of ``add_loss``.
         """
         if self.extra_losses and not exporting():
             if logits is None or topk_ids is None:
@@ -146,7 +165,7 @@ class BaseGate(nn.Module):
                     "none. Pass them in the gate's forward."
                 )
             for function, weight in self.extra_losses:
-                extra = weight * function(logits, topk_ids)
+                extra = weight * function(logits, topk_ids, mask=mask)
                 loss = extra if loss is None else loss + extra
         if loss is not None:
             self._newest_loss.set(loss)
@@ -159,7 +178,8 @@ class BaseGate(nn.Module):
 
         Args:
             loss: ``"z"``, ``"entropy"``, ``"switch"`` or ``"gshard"`` (see ``moeops.losses``), or a function of
-                logits ``[T, E]`` and topk_ids ``[T, K]`` that returns a scalar.
+                logits ``[T, E]`` and topk_ids ``[T, K]`` that returns a scalar. With a layer's mask one that has an
+                argument ``mask`` gets it too; others see finite logits and id -1 for masked tokens.
             weight: factor; negative to reward, as one may the entropy.
 
         Returns:
@@ -197,7 +217,7 @@ class BaseGate(nn.Module):
             )
         if not isinstance(weight, (int, float)) or not math.isfinite(weight):
             raise ValueError(f"{op}: weight must be a finite number, got {weight!r}. Use 1e-3.")
-        self.extra_losses = (*self.extra_losses, (function, float(weight)))
+        self.extra_losses = (*self.extra_losses, (with_mask_argument(function), float(weight)))
         return self
 
     def get_loss(self, clear: bool = True) -> Tensor | None:
@@ -285,6 +305,32 @@ def with_losses(gate: Callable[..., BaseGate], **weights: float) -> Callable[...
         return built
 
     return build
+
+
+def takes_mask(function: Callable[..., Any]) -> bool:
+    """A function names an argument ``mask``, or takes any keyword."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except ValueError:  # no signature: a builtin
+        return False
+    return "mask" in parameters or any(
+        p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()
+    )
+
+
+class _WithoutMask:
+    """A function that does not know of masks, called as if it did."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any, mask: Tensor | None = None) -> Any:
+        return self.function(*args)
+
+
+def with_mask_argument(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a function that has no argument ``mask`` one that it does not see."""
+    return function if takes_mask(function) else _WithoutMask(function)
 
 
 def check_top_k(gate: str, top_k: object, num_experts: int) -> None:

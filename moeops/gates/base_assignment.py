@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moeops import _checks
-from moeops.gates.functional import RouterLinear, expert_loads, router_logits
+from moeops._masks import drop_masked, hide_masked, num_unmasked
+from moeops.gates.functional import (
+    RouterLinear,
+    expert_loads,
+    priority_positions,
+    router_logits,
+)
 from moeops.gates.naive import NaiveGate
 from moeops.losses import TINY
 from moeops.ops.routing import topk_route
@@ -24,6 +32,8 @@ _SWAPS = 4
 _GOLDEN_RATIO = 0.6180339887498949
 # Below every score less its price, and finite, so that differences of two of them are numbers.
 _CLOSED = -1e30
+# keep(requests [T], priority [T]) -> [T]: each expert keeps the highest priorities that it has room for, -1 elsewhere.
+Keep = Callable[[Tensor, Tensor], Tensor]
 
 
 class _Centroids(RouterLinear):
@@ -81,21 +91,23 @@ class BASEGate(NaiveGate):
         self.gate = _Centroids(d_model, self.tot_expert, bias=False)
 
     def forward(  # type: ignore[override]
-        self, inp: Tensor
+        self, inp: Tensor, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Choose one expert per token: ``inp [T, D]`` to topk_ids ``[T, 1]`` and topk_weights ``[T, 1]``."""
         logits = router_logits(inp, self.gate)  # [T, E]
         if self.training:
-            topk_ids = balanced_assignment(logits).unsqueeze(1)
-            topk_weights = torch.sigmoid(logits.gather(1, topk_ids))
+            topk_ids = balanced_assignment(logits, mask).unsqueeze(1)
+            chosen = topk_ids if mask is None else topk_ids.clamp_min(0)
+            topk_weights = torch.sigmoid(logits.gather(1, chosen))
         else:
             topk_weights, topk_ids = topk_route(logits, 1, score="sigmoid", renormalize=False)
-        self.set_loss(None, logits, topk_ids)
+            topk_ids = drop_masked(topk_ids, mask)
+        self.set_loss(None, logits, topk_ids, mask)
         return topk_ids, topk_weights
 
 
 @torch.no_grad()
-def balanced_assignment(scores: Tensor) -> Tensor:
+def balanced_assignment(scores: Tensor, mask: Tensor | None = None) -> Tensor:
     """Send each token to one expert, every expert getting ``T // E`` or ``T // E + 1``, for a large total score.
 
     In three steps of fixed length. Prices: Sinkhorn's iteration with a falling temperature looks for one price per
@@ -110,9 +122,11 @@ def balanced_assignment(scores: Tensor) -> Tensor:
 
     Args:
         scores: ``[T, E]`` float, finite; the larger the better.
+        mask: ``[T]`` integers or bool; tokens with a value other than 0 go nowhere, and the others are assigned as if
+            they were alone.
 
     Returns:
-        The expert of each token, ``[T]`` int64.
+        The expert of each token, ``[T]`` int64, -1 for a masked one.
 
     Raises:
         ValueError: ``scores`` is not ``[T, E]``, or on CPU not finite.  TypeError: it is not float.
@@ -128,15 +142,17 @@ def balanced_assignment(scores: Tensor) -> Tensor:
     if not torch.compiler.is_compiling():
         _checks.check_tensor("balanced_assignment", "scores", scores, 2)
         _checks.check_float("balanced_assignment", "scores", scores)
-    return torch.ops.moeops_gates.balanced_assignment(scores)
+    return torch.ops.moeops_gates.balanced_assignment(scores, mask)
 
 
 # One node for a compiler: written out, the steps take Inductor a minute, and its other rounding other choices. In a
 # namespace of its own, because torch.ops.moeops holds what has native kernels.
 @torch.library.custom_op(
-    "moeops_gates::balanced_assignment", mutates_args=(), schema="(Tensor scores) -> Tensor"
+    "moeops_gates::balanced_assignment",
+    mutates_args=(),
+    schema="(Tensor scores, Tensor? mask=None) -> Tensor",
 )
-def _balanced_assignment(scores: Tensor) -> Tensor:
+def _balanced_assignment(scores: Tensor, mask: Tensor | None = None) -> Tensor:
     num_tokens, num_experts = scores.shape
     if num_tokens == 0:
         return scores.new_empty(0, dtype=torch.int64)
@@ -147,49 +163,56 @@ def _balanced_assignment(scores: Tensor) -> Tensor:
     # What all experts' scores of a token have in common does not matter; the mean size of the rest is the unit.
     s = scores.to(_checks.accumulate_dtype(scores.dtype))
     s = s - s.mean(-1, keepdim=True)
-    s = s / (s.abs().mean() + TINY)
-    prices = _sinkhorn_prices(s)
+    live: Any = num_tokens
+    if mask is None:
+        s = s / (s.abs().mean() + TINY)
+    else:
+        live = num_unmasked(s, mask)  # a tensor: the host does not know it
+        s = s / (hide_masked(s, mask).abs().sum() / (live * num_experts).clamp_min(1) + TINY)
+    prices = _sinkhorn_prices(s, live, mask)
 
-    smallest = num_tokens // num_experts
-    largest = -(-num_tokens // num_experts)
+    smallest = live // num_experts
     order = torch.argsort(prices, descending=True, stable=True)
     place = torch.argsort(order)  # [E], 0 for the highest price
-    room = smallest + (place < num_tokens % num_experts).to(torch.int64)  # [E]
-    assigned = _fill_experts(s - prices, room, largest)
+    room = smallest + (place < live % num_experts).to(torch.int64)  # [E]
+    assigned = _fill_experts(s - prices, room, mask)
     for _ in range(_SWAPS):
-        assigned = _swap_pairs(s, assigned, smallest)
+        assigned = _swap_pairs(s, assigned, smallest, mask)
     return assigned
 
 
 @_balanced_assignment.register_fake
-def _balanced_assignment_fake(scores):
+def _balanced_assignment_fake(scores, mask=None):
     return scores.new_empty(scores.shape[0], dtype=torch.int64)
 
 
-def _sinkhorn_prices(s: Tensor) -> Tensor:
-    """Prices ``[E]`` at which every expert is the first choice of about ``T / E`` tokens."""
-    num_tokens, num_experts = s.shape
+def _sinkhorn_prices(s: Tensor, num_tokens: Any, mask: Tensor | None) -> Tensor:
+    """Prices ``[E]`` at which every expert is the first choice of about ``T / E`` of the unmasked tokens."""
+    num_experts = s.shape[1]
+    if mask is not None:
+        num_tokens = num_tokens.clamp_min(1).to(s.dtype)
     prices = s.new_zeros(num_experts)
     ratio = _LAST_TEMPERATURE / _FIRST_TEMPERATURE
     for i in range(_PRICE_ITERATIONS):
         temperature = _FIRST_TEMPERATURE * ratio ** (i / (_PRICE_ITERATIONS - 1))
-        demand = torch.softmax((s - prices) / temperature, dim=-1).sum(0)  # [E]
+        demand = hide_masked(torch.softmax((s - prices) / temperature, dim=-1), mask).sum(0)  # [E]
         # The small number keeps the price of an expert that nobody wants finite.
         prices = prices + temperature * (demand * (num_experts / num_tokens) + 1e-6).log()
     return prices - prices.mean()
 
 
-def _fill_experts(values: Tensor, room: Tensor, largest: int) -> Tensor:
-    """Rounds of requests: ``values [T, E]``, ``room [E]`` that adds up to ``T`` and is ``largest`` or one less."""
-    num_tokens, num_experts = values.shape
+def _fill_experts(values: Tensor, room: Tensor, mask: Tensor | None) -> Tensor:
+    """Rounds of requests: ``values [T, E]``, ``room [E]`` that adds up to the unmasked tokens."""
+    num_experts = values.shape[1]
     experts = torch.arange(num_experts, device=values.device)
-    # One capacity serves all: a placeholder takes a place where the room is one less.
-    placeholders = torch.where(room < largest, experts, -1)
-    always = torch.full_like(placeholders, math.inf, dtype=values.dtype)
     # Alike tokens, of which there are many below the first attention, must not all ask for the same expert: they spread
     # over those that are as good within a temperature. The golden ratio's multiples are as even as a fixed sequence is.
-    spread = torch.arange(num_tokens, device=values.device).to(torch.float64) * _GOLDEN_RATIO % 1
+    number = torch.arange(values.shape[0], device=values.device)
+    if mask is not None:
+        number = (mask == 0).to(torch.int64).cumsum(0) - 1
+    spread = number.to(torch.float64) * _GOLDEN_RATIO % 1
     spread = spread.to(values.dtype)[:, None]  # [T, 1]
+    keep = _keep_with_placeholders(room, values) if mask is None else _keep_by_position(room, mask)
     assigned = torch.full_like(values[:, 0], -1, dtype=torch.int64)  # [T]
     for _ in range(_ROUNDS):
         has_room = expert_loads(assigned[:, None], num_experts) < room  # [E]
@@ -199,20 +222,46 @@ def _fill_experts(values: Tensor, room: Tensor, largest: int) -> Tensor:
         others = torch.where(experts == wanted, _CLOSED, offers).amax(-1)
         regret = offers.gather(1, wanted)[:, 0] - others
         held = assigned >= 0
-        requests = torch.cat((torch.where(held, assigned, wanted[:, 0]), placeholders))
         # Those who hold a place keep it, so that every round ends with fewer tokens without one.
-        priority = torch.cat((torch.where(held, math.inf, regret), always))
-        kept = limit_capacity(requests[:, None], num_experts, largest, priority=priority[:, None])
-        assigned = kept[:num_tokens, 0]
+        priority = torch.where(held, math.inf, regret)
+        assigned = keep(torch.where(held, assigned, wanted[:, 0]), priority)
     # The n-th token without an expert takes the n-th free place.
     free = (room - expert_loads(assigned[:, None], num_experts)).cumsum(0)  # [E]
-    left = assigned < 0
+    left = assigned < 0 if mask is None else (assigned < 0) & (mask == 0)
     nth = left.to(torch.int64).cumsum(0) - 1
     gap = (nth[:, None] >= free).to(torch.int64).sum(-1)
     return torch.where(left, gap, assigned)
 
 
-def _swap_pairs(s: Tensor, assigned: Tensor, smallest: int) -> Tensor:
+def _keep_with_placeholders(room: Tensor, values: Tensor) -> Keep:
+    """One capacity for all, ``ceil(T / E)``: a placeholder takes a place where the room is one less."""
+    num_tokens, num_experts = values.shape
+    largest = -(-num_tokens // num_experts)
+    experts = torch.arange(num_experts, device=room.device)
+    placeholders = torch.where(room < largest, experts, -1)
+    always = torch.full_like(placeholders, math.inf, dtype=values.dtype)
+
+    def keep(requests: Tensor, priority: Tensor) -> Tensor:
+        requests = torch.cat((requests, placeholders))[:, None]
+        priority = torch.cat((priority, always))[:, None]
+        kept = limit_capacity(requests, num_experts, largest, priority=priority)
+        return kept[:num_tokens, 0]
+
+    return keep
+
+
+def _keep_by_position(room: Tensor, mask: Tensor) -> Keep:
+    """Each expert's own room, which the host does not know with a mask."""
+
+    def keep(requests: Tensor, priority: Tensor) -> Tensor:
+        requests = drop_masked(requests[:, None], mask)
+        places = priority_positions(requests, priority[:, None], room.shape[0])
+        return torch.where(places < room[requests.clamp_min(0)], requests, -1)[:, 0]
+
+    return keep
+
+
+def _swap_pairs(s: Tensor, assigned: Tensor, smallest: Any, mask: Tensor | None) -> Tensor:
     """Let experts that are each other's best partner exchange one token each, where the total gains by it.
 
     An expert with ``smallest`` tokens has a gap, if others have one more: it may give the gap for a token, and the gap
@@ -223,18 +272,25 @@ def _swap_pairs(s: Tensor, assigned: Tensor, smallest: int) -> Tensor:
     tokens = torch.arange(num_tokens, device=s.device)
     gap = expert_loads(assigned[:, None], num_experts) <= smallest  # [E]
     # What the total gains when a token goes there, and the most that a token of one expert gains at another.
-    moves = s - s.gather(1, assigned[:, None])  # [T, E]
+    own = assigned
+    if mask is not None:
+        own = assigned.clamp_min(0)
+    moves = s - s.gather(1, own[:, None])  # [T, E]
+    if mask is not None:
+        moves = moves.masked_fill((mask != 0)[:, None], _CLOSED)
     closed = s.new_full((num_experts, num_experts), _CLOSED)
-    gains = closed.scatter_reduce(0, assigned[:, None].expand_as(moves), moves, "amax")
+    gains = closed.scatter_reduce(0, own[:, None].expand_as(moves), moves, "amax")
     gains = torch.where(gap[:, None] & ~gap, gains.clamp_min(0), gains)
     gains = torch.where(experts[:, None] == experts, _CLOSED, gains + gains.t())
     gain, partner = gains.max(-1)  # [E]
     swaps = (partner[partner] == experts) & (gain > 0)
     # Who goes: the token of each expert that gains most at the partner, the first one of equals.
-    move = moves.gather(1, partner[assigned][:, None])[:, 0]  # [T]
-    best = closed[0].scatter_reduce(0, assigned, move, "amax")  # [E]
-    candidates = torch.where(move == best[assigned], tokens, num_tokens)
-    first = torch.full_like(experts, num_tokens).scatter_reduce(0, assigned, candidates, "amin")
+    move = moves.gather(1, partner[own][:, None])[:, 0]  # [T]
+    best = closed[0].scatter_reduce(0, own, move, "amax")  # [E]
+    candidates = torch.where(move == best[own], tokens, num_tokens)
+    if mask is not None:
+        candidates = candidates.masked_fill(mask != 0, num_tokens)
+    first = torch.full_like(experts, num_tokens).scatter_reduce(0, own, candidates, "amin")
     swaps = swaps & ~(gap & ~gap[partner] & (best < 0))  # here the gap goes
-    goes = swaps[assigned] & (first[assigned] == tokens)
-    return torch.where(goes, partner[assigned], assigned)
+    goes = swaps[own] & (first[own] == tokens)
+    return torch.where(goes, partner[own], assigned)

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from moeops import _checks
+from moeops._masks import drop_masked
 from moeops.comm.collectives import all_reduce_sum
 from moeops.gates.functional import check_scale, router_logits
 from moeops.gates.naive import NaiveGate
 from moeops.gates.recording import add_up, exporting
-from moeops.gates.topk import expert_probs
-from moeops.losses import sequence_loss
+from moeops.losses import score_shares, sequence_loss
 from moeops.ops.routing import chosen_weights, topk_route
 from moeops.ops.sorting import count_tokens
 
@@ -134,7 +134,7 @@ class DeepSeekV3Gate(NaiveGate):
             )
 
     def forward(  # type: ignore[override]
-        self, inp: Tensor
+        self, inp: Tensor, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Choose experts: ``inp [T, D]`` to topk_ids ``[T, K]`` and topk_weights ``[T, K]``."""
         logits = router_logits(inp, self.gate)  # [T, E]
@@ -147,11 +147,12 @@ class DeepSeekV3Gate(NaiveGate):
             num_groups=self.num_groups,
             top_groups=self.top_groups,
         )
+        topk_ids = drop_masked(topk_ids, mask)
         if self.training:
             add_up(self.loads, count_tokens(topk_ids, self.tot_expert))
         # Not skipped in recomputations, which must save the same tensors as the forward.
         if not exporting():
-            self.set_loss(self._sequence_loss(logits), logits, topk_ids)
+            self.set_loss(self._sequence_loss(logits, mask), logits, topk_ids, mask)
         return topk_ids, topk_weights
 
     def weights_at(self, inp: Tensor, topk_ids: Tensor) -> Tensor:
@@ -159,12 +160,13 @@ class DeepSeekV3Gate(NaiveGate):
         logits = router_logits(inp, self.gate)
         return chosen_weights(logits, topk_ids, score="sigmoid", scale=self.scale)
 
-    def _sequence_loss(self, logits: Tensor) -> Tensor | None:
+    def _sequence_loss(self, logits: Tensor, mask: Tensor | None) -> Tensor | None:
         """The sequence-wise balance loss, its choices made without bias and groups."""
         if self.sequence_length is None:
             return None
         _, topk_ids = topk_route(logits.detach(), self.top_k, score="sigmoid")
-        return sequence_loss(expert_probs(logits, "sigmoid"), topk_ids, self.sequence_length)
+        probs = score_shares(logits, "sigmoid")
+        return sequence_loss(probs, topk_ids, self.sequence_length, mask=mask)
 
     @torch.no_grad()
     def update_bias(self, speed: float, group: Any = None) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ from moeops.gates.functional import (
     router_logits,
 )
 from moeops.gates.naive import NaiveGate
-from moeops.losses import score_balance_loss
+from moeops.losses import mask_route, score_balance_loss, score_shares
 from moeops.ops.balance import topk_route_balance
 from moeops.ops.routing import chosen_weights
 
@@ -133,13 +135,15 @@ class DeepSpeedGate(NaiveGate):
         self.compat = bool(compat)
 
     def forward(  # type: ignore[override]
-        self, inp: Tensor, used_token: Tensor | None = None
+        self, inp: Tensor, used_token: Tensor | None = None, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Choose experts.
 
         Args:
             inp: tokens, ``[T, D]``, any float type.
-            used_token: ``T`` numbers; tokens with a 0 go to no expert and count as no choice in the loss.
+            used_token: ``T`` numbers; tokens with a 0 go to no expert and count as no choice in the loss. Unlike masked
+                ones they count in the capacity and in the loss's means, as in DeepSpeed.
+            mask: ``[T]``, tokens that are not there; see ``BaseGate``.
 
         Returns:
             topk_ids ``[T, K]`` int64 and topk_weights ``[T, K]`` float32 (float64 for float64).
@@ -157,37 +161,48 @@ class DeepSpeedGate(NaiveGate):
         samples = self.noisy_gate_policy == "RSample" and self.training
         samples = samples or (self.top_k == 2 and draws and self.top2_2nd_expert_sampling)
         num_counted = self.top_k if self.top_k > 2 else 1
-        probs, _, loss, topk_ids, _ = topk_route_balance(
+        route = topk_route_balance(
             logits,
             self.top_k,
             renormalize=False,
             uniform=torch.rand_like(logits[:, 0]) if samples else None,
             num_counted=num_counted,
         )
+        every = route.topk_ids
+        route = mask_route(route, lambda: score_shares(logits), mask, num_counted)
+        probs, _, loss, topk_ids, _ = route
         if used_token is not None:
             topk_ids = torch.where(used_token[:, None] == 0, -1, topk_ids)
-            loss = score_balance_loss(logits, topk_ids[:, :num_counted])
-        self.set_loss(loss, logits, topk_ids)
+            loss = score_balance_loss(logits, topk_ids[:, :num_counted], mask=mask)
+        self.set_loss(loss, logits, topk_ids, mask)
         if self.drop_tokens:
-            topk_ids = self._limit(topk_ids, probs, draws)
+            topk_ids = self._limit(topk_ids, probs, draws, mask)
         if self.top_k == 1:
             return topk_ids, probs
-        return topk_ids, chosen_weights(logits, topk_ids)
+        weighed = topk_ids if mask is None else torch.where((mask != 0)[:, None], every, topk_ids)
+        return topk_ids, chosen_weights(logits, weighed)
 
-    def _limit(self, topk_ids: Tensor, probs: Tensor, draws: bool) -> Tensor:
+    def _limit(self, topk_ids: Tensor, probs: Tensor, draws: bool, mask: Tensor | None) -> Tensor:
         """Drop what is over the capacity."""
-        factor = self.capacity_factor if self.training else self.eval_capacity_factor
-        rows = expert_capacity(factor, topk_ids.shape[0], self.top_k, self.tot_expert)
-        # Dynamo, where a symbolic number passes for an int, knows max; sym_max of plain ints stops it in torch 2.11.
-        least = self.min_capacity
-        rows = torch.sym_max(rows, least) if isinstance(rows, torch.SymInt) else max(rows, least)
         if self.top_k == 1:
             policy = "random" if self.use_rts and draws else "position"
         elif self.top_k == 2:
             policy = "choice"
         else:
             policy = "priority" if self.drop_policy == "probs" else "position"
-        return apply_capacity(topk_ids, probs, self.tot_expert, rows, policy=policy)
+        return apply_capacity(
+            topk_ids, probs, self.tot_expert, self._rows, policy=policy, mask=mask
+        )
+
+    def _rows(self, num_tokens: Any) -> Any:
+        """Pairs per expert."""
+        factor = self.capacity_factor if self.training else self.eval_capacity_factor
+        rows = expert_capacity(factor, num_tokens, self.top_k, self.tot_expert)
+        least = self.min_capacity
+        if isinstance(rows, Tensor):
+            return rows.clamp_min(least)
+        # Dynamo, where a symbolic number passes for an int, knows max; sym_max of plain ints stops it in torch 2.11.
+        return torch.sym_max(rows, least) if isinstance(rows, torch.SymInt) else max(rows, least)
 
     def extra_repr(self) -> str:
         """Sizes and options of the gate."""

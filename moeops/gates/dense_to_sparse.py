@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from moeops import _checks
+from moeops._masks import num_unmasked
 from moeops.gates.functional import router_logits
 from moeops.gates.naive import NaiveGate
-from moeops.losses import TINY
+from moeops.losses import TINY, mask_route
 from moeops.ops.balance import topk_route_balance
 
 
@@ -107,22 +108,26 @@ class DenseToSparseGate(NaiveGate):
         self.set_temperature(self.start_temperature)
 
     def forward(  # type: ignore[override]
-        self, inp: Tensor
+        self, inp: Tensor, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Choose experts: ``inp [T, D]`` to topk_ids and topk_weights, ``[T, K']`` with ``K' <= K`` slots each."""
         logits = router_logits(inp, self.gate)  # [T, E]
-        topk_weights, prob_sums, _, topk_ids, _ = topk_route_balance(
-            add_gumbel(logits) if self.training else logits,
+        noisy = add_gumbel(logits) if self.training else logits
+        route = topk_route_balance(
+            noisy,
             self._num_slots(),
             renormalize=False,
             min_score=self.threshold,
             temperature=self.temperature,
         )
+        topk_weights, prob_sums, _, topk_ids, _ = mask_route(
+            route, lambda: torch.softmax(noisy / self.temperature, dim=-1), mask
+        )
         loss = None
         if self.balance:
-            means = prob_sums / (inp.shape[0] + TINY)  # [E]
+            means = prob_sums / (num_unmasked(inp, mask, prob_sums.dtype) + TINY)  # [E]
             loss = self.tot_expert * means.square().sum()
-        self.set_loss(loss, logits, topk_ids)
+        self.set_loss(loss, logits, topk_ids, mask)
         return topk_ids, topk_weights
 
     def _num_slots(self) -> int:

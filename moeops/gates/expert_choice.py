@@ -8,9 +8,14 @@ import torch
 from torch import Tensor
 
 from moeops.gates._variable_k import check_finite
-from moeops.gates.functional import check_capacity, expert_capacity, router_logits
+from moeops.gates.functional import (
+    Count,
+    apply_capacity,
+    check_capacity,
+    expert_capacity,
+    router_logits,
+)
 from moeops.gates.naive import NaiveGate
-from moeops.ops.sorting import limit_capacity
 from moeops.types import Routing
 
 
@@ -71,19 +76,26 @@ class ExpertChoiceGate(NaiveGate):
         self.capacity = (min(pair[0], most), min(pair[1], most))
 
     def forward(  # type: ignore[override]
-        self, inp: Tensor
+        self, inp: Tensor, mask: Tensor | None = None
     ) -> Routing:
         """Choose tokens: ``inp [T, D]`` to a Routing of ``[T, E]`` ids and weights."""
         logits = router_logits(inp, self.gate)  # [T, E]
         check_finite(type(self).__name__, logits)
         probs = torch.softmax(logits, dim=-1)  # [T, E]
-        factor = self.capacity[0 if self.training else 1]
-        rows = expert_capacity(factor, inp.shape[0], self.top_k, self.tot_expert)
         every = torch.arange(self.tot_expert, device=probs.device).expand(probs.shape)
-        topk_ids = limit_capacity(every, self.tot_expert, rows, priority=probs.detach())
-        self.set_loss(None, logits, topk_ids)
-        topk_weights = probs.masked_fill(topk_ids < 0, 0)
-        return Routing(topk_ids, topk_weights, self.tot_expert * rows)
+        topk_ids = apply_capacity(
+            every, probs, self.tot_expert, self._rows, policy="priority", mask=mask
+        )
+        self.set_loss(None, logits, topk_ids, mask)
+        # A masked token weighs as if it had all its slots.
+        empty = topk_ids < 0 if mask is None else (topk_ids < 0) & (mask == 0)[:, None]
+        topk_weights = probs.masked_fill(empty, 0)
+        return Routing(topk_ids, topk_weights, self.tot_expert * self._rows(inp.shape[0]))
+
+    def _rows(self, num_tokens: Count) -> Count:
+        """``C``."""
+        factor = self.capacity[0 if self.training else 1]
+        return expert_capacity(factor, num_tokens, self.top_k, self.tot_expert)
 
     def extra_repr(self) -> str:
         """Sizes and options of the gate."""

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from moeops import _checks
-from moeops.gates.functional import router_logits
+from moeops._masks import drop_masked, num_unmasked
+from moeops.gates.functional import apply_capacity, router_logits
 from moeops.gates.naive import NaiveGate
 from moeops.losses import gshard_loss
 from moeops.ops.routing import topk_route
-from moeops.ops.sorting import limit_capacity
 
 _MILLION = 1_000_000
 
@@ -106,13 +106,14 @@ class FasterGate(NaiveGate):
             )
 
     def forward(
-        self, inp: Tensor, return_all_scores: bool = False
+        self, inp: Tensor, return_all_scores: bool = False, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
         """Choose experts.
 
         Args:
             inp: tokens, ``[T, D]``, any float type.
             return_all_scores: also return the router's logits.
+            mask: ``[T]``, tokens that are not there; see ``BaseGate``.
 
         Returns:
             topk_ids ``[T, K]`` int64, topk_weights ``[T, K]`` float32 (float64 for float64), and on request the
@@ -120,24 +121,37 @@ class FasterGate(NaiveGate):
         """
         logits = router_logits(inp, self.gate)  # [T, E]
         topk_weights, topk_ids = topk_route(logits, self.top_k)
-        loss = gshard_loss(logits, topk_ids)
-        self.set_loss(loss / self.world_size**2 if self.compat else loss, logits, topk_ids)
+        loss = gshard_loss(logits, topk_ids, mask=mask)
+        loss = loss / self.world_size**2 if self.compat else loss
+        self.set_loss(loss, logits, drop_masked(topk_ids, mask), mask)
         if self.last_expert - self.first_expert < self.tot_expert:
-            topk_ids = self._stay(logits.detach(), topk_ids)
+            topk_ids = self._stay(logits.detach(), topk_ids, mask)
             topk_weights = torch.softmax(logits.gather(1, topk_ids), dim=-1)
+        topk_ids = drop_masked(topk_ids, mask)
         if return_all_scores:
             return topk_ids, topk_weights, logits
         return topk_ids, topk_weights
 
-    def _stay(self, logits: Tensor, topk_ids: Tensor) -> Tensor:
+    def _stay(self, logits: Tensor, topk_ids: Tensor, mask: Tensor | None) -> Tensor:
         """Choose again in this node, but for the tokens that may leave."""
         first = topk_ids[:, :1]  # [T, 1]
         outside = (first < self.first_expert) | (first >= self.last_expert)
+        if mask is not None:
+            outside = outside & (mask == 0)[:, None]
         # In integers, so that it traces with a symbolic token count.
-        quota = logits.shape[0] * round(self.outgoing_fraction * _MILLION) // _MILLION
+        millionths = round(self.outgoing_fraction * _MILLION)
+        quota = num_unmasked(logits, mask) * millionths // _MILLION
         # One queue for the tokens that would leave; those with the largest logits get through.
         queue = torch.where(outside, 0, -1)
-        leaves = limit_capacity(queue, 1, quota, priority=logits.gather(1, first)) == 0  # [T, 1]
+        leaves = apply_capacity(
+            queue,
+            logits.gather(1, first),
+            1,
+            lambda tokens: tokens * millionths // _MILLION,
+            policy="priority",
+            mask=mask,
+        )
+        leaves = leaves == 0  # [T, 1]
         _, inside = topk_route(logits[:, self.first_expert : self.last_expert], self.top_k)
         inside = inside + self.first_expert
         limited = torch.where(leaves, torch.cat((first, inside[:, :-1]), dim=1), inside)

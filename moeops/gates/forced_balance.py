@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moeops import _checks
+from moeops._masks import drop_masked
 from moeops.gates.base import BaseGate, check_top_k
 from moeops.types import Routing, SlotRouting
 
@@ -69,29 +70,35 @@ class ForcedBalanceGate(BaseGate):
         self.top_k = top_k if built is None else getattr(built, "top_k", top_k)
         self.gate = built
 
-    def forward(self, inp: Tensor) -> Any:
+    def forward(self, inp: Tensor, mask: Tensor | None = None) -> Any:
         """Deal out experts: ``inp [T, D]`` to topk_ids ``[T, K]`` and topk_weights ``[T, K]``, or a ``Routing``."""
         if self.gate is None:
             dtype = _checks.accumulate_dtype(inp.dtype)
             shape = (inp.shape[0], self.top_k)
             weights = torch.full(shape, 1 / self.top_k, dtype=dtype, device=inp.device)
-            return self._deal(weights), weights
-        routing = self.gate(inp)
+            return self._deal(weights, mask), weights
+        takes_mask = mask is not None and getattr(self.gate, "takes_mask", False)
+        routing = self.gate(inp, mask=mask) if takes_mask else self.gate(inp)
         if isinstance(routing, SlotRouting):
             raise TypeError(
                 f"{type(self).__name__}: gate must choose experts, got {type(self.gate).__name__}, which mixes tokens. "
                 "Its experts are balanced as they are."
             )
         ids, weights = routing[0], routing[1]
-        weights = weights.masked_fill(ids < 0, 0)
+        empty = ids < 0 if mask is None else (ids < 0) & (mask == 0)[:, None]
+        weights = weights.masked_fill(empty, 0)
         scale_inputs = isinstance(routing, Routing) and routing.scale_inputs
-        return Routing(self._deal(weights), weights, scale_inputs=scale_inputs)
+        return Routing(self._deal(weights, mask), weights, scale_inputs=scale_inputs)
 
-    def _deal(self, weights: Tensor) -> Tensor:
-        """Experts in turn, one per slot ``[T, K]``."""
+    def _deal(self, weights: Tensor, mask: Tensor | None) -> Tensor:
+        """Experts in turn, one per slot ``[T, K]``; masked tokens are passed over."""
         num_tokens, top_k = weights.shape
-        slots = torch.arange(num_tokens * top_k, device=weights.device)
-        return (slots % self.tot_expert).view(num_tokens, top_k)
+        if mask is None:
+            slots = torch.arange(num_tokens * top_k, device=weights.device)
+            return (slots % self.tot_expert).view(num_tokens, top_k)
+        number = (mask == 0).to(torch.int64).cumsum(0)[:, None] - 1  # [T, 1]
+        slots = number * top_k + torch.arange(top_k, device=weights.device)
+        return drop_masked(slots % self.tot_expert, mask)
 
     def extra_repr(self) -> str:
         """Sizes of the gate."""

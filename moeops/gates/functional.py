@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moeops import _checks
+from moeops._masks import drop_masked, hide_masked, num_unmasked
 from moeops.comm.collectives import all_gather_counts
 from moeops.comm.groups import rank_group
 from moeops.gates.recording import exporting
-from moeops.losses import balance_of_route
+from moeops.losses import balance_of_route, mask_route, score_shares
 from moeops.ops.balance import topk_route_balance
 from moeops.ops.routing import topk_route
 from moeops.ops.sorting import count_tokens, limit_capacity, sort_tokens
@@ -190,6 +191,7 @@ def balanced_route(
     balance: bool = True,
     num_counted: int | None = None,
     group: Any = None,
+    mask: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Route and compute the balance loss, in one pass over the logits.
@@ -200,6 +202,8 @@ def balanced_route(
         balance: False for ``topk_route`` alone.
         num_counted: choices that the loss counts, from the first one on; ``None`` for all.
         group: the ranks whose choices count together, see ``moeops.losses.balance_loss``.
+        mask: ``[T]``, tokens that are not there: their ids are -1, and the loss is that of the others. They keep their
+            weights.
         **options: of ``topk_route``.
 
     Returns:
@@ -214,9 +218,13 @@ def balanced_route(
         ([0, 1, 2, 3], 1.0)
     """
     if not balance or exporting():
-        return *topk_route(logits, top_k, **options), None
+        topk_weights, topk_ids = topk_route(logits, top_k, **options)
+        return topk_weights, drop_masked(topk_ids, mask), None
     route = topk_route_balance(logits, top_k, num_counted=num_counted, **options)
-    return route.topk_weights, route.topk_ids, balance_of_route(route, group=group)
+    score = options.get("score", "softmax")
+    route = mask_route(route, lambda: score_shares(logits, score), mask, num_counted)
+    loss = balance_of_route(route, group=group, mask=mask)
+    return route.topk_weights, route.topk_ids, loss
 
 
 def apply_capacity(
@@ -227,6 +235,7 @@ def apply_capacity(
     *,
     policy: str = "position",
     group: Any = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Let every expert take ``capacity`` pairs and set the ids of the others to -1.
 
@@ -247,10 +256,12 @@ def apply_capacity(
         topk_weights: ``[T, K]``, any float type; read by ``"priority"`` and ``"batch"``.
         num_experts: ``E``.
         capacity: ``C`` in pairs per expert, an int or a symbolic int; or a function that computes it from the number
-            of tokens, those of all ranks with ``group`` (``expert_capacity`` can).
+            of tokens, those of all ranks with ``group`` (``expert_capacity`` can). The number is an int64 tensor with
+            ``group`` or ``mask``.
         policy: one of the above; with ``group`` ``"position"`` or ``"choice"``.
         group: the ranks that share the capacity: a process group or ``moeops.distributed.RankGroup``; all of them
             must call this. ``None`` for this rank alone.
+        mask: ``[T]``, tokens that are not there: they take no place, get -1 and do not count in the number of tokens.
 
     Returns:
         The ids that fit, -1 elsewhere: ``[T, K]``, dtype of ``topk_ids``.
@@ -278,9 +289,17 @@ def apply_capacity(
                 f"apply_capacity: policy must be one of {GROUP_POLICIES} with a group, got {policy!r}. "
                 "Ranks know each other's counts, not their weights."
             )
-        positions, tokens = queue_positions(topk_ids, num_experts, policy=policy, group=group)
+        positions, tokens = queue_positions(
+            topk_ids, num_experts, policy=policy, group=group, mask=mask
+        )
         limit = capacity(tokens) if callable(capacity) else capacity
         return torch.where(positions < limit, topk_ids, -1)
+    if mask is not None:
+        topk_ids = drop_masked(topk_ids, mask)
+        if callable(capacity):
+            limit = capacity(num_unmasked(topk_ids, mask))
+            positions = _positions(topk_ids, topk_weights, num_experts, policy)
+            return torch.where(positions < limit, topk_ids, -1)
     rows = capacity(topk_ids.shape[0]) if callable(capacity) else capacity
     if policy == "position":
         return limit_capacity(topk_ids, num_experts, rows)
@@ -297,6 +316,31 @@ def apply_capacity(
     return limit_capacity(topk_ids, num_experts, rows, priority=priority)
 
 
+def _positions(topk_ids: Tensor, topk_weights: Tensor, num_experts: int, policy: str) -> Tensor:
+    """Place ``[T, K]`` of each pair in its expert's queue, for a capacity that only the device knows.
+
+    As ``limit_capacity`` orders them; the largest int64 for a dropped pair.
+    """
+    if policy in GROUP_POLICIES:
+        return queue_positions(topk_ids, num_experts, policy=policy)[0]
+    weights = topk_weights.detach()
+    if policy == "batch":
+        order = torch.argsort(weights.amax(1), descending=True, stable=True)  # [T]
+        order = order[:, None].expand_as(topk_ids)
+        places, _ = queue_positions(topk_ids.gather(0, order), num_experts, policy="choice")
+        return torch.zeros_like(places).scatter(0, order, places)
+    priority = torch.rand_like(weights) if policy == "random" else weights
+    return priority_positions(topk_ids, priority, num_experts)
+
+
+def priority_positions(topk_ids: Tensor, priority: Tensor, num_experts: int) -> Tensor:
+    """Place ``[T, K]`` of each pair in its expert's queue, the highest priority first, equal ones by position."""
+    order = torch.argsort(priority.reshape(-1), descending=True, stable=True)  # [T * K]
+    queue = topk_ids.reshape(-1)[order].unsqueeze(1)  # [T * K, 1]
+    places, _ = queue_positions(queue, num_experts)
+    return torch.zeros_like(places[:, 0]).scatter(0, order, places[:, 0]).view_as(topk_ids)
+
+
 def uniform_like(like: Tensor, low: float, high: float) -> Tensor:
     """Noise from ``U(low, high)`` in the shape and type of ``like``, drawn in one kernel."""
     if torch.compiler.is_compiling():
@@ -306,7 +350,12 @@ def uniform_like(like: Tensor, low: float, high: float) -> Tensor:
 
 
 def queue_positions(
-    topk_ids: Tensor, num_experts: int, *, policy: str = "position", group: Any = None
+    topk_ids: Tensor,
+    num_experts: int,
+    *,
+    policy: str = "position",
+    group: Any = None,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Number the pairs of each expert in the order of ``policy``, over all ranks of a group.
 
@@ -315,6 +364,7 @@ def queue_positions(
         num_experts: ``E``.
         policy: ``"position"`` or ``"choice"``, see ``apply_capacity``.
         group: a process group or ``moeops.distributed.RankGroup``; ``None`` for this rank alone.
+        mask: ``[T]``, tokens that are not there: their pairs are dropped, and they do not count.
 
     Returns:
         positions ``[T, K]`` int64, 0 for the first pair of an expert, the largest int64 for a dropped pair; and the
@@ -326,7 +376,10 @@ def queue_positions(
         >>> queue_positions(torch.tensor([[0, 1], [1, 0]]), 2, policy="choice")[0].tolist()
         [[0, 1], [0, 1]]
     """
-    places, queue_ids, counts, tokens, rank = local_queues(topk_ids, num_experts, policy, group)
+    topk_ids = drop_masked(topk_ids, mask)
+    places, queue_ids, counts, tokens, rank = local_queues(
+        topk_ids, num_experts, policy, group, mask
+    )
     per_choice = counts.sum(0)  # [choices, E]
     ahead = per_choice.cumsum(0) - per_choice + counts[:rank].sum(0)
     positions = places + ahead.view(-1)[queue_ids]
@@ -335,11 +388,12 @@ def queue_positions(
 
 
 def local_queues(
-    topk_ids: Tensor, num_experts: int, policy: str, group: Any
+    topk_ids: Tensor, num_experts: int, policy: str, group: Any, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
     """Sort this rank's pairs into queues, and learn how long those of all ranks are.
 
-    A queue is an expert, or with ``policy="choice"`` a choice of an expert, numbered ``k * E + e``.
+    A queue is an expert, or with ``policy="choice"`` a choice of an expert, numbered ``k * E + e``. The ids of masked
+    tokens are -1.
 
     Returns:
         place of each pair in its queue on this rank ``[T, K]`` and the queue's number ``[T, K]``, both int64 and 0
@@ -356,7 +410,8 @@ def local_queues(
     live = queue_ids >= 0
     queue_ids = queue_ids.to(torch.int64).clamp_min(0)
     places = torch.where(live, plan.pair_to_row - offsets[queue_ids], 0)
-    tokens = torch.ones_like(topk_ids[:, 0], dtype=torch.int64).sum()
+    every = torch.ones_like(topk_ids[:, 0], dtype=torch.int64)
+    tokens = hide_masked(every, mask).sum()
     sizes = torch.cat((offsets.diff(), tokens[None]))  # [queues + 1]
     rank = 0
     if group is None:

@@ -105,19 +105,23 @@ class GShardGate(NaiveGate):
         self.group = group
 
     def forward(  # type: ignore[override]
-        self, inp: Tensor
+        self, inp: Tensor, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Choose two experts per token: ``inp [T, D]`` to topk_ids ``[T, 2]`` and topk_weights ``[T, 2]``."""
         logits = router_logits(inp, self.gate)  # [T, E]
         group = self._balance_group() if self.global_balance else None
-        topk_weights, topk_ids, loss = balanced_route(logits, 2, num_counted=1, group=group)
+        topk_weights, topk_ids, loss = balanced_route(
+            logits, 2, num_counted=1, group=group, mask=mask
+        )
         if loss is not None and self.compat:
             loss = loss / self.world_size**2
-        self.set_loss(loss, logits, topk_ids)
+        self.set_loss(loss, logits, topk_ids, mask)
         if self.compat:
-            topk_ids = self._route_at_random(self._limit(topk_ids, topk_weights), topk_weights)
+            topk_ids = self._limit(topk_ids, topk_weights, mask)
+            topk_ids = self._route_at_random(topk_ids, topk_weights)
         else:
-            topk_ids = self._limit(self._route_at_random(topk_ids, topk_weights), topk_weights)
+            topk_ids = self._route_at_random(topk_ids, topk_weights)
+            topk_ids = self._limit(topk_ids, topk_weights, mask)
         return topk_ids, topk_weights
 
     def _route_at_random(self, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
@@ -129,7 +133,7 @@ class GShardGate(NaiveGate):
         weights = topk_weights.detach()
         return topk_ids.masked_fill(weights < uniform_like(weights[:, :1], 0.0, 0.5), -1)
 
-    def _limit(self, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+    def _limit(self, topk_ids: Tensor, topk_weights: Tensor, mask: Tensor | None) -> Tensor:
         """Drop what does not fit."""
         if self.capacity is None:
             return topk_ids
@@ -141,6 +145,7 @@ class GShardGate(NaiveGate):
             lambda tokens: self._rows(factor, tokens),
             policy=self.drop_policy,
             group=self._expert_group("its capacity") if self.global_capacity else None,
+            mask=mask,
         )
 
     def _rows(self, factor: float, num_tokens: Count) -> Count:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moeops import _checks
+from moeops._masks import drop_masked, hide_masked
 from moeops.gates.base import BaseGate, check_top_k
 
 KEYS = ("token", "position", "feature")
@@ -191,13 +192,17 @@ class HashGate(BaseGate):
             )
         self.table.copy_(table)
 
-    def forward(self, inp: Tensor, token_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, inp: Tensor, token_ids: Tensor | None = None, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Look experts up.
 
         Args:
             inp: tokens, ``[T, D]``, any float type.
             token_ids: ``T`` integers in any shape, at least 0; without them those of the context ``token_ids``. Only
                 ``key="token"`` reads them.
+            mask: ``[T]``, tokens that are not there, whose token ids may be anything; see ``BaseGate``. They keep their
+                positions.
 
         Returns:
             topk_ids ``[T, K]`` int64 and topk_weights ``[T, K]`` float32 (float64 for float64), all ``1 / K``.
@@ -210,7 +215,8 @@ class HashGate(BaseGate):
             _checks.check_tensor(op, "x", inp, 2)
             _checks.check_float(op, "x", inp)
             _checks.check_size(op, "x", inp, 1, self.d_model, "d_model")
-        topk_ids = self.table[self._buckets(inp, token_ids)]  # [T, K]
+        buckets = hide_masked(self._buckets(inp, token_ids), mask)
+        topk_ids = drop_masked(self.table[buckets], mask)  # [T, K]
         dtype = _checks.accumulate_dtype(inp.dtype)
         weights = torch.full_like(topk_ids, 1 / self.top_k, dtype=dtype)
         return topk_ids, weights

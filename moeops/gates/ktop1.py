@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from moeops.gates.functional import (
@@ -11,6 +12,7 @@ from moeops.gates.functional import (
     router_logits,
 )
 from moeops.gates.naive import NaiveGate
+from moeops.losses import mask_route
 from moeops.ops.balance import prototype_route
 
 
@@ -68,17 +70,28 @@ class KTop1Gate(NaiveGate):
         self.capacity = check_capacity(name, capacity)
 
     def forward(  # type: ignore[override]
-        self, inp: Tensor
+        self, inp: Tensor, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Choose one expert per prototype: ``inp [T, D]`` to topk_ids ``[T, K]`` and topk_weights ``[T, K]``."""
         logits = router_logits(inp, self.gate)  # [T, E]
-        topk_weights, _, loss, topk_ids, _ = prototype_route(logits, self.top_k)
-        self.set_loss(loss, logits, topk_ids)
+        route = prototype_route(logits, self.top_k)
+        topk_weights, _, loss, topk_ids, _ = mask_route(route, lambda: self._probs(logits), mask)
+        self.set_loss(loss, logits, topk_ids, mask)
         if self.capacity is not None:
             factor = self.capacity[0 if self.training else 1]
-            capacity = expert_capacity(factor, inp.shape[0], self.top_k, self.tot_expert)
-            topk_ids = apply_capacity(topk_ids, topk_weights, self.tot_expert, capacity)
+            topk_ids = apply_capacity(
+                topk_ids,
+                topk_weights,
+                self.tot_expert,
+                lambda tokens: expert_capacity(factor, tokens, self.top_k, self.tot_expert),
+                mask=mask,
+            )
         return topk_ids, topk_weights
+
+    def _probs(self, logits: Tensor) -> Tensor:
+        """The softmaxes of the prototypes, ``[T, E]``."""
+        prototypes = logits.unflatten(1, (self.top_k, self.tot_expert // self.top_k))
+        return torch.softmax(prototypes, dim=-1).flatten(1)
 
     def extra_repr(self) -> str:
         """Sizes and options of the gate."""

@@ -52,14 +52,14 @@ class Llama4Gate(NaiveGate):
         self.balance = bool(balance)
 
     def forward(  # type: ignore[override]
-        self, inp: Tensor
+        self, inp: Tensor, mask: Tensor | None = None
     ) -> Routing:
         """Choose experts: ``inp [T, D]`` to a Routing of ``[T, K]`` ids and input weights."""
         logits = router_logits(inp, self.gate)  # [T, E]
         topk_weights, topk_ids, loss = balanced_route(
-            logits, self.top_k, balance=self.balance, score="sigmoid", renormalize=False
+            logits, self.top_k, balance=self.balance, mask=mask, score="sigmoid", renormalize=False
         )
-        self.set_loss(loss, logits, topk_ids)
+        self.set_loss(loss, logits, topk_ids, mask)
         return Routing(topk_ids, topk_weights, scale_inputs=True)
 
     def extra_repr(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from moeops import _checks
+from moeops._masks import drop_masked
 from moeops.gates.base import BaseGate, check_top_k
 from moeops.gates.functional import RouterLinear, router_logits
 from moeops.ops.routing import chosen_weights, topk_route
@@ -53,13 +54,14 @@ class NaiveGate(BaseGate):
         self.gate = RouterLinear(d_model, self.tot_expert, bias=gate_bias)
 
     def forward(
-        self, inp: Tensor, return_all_scores: bool = False
+        self, inp: Tensor, return_all_scores: bool = False, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
         """Choose experts.
 
         Args:
             inp: tokens, ``[T, D]``, any float type.
             return_all_scores: also return the router's logits.
+            mask: ``[T]``, tokens that are not there; see ``BaseGate``.
 
         Returns:
             topk_ids ``[T, K]`` int64, topk_weights ``[T, K]`` float32 (float64 for float64), and on request the
@@ -67,7 +69,8 @@ class NaiveGate(BaseGate):
         """
         logits = router_logits(inp, self.gate)  # [T, E]
         topk_weights, topk_ids = topk_route(logits, self.top_k)
-        self.set_loss(None, logits, topk_ids)
+        topk_ids = drop_masked(topk_ids, mask)
+        self.set_loss(None, logits, topk_ids, mask)
         if return_all_scores:
             return topk_ids, topk_weights, logits
         return topk_ids, topk_weights

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moeops._masks import drop_masked
 from moeops.gates.functional import (
     RouterLinear,
     apply_capacity,
@@ -18,7 +19,7 @@ from moeops.gates.functional import (
     router_logits,
 )
 from moeops.gates.naive import NaiveGate
-from moeops.losses import cv_squared, importance
+from moeops.losses import cv_squared, importance, noisy_load
 from moeops.ops.noisy import noisy_topk_route
 from moeops.ops.routing import topk_route
 
@@ -109,13 +110,13 @@ class NoisyGate(NaiveGate):
         self.noise = RouterLinear(d_model, self.tot_expert, bias=False)
 
     def forward(  # type: ignore[override]
-        self, inp: Tensor
+        self, inp: Tensor, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Choose experts: ``inp [T, D]`` to topk_ids ``[T, K]`` and topk_weights ``[T, K]``."""
         clean = router_logits(inp, self.gate)  # [T, E]
         if self.training:
             spread, noise = router_logits(inp, self.noise), torch.randn_like(clean)  # [T, E] each
-        if self.training and self.balance == "load":
+        if self.training and self.balance == "load" and mask is None:
             # One op that keeps the noisy logits to itself: they are computed again for whom they are needed.
             topk_weights, sums, load, loss, topk_ids = noisy_topk_route(
                 clean, spread, noise, self.top_k, min_noise=self.min_noise
@@ -126,17 +127,30 @@ class NoisyGate(NaiveGate):
             logits = self._noisy(clean, spread, noise) if self.training else clean
             loss = None
             if self.balance == "gshard":
-                topk_weights, topk_ids, loss = balanced_route(logits, self.top_k, num_counted=1)
+                topk_weights, topk_ids, loss = balanced_route(
+                    logits, self.top_k, num_counted=1, mask=mask
+                )
             else:
                 topk_weights, topk_ids = topk_route(logits, self.top_k)
+                topk_ids = drop_masked(topk_ids, mask)
             if self.balance == "load":
-                loss = self._loss_without_noise(topk_weights, topk_ids)
-        self.set_loss(loss, logits, topk_ids)
+                sums = importance(topk_weights, topk_ids, self.tot_expert)  # [E]
+                if self.training:
+                    sigma = F.softplus(spread) + self.min_noise
+                    load = noisy_load(clean, logits, sigma, topk_ids, mask=mask)
+                else:
+                    load = expert_loads(topk_ids, self.tot_expert).to(sums.dtype)  # [E]
+                loss = self._loss(sums, load)
+        self.set_loss(loss, logits, topk_ids, mask)
         if self.capacity is not None:
             factor = self.capacity[0 if self.training else 1]
-            rows = expert_capacity(factor, inp.shape[0], self.top_k, self.tot_expert)
             topk_ids = apply_capacity(
-                topk_ids, topk_weights, self.tot_expert, rows, policy="choice"
+                topk_ids,
+                topk_weights,
+                self.tot_expert,
+                lambda tokens: expert_capacity(factor, tokens, self.top_k, self.tot_expert),
+                policy="choice",
+                mask=mask,
             )
         return topk_ids, topk_weights
 
@@ -144,10 +158,8 @@ class NoisyGate(NaiveGate):
         """``h``."""
         return clean + noise * (F.softplus(spread) + self.min_noise)
 
-    def _loss_without_noise(self, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
-        """``CV2(importance) + CV2(load)``, the load being the number of tokens."""
-        sums = importance(topk_weights, topk_ids, self.tot_expert)  # [E]
-        load = expert_loads(topk_ids, self.tot_expert).to(sums.dtype)  # [E]
+    def _loss(self, sums: Tensor, load: Tensor) -> Tensor:
+        """``CV2(importance) + CV2(load)``."""
         if self.compat:
             return self._fastmoe_loss(sums, load)
         return cv_squared(sums) + cv_squared(load)

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from moeops import _checks
+from moeops._masks import drop_masked, hide_masked, num_unmasked
 from moeops.comm.collectives import all_reduce_sum
 from moeops.gates._variable_k import VariableGate
 from moeops.gates.functional import router_logits
 from moeops.gates.recording import add_up, exporting
-from moeops.losses import TINY
+from moeops.losses import TINY, mask_route
 from moeops.ops.balance import relu_route
 from moeops.types import Routing
 
@@ -130,26 +131,27 @@ class ReMoEGate(VariableGate):
         self.tokens.zero_()
 
     def forward(  # type: ignore[override]
-        self, inp: Tensor
+        self, inp: Tensor, mask: Tensor | None = None
     ) -> Routing:
         """Weigh experts: ``inp [T, D]`` to a Routing of ``[T, max_k]`` ids and weights."""
         logits = router_logits(inp, self.gate)  # [T, E]
-        weights, norms, balance, topk_ids, counts = relu_route(logits)  # [T, E], [E], [], ...
+        route = mask_route(relu_route(logits), lambda: torch.relu(logits), mask)
+        weights, norms, balance, topk_ids, counts = route  # [T, E], [E], [], ...
         active = counts.sum()
         if self.training:
             add_up(self.active, active)
-            add_up(self.tokens, torch.ones_like(topk_ids[:, 0]).sum())
+            add_up(self.tokens, hide_masked(torch.ones_like(topk_ids[:, 0]), mask).sum())
         if not exporting():
-            loss = self._loss(norms, balance, active, inp.shape[0])
-            self.set_loss(loss, logits, topk_ids)
+            loss = self._loss(norms, balance, active, num_unmasked(inp, mask, norms.dtype))
+            self.set_loss(loss, logits, topk_ids, mask)
         if self.max_k < self.tot_expert:
             best = torch.sort(weights.detach(), dim=-1, descending=True, stable=True)
             topk_ids = best.indices[:, : self.max_k]
             weights = weights.gather(1, topk_ids)
-            topk_ids = torch.where(weights > 0, topk_ids, -1)
-        return self._fit(topk_ids, weights, lambda: weights)
+            topk_ids = drop_masked(torch.where(weights > 0, topk_ids, -1), mask)
+        return self._fit(topk_ids, weights, lambda: weights, mask)
 
-    def _loss(self, norms: Tensor, balance: Tensor, active: Tensor, num_tokens: int) -> Tensor:
+    def _loss(self, norms: Tensor, balance: Tensor, active: Tensor, num_tokens: Any) -> Tensor:
         if self.balance:
             # Its shares are of the active pairs; those of the paper are of K * T.
             norm = balance * active / (self.top_k * num_tokens + TINY)

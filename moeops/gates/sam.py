@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from moeops import _checks
+from moeops._masks import drop_masked, num_unmasked
 from moeops.gates.functional import (
     apply_capacity,
     check_capacity,
@@ -13,7 +14,7 @@ from moeops.gates.functional import (
     router_logits,
 )
 from moeops.gates.naive import NaiveGate
-from moeops.losses import TINY, score_balance_loss
+from moeops.losses import TINY, mask_route, score_balance_loss, score_shares
 from moeops.ops.balance import topk_route_balance
 from moeops.ops.routing import chosen_weights, topk_route
 from moeops.ops.scores import alignment_sum
@@ -106,17 +107,18 @@ class SAMGate(NaiveGate):
         self._width = width
 
     def forward(  # type: ignore[override]
-        self, inp: Tensor
+        self, inp: Tensor, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Choose experts of one group: ``inp [T, D]`` to topk_ids ``[T, K]`` and topk_weights ``[T, K]``."""
-        num_tokens, num_experts = inp.shape[0], self.tot_expert
+        num_experts = self.tot_expert
         logits = router_logits(inp, self.gate)  # [T, E]
         if self.compat:
             topk_ids = self._choose_as_hetumoe(logits)
             topk_weights = chosen_weights(logits, topk_ids, renormalize=False)
-            balance = score_balance_loss(logits, topk_ids)
+            topk_ids = drop_masked(topk_ids, mask)
+            balance = score_balance_loss(logits, topk_ids, mask=mask)
         else:
-            topk_weights, _, balance, topk_ids, _ = topk_route_balance(
+            route = topk_route_balance(
                 logits,
                 self.top_k,
                 renormalize=False,
@@ -124,17 +126,25 @@ class SAMGate(NaiveGate):
                 top_groups=1,
                 group_score="sum",
             )
+            route = mask_route(route, lambda: score_shares(logits), mask)
+            topk_weights, _, balance, topk_ids, _ = route
         # Its f_e is divided by T, not by T * K.
         loss = self.top_k * balance
         if self.alignment > 0:
             aligned = alignment_sum(logits, topk_ids, self._width)
-            tokens = 1 if self.compat else num_tokens + TINY
+            tokens = 1 if self.compat else num_unmasked(inp, mask, aligned.dtype) + TINY
             loss = loss + aligned * self.alignment / tokens
-        self.set_loss(loss, logits, topk_ids)
+        self.set_loss(loss, logits, topk_ids, mask)
         if self.capacity is not None:
             factor = self.capacity[0 if self.training else 1]
-            rows = expert_capacity(factor, num_tokens, self.top_k, num_experts)
-            topk_ids = apply_capacity(topk_ids, topk_weights, num_experts, rows, policy="choice")
+            topk_ids = apply_capacity(
+                topk_ids,
+                topk_weights,
+                num_experts,
+                lambda tokens: expert_capacity(factor, tokens, self.top_k, num_experts),
+                policy="choice",
+                mask=mask,
+            )
         return topk_ids, topk_weights
 
     def _choose_as_hetumoe(self, logits: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moeops import _checks
+from moeops._masks import hide_masked
 from moeops._token_groups import join_groups, split_groups
 from moeops.gates._variable_k import check_finite
 from moeops.gates.base import BaseGate
@@ -89,19 +90,22 @@ class SoftMoEGate(BaseGate):
         nn.init.normal_(self.phi, std=self.d_model**-0.5)
         nn.init.ones_(self.scale)
 
-    def forward(self, inp: Tensor) -> SlotRouting:
+    def forward(self, inp: Tensor, mask: Tensor | None = None) -> SlotRouting:
         """Weigh tokens and slots: ``inp [T, D]`` to a SlotRouting of two ``[T, E * S]``."""
         logits = self._logits(inp)
         check_finite(type(self).__name__, logits)
         length = self.sequence_length
         combine = torch.softmax(logits, dim=1)
+        if mask is not None:
+            # Finite: a sequence of masked tokens alone has no largest logit; its weights are taken away below.
+            logits = logits.masked_fill((mask != 0)[:, None], torch.finfo(logits.dtype).min)
         if length is None:
             # A row of its own keeps the softmax from being over no tokens, which Inductor of torch 2.11 refuses.
             logits = F.pad(logits, (0, 0, 0, 1), value=-math.inf)
         # What fills up the last sequence takes no part.
         sequences = split_groups(logits, length, fill=-math.inf)
         dispatch = join_groups(torch.softmax(sequences, dim=1), length, inp.shape[0])
-        return SlotRouting(dispatch[: inp.shape[0]], combine, length)
+        return SlotRouting(hide_masked(dispatch[: inp.shape[0]], mask), combine, length)
 
     def _logits(self, inp: Tensor) -> Tensor:
         """``scale * normalise(x) @ normalise(phi)`` in float32 (float64 for float64), whatever autocast says."""

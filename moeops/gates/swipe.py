@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moeops._masks import drop_masked
 from moeops.gates.functional import local_queues, router_logits
 from moeops.gates.naive import NaiveGate
 from moeops.ops.routing import topk_route
@@ -68,13 +69,14 @@ class SwipeGate(NaiveGate):
         self.group = group
 
     def forward(
-        self, inp: Tensor, return_all_scores: bool = False
+        self, inp: Tensor, return_all_scores: bool = False, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
         """Choose experts.
 
         Args:
             inp: tokens, ``[T, D]``, any float type.
             return_all_scores: also return the router's logits.
+            mask: ``[T]``, tokens that are not there; see ``BaseGate``.
 
         Returns:
             topk_ids ``[T, K]`` int64, topk_weights ``[T, K]`` float32 (float64 for float64), and on request the
@@ -82,20 +84,22 @@ class SwipeGate(NaiveGate):
         """
         logits = router_logits(inp, self.gate)  # [T, E]
         topk_weights, topk_ids = topk_route(logits, self.top_k)
-        self.set_loss(None, logits, topk_ids)
+        topk_ids = drop_masked(topk_ids, mask)
+        self.set_loss(None, logits, topk_ids, mask)
         if self.training and self.world_size > 1:
-            topk_ids = self._balance_ranks(topk_ids)
-            topk_weights = torch.softmax(logits.gather(1, topk_ids), dim=-1)
+            topk_ids = self._balance_ranks(topk_ids, mask)
+            chosen = topk_ids if mask is None else topk_ids.clamp_min(0)
+            topk_weights = torch.softmax(logits.gather(1, chosen), dim=-1)
         if return_all_scores:
             return topk_ids, topk_weights, logits
         return topk_ids, topk_weights
 
-    def _balance_ranks(self, topk_ids: Tensor) -> Tensor:
+    def _balance_ranks(self, topk_ids: Tensor, mask: Tensor | None) -> Tensor:
         """Redirect the pairs that their ranks cannot take."""
         group = self._expert_group("rank balancing")
         ranks = topk_ids // self.num_expert  # [T, K]
         # counts [W, K, W]: pairs of each choice from a rank to a rank.
-        places, _, counts, tokens, me = local_queues(ranks, self.world_size, "choice", group)
+        places, _, counts, tokens, me = local_queues(ranks, self.world_size, "choice", group, mask)
         pairs = tokens.sum() * self.top_k
         room = ((pairs + self.world_size - 1) // self.world_size).expand(self.world_size)  # [W]
         columns = []
@@ -107,6 +111,8 @@ class SwipeGate(NaiveGate):
             over = (wanted - taken).sum(1)  # pairs of each rank that have to move
             until = room.cumsum(0)  # what ranks 0 to j can take
             moves = places[:, k] >= taken[me][ranks[:, k]]  # [T]
+            if mask is not None:
+                moves = moves & (mask == 0)
             number = over[:me].sum() + moves.to(torch.int64).cumsum(0) - 1
             target = torch.searchsorted(until, number, right=True).clamp(max=self.world_size - 1)
             there = target * self.num_expert + k % self.num_expert

@@ -17,9 +17,8 @@ from moeops.gates.functional import (
     uniform_like,
 )
 from moeops.gates.naive import NaiveGate
-from moeops.losses import TINY
+from moeops.losses import TINY, masked_score_sums
 from moeops.ops.routing import chosen_weights
-from moeops.ops.scores import score_sums
 from moeops.ops.sorting import count_tokens
 
 JITTERS = ("input", "logits")
@@ -121,7 +120,7 @@ class SwitchGate(NaiveGate):
         self.group = group
 
     def forward(  # type: ignore[override]
-        self, inp: Tensor
+        self, inp: Tensor, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Choose one expert per token: ``inp [T, D]`` to topk_ids ``[T, 1]`` and topk_weights ``[T, 1]``."""
         noisy = self.training and self.switch_eps > 0
@@ -130,14 +129,16 @@ class SwitchGate(NaiveGate):
         if noisy and self.jitter == "logits":
             logits = logits + uniform_like(logits, 1 - self.switch_eps, 1 + self.switch_eps)
         group = self._balance_group() if self.global_balance else None
-        topk_weights, topk_ids, loss = balanced_route(logits, 1, renormalize=False, group=group)
-        kept_ids = self._limit(topk_ids, topk_weights)
+        topk_weights, topk_ids, loss = balanced_route(
+            logits, 1, renormalize=False, group=group, mask=mask
+        )
+        kept_ids = self._limit(topk_ids, topk_weights, mask)
         if self.compat:
-            loss = _kept_loss(logits, kept_ids)
-        self.set_loss(loss, logits, topk_ids)
+            loss = _kept_loss(logits, kept_ids, mask)
+        self.set_loss(loss, logits, topk_ids, mask)
         return kept_ids, topk_weights
 
-    def _limit(self, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+    def _limit(self, topk_ids: Tensor, topk_weights: Tensor, mask: Tensor | None) -> Tensor:
         """Drop what does not fit."""
         if self.capacity is None:
             return topk_ids
@@ -149,6 +150,7 @@ class SwitchGate(NaiveGate):
             lambda tokens: expert_capacity(factor, tokens, 1, self.tot_expert),
             policy=self.drop_policy,
             group=self._expert_group("global_capacity") if self.global_capacity else None,
+            mask=mask,
         )
 
     def weights_at(self, inp: Tensor, topk_ids: Tensor) -> Tensor:
@@ -164,8 +166,8 @@ class SwitchGate(NaiveGate):
         )
 
 
-def _kept_loss(logits: Tensor, topk_ids: Tensor) -> Tensor:
+def _kept_loss(logits: Tensor, topk_ids: Tensor, mask: Tensor | None) -> Tensor:
     """FastMoE's loss: both means are taken over the tokens that were kept."""
     counts = count_tokens(topk_ids, logits.shape[1])  # [E]
     kept = counts.sum() + TINY
-    return logits.shape[1] * (counts * score_sums(logits)).sum() / kept / kept
+    return logits.shape[1] * (counts * masked_score_sums(logits, mask)).sum() / kept / kept

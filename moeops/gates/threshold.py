@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moeops.gates._variable_k import VariableGate
 from moeops.gates.functional import router_logits
-from moeops.losses import router_entropy
+from moeops.losses import mask_route, router_entropy, score_shares
 from moeops.ops.balance import topk_route_balance
 from moeops.ops.routing import chosen_weights
 from moeops.types import Routing
@@ -92,23 +92,24 @@ class ThresholdGate(VariableGate):
         self.dynamic = float(dynamic)
 
     def forward(  # type: ignore[override]
-        self, inp: Tensor
+        self, inp: Tensor, mask: Tensor | None = None
     ) -> Routing:
         """Choose experts: ``inp [T, D]`` to a Routing of ``[T, K]`` ids and weights, best first."""
         logits = router_logits(inp, self.gate)  # [T, E]
-        weights, _, balance, topk_ids, _ = topk_route_balance(
+        route = topk_route_balance(
             logits,
             self.top_k,
             renormalize=self.renormalize,
             top_p=self.top_p,
             min_score=self.min_prob,
         )
+        weights, _, balance, topk_ids, _ = mask_route(route, lambda: score_shares(logits), mask)
         loss = balance if self.balance else None
         if self.dynamic > 0:
-            entropy = self.dynamic * router_entropy(logits)
+            entropy = self.dynamic * router_entropy(logits, mask=mask)
             loss = entropy if loss is None else loss + entropy
-        self.set_loss(loss, logits, topk_ids)
-        return self._fit(topk_ids, weights, lambda: self._priority(logits.detach(), topk_ids))
+        self.set_loss(loss, logits, topk_ids, mask)
+        return self._fit(topk_ids, weights, lambda: self._priority(logits.detach(), topk_ids), mask)
 
     def _priority(self, logits: Tensor, topk_ids: Tensor) -> Tensor:
         """Earlier choices first, then larger probabilities, which are at most 1."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from moeops.gates.functional import balanced_route, check_balance, check_scale, router_logits
@@ -78,13 +77,14 @@ class TopKGate(NaiveGate):
         self.balance = balance
 
     def forward(
-        self, inp: Tensor, return_all_scores: bool = False
+        self, inp: Tensor, return_all_scores: bool = False, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
         """Choose experts.
 
         Args:
             inp: tokens, ``[T, D]``, any float type.
             return_all_scores: also return the router's logits.
+            mask: ``[T]``, tokens that are not there; see ``BaseGate``.
 
         Returns:
             topk_ids ``[T, K]`` int64, topk_weights ``[T, K]`` float32 (float64 for float64), and on request the
@@ -97,11 +97,12 @@ class TopKGate(NaiveGate):
             self.top_k,
             balance=bool(self.balance),
             group=group,
+            mask=mask,
             score=self.score,
             renormalize=self.renormalize,
             scale=self.scale,
         )
-        self.set_loss(loss, logits, topk_ids)
+        self.set_loss(loss, logits, topk_ids, mask)
         if return_all_scores:
             return topk_ids, topk_weights, logits
         return topk_ids, topk_weights
@@ -199,14 +200,3 @@ class GptOssGate(TopKGate):
         balance: bool | str = False,
     ) -> None:
         super().__init__(d_model, num_expert, world_size, top_k, True, balance=balance)
-
-
-def expert_probs(logits: Tensor, score: str) -> Tensor:
-    """Scores of all experts, each row divided by its sum, ``[T, E]``."""
-    if score == "softmax":
-        return torch.softmax(logits, dim=-1)
-    # sigmoid(z) / sum sigmoid is the softmax of log sigmoid(z), which cannot divide by zero. With m = max(-z, 0) held
-    # constant, no exponent below is positive. (logaddexp with a constant cannot be compiled for CUDA with an unbacked
-    # token count on torch 2.11.)
-    m = torch.relu(-logits).detach()  # [T, E]
-    return torch.softmax(-m - torch.log(torch.exp(-m) + torch.exp(-logits - m)), dim=-1)

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from moeops import _checks
+from moeops._masks import drop_masked, hide_masked
 from moeops.gates.base import check_top_k
-from moeops.gates.functional import apply_capacity, balanced_route, router_logits
+from moeops.gates.functional import Count, apply_capacity, balanced_route, router_logits
 from moeops.gates.naive import NaiveGate
-from moeops.losses import cv_squared
+from moeops.losses import cv_squared, masked_score_sums
 from moeops.ops.routing import topk_route
-from moeops.ops.scores import score_sums
 
 _MILLION = 1_000_000
 
@@ -115,7 +115,12 @@ class TutelGate(NaiveGate):
         self.compat = bool(compat)
 
     def forward(  # type: ignore[override]
-        self, inp: Tensor, *, top_k: int | None = None, capacity_factor: float | None = None
+        self,
+        inp: Tensor,
+        *,
+        top_k: int | None = None,
+        capacity_factor: float | None = None,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Choose experts.
 
@@ -123,6 +128,7 @@ class TutelGate(NaiveGate):
             inp: tokens, ``[T, D]``, any float type.
             top_k: ``K`` of this call; ``None`` for the attribute.
             capacity_factor: factor of this call; ``None`` for the attribute.
+            mask: ``[T]``, tokens that are not there; see ``BaseGate``.
 
         Returns:
             topk_ids ``[T, K]`` int64 and topk_weights ``[T, K]`` float32 (float64 for float64).
@@ -142,33 +148,42 @@ class TutelGate(NaiveGate):
         normalize = top_k > 1 and self.normalize_gate
         if self.is_gshard_loss:
             topk_weights, topk_ids, loss = balanced_route(
-                logits, top_k, renormalize=normalize, num_counted=1
+                logits, top_k, renormalize=normalize, num_counted=1, mask=mask
             )
         else:
             topk_weights, topk_ids = topk_route(logits, top_k, renormalize=normalize)
-            loss = self._load_importance_loss(clean, logits.gather(1, topk_ids[:, -1:]))
-        self.set_loss(loss, logits, topk_ids)
+            mark = logits.gather(1, topk_ids[:, -1:])
+            loss = self._load_importance_loss(clean, mark, mask)
+            topk_ids = drop_masked(topk_ids, mask)
+        self.set_loss(loss, logits, topk_ids, mask)
         if factor != 0:
-            rows = self._capacity(inp.shape[0], top_k, abs(factor))
             policy, priority = "choice", topk_weights
             if self.batch_prioritized_routing:
                 largest, _ = topk_route(logits.detach(), 1, renormalize=False)  # [T, 1]
                 policy, priority = "batch", largest.expand_as(topk_weights)
-            topk_ids = apply_capacity(topk_ids, priority, self.tot_expert, rows, policy=policy)
+            topk_ids = apply_capacity(
+                topk_ids,
+                priority,
+                self.tot_expert,
+                lambda tokens: self._capacity(tokens, top_k, abs(factor)),
+                policy=policy,
+                mask=mask,
+            )
         return topk_ids, topk_weights
 
-    def _capacity(self, num_tokens: int, top_k: int, factor: float) -> int:
+    def _capacity(self, num_tokens: Count, top_k: int, factor: float) -> Count:
         """``C`` for a factor above 0, in integers on the factor rounded to millionths."""
         share = (num_tokens + self.tot_expert - 1) // self.tot_expert
         rows = share * round(factor * _MILLION) // _MILLION * top_k
         return (rows + self.alignment - 1) // self.alignment * self.alignment
 
-    def _load_importance_loss(self, clean: Tensor, mark: Tensor) -> Tensor:
+    def _load_importance_loss(self, clean: Tensor, mark: Tensor, mask: Tensor | None) -> Tensor:
         """Half the sum of importance and load loss; ``mark [T, 1]`` is the K-th best noisy logit."""
         sigma = self.gate_noise / self.tot_expert
         value = torch.softmax(clean, dim=-1) if self.compat else clean
-        load = 0.5 * torch.erfc((mark - value) / (sigma * math.sqrt(2))).sum(0)  # [E]
-        weights = score_sums(clean)  # [E]
+        passing = torch.erfc((mark - value) / (sigma * math.sqrt(2)))  # [T, E]
+        load = 0.5 * hide_masked(passing, mask).sum(0)  # [E]
+        weights = masked_score_sums(clean, mask)  # [E]
         if self.compat:
             return (_cv_squared_tutel(weights) + _cv_squared_tutel(load)) / 2
         return (cv_squared(weights) + cv_squared(load)) / 2

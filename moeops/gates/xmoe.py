@@ -110,13 +110,14 @@ class XMoEGate(BaseGate):
         nn.init.constant_(self.log_scale, -math.log(self.init_t))
 
     def forward(
-        self, inp: Tensor, return_all_scores: bool = False
+        self, inp: Tensor, return_all_scores: bool = False, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
         """Choose experts.
 
         Args:
             inp: tokens, ``[T, D]``, any float type.
             return_all_scores: also return the scaled cosines.
+            mask: ``[T]``, tokens that are not there; see ``BaseGate``.
 
         Returns:
             topk_ids ``[T, K]`` int64, topk_weights ``[T, K]`` float32 (float64 for float64), and on request the
@@ -133,10 +134,11 @@ class XMoEGate(BaseGate):
             self.top_k,
             balance=bool(self.balance),
             group=group,
+            mask=mask,
             score=self.score,
             renormalize=self.renormalize,
         )
-        self.set_loss(loss, logits, topk_ids)
+        self.set_loss(loss, logits, topk_ids, mask)
         if return_all_scores:
             return topk_ids, topk_weights, logits
         return topk_ids, topk_weights

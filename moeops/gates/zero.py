@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from moeops import _checks
+from moeops._masks import drop_masked
 from moeops.gates.base import BaseGate
 
 
@@ -41,10 +42,10 @@ class ZeroGate(BaseGate):
         _checks.check_int(type(self).__name__, "top_k", top_k, 1, "Pass the slots per token.")
         self.top_k = top_k
 
-    def forward(self, inp: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, inp: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Choose expert 0: ``inp [T, D]`` to topk_ids ``[T, K]`` and topk_weights ``[T, K]``."""
         shape, device = (inp.shape[0], self.top_k), inp.device
-        topk_ids = torch.zeros(shape, dtype=torch.int64, device=device)
+        topk_ids = drop_masked(torch.zeros(shape, dtype=torch.int64, device=device), mask)
         dtype = _checks.accumulate_dtype(inp.dtype)
         return topk_ids, torch.full(shape, 1 / self.top_k, dtype=dtype, device=device)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moeops import _nests
+from moeops._masks import drop_masked
 from moeops._token_groups import join_groups, split_groups
 from moeops.types import Routing, SlotRouting
 
@@ -27,11 +28,33 @@ def as_routing(op: str, gate: object, output: Any) -> Routing | SlotRouting:
     return Routing(output[0], output[1])
 
 
+def hide_tokens(inp: Any, mask: Tensor, *, finite: bool) -> Any:
+    """Write zeros over masked tokens in every float leaf, so that nothing of them reaches the others.
+
+    NaN times the zero gradient of a masked token is NaN in the router's gradient, and times a zero weight in a mix.
+
+    Args:
+        inp: a nest of tensors ``[T, ...]``.
+        mask: ``[T]``.
+        finite: hide those with finite numbers too, not only those with NaN or infinity.
+    """
+
+    def hide(leaf: Tensor) -> Tensor:
+        if not leaf.is_floating_point():
+            return leaf
+        masked = mask != 0  # [T]
+        if not finite:
+            rows = leaf if leaf.dim() > 1 else leaf.unsqueeze(1)
+            masked = masked & ~rows.isfinite().flatten(1).all(1)
+        return leaf.masked_fill(masked.view(-1, *(1,) * (leaf.dim() - 1)), 0)
+
+    return _nests.map_leaves(hide, inp)
+
+
 def without_masked(routing: Routing | SlotRouting, mask: Tensor) -> Routing | SlotRouting:
     """Take the tokens with a mask other than 0 out: the experts see nothing of them, and they get nothing."""
     if isinstance(routing, Routing):
-        topk_ids = torch.where((mask != 0)[:, None], -1, routing.topk_ids)
-        return Routing(topk_ids, routing.topk_weights, routing.num_rows, routing.scale_inputs)
+        return routing._replace(topk_ids=drop_masked(routing.topk_ids, mask))
     dispatch, combine, group_size = routing
     masked = (mask != 0)[:, None]  # [T, 1]
     every = split_groups(dispatch, group_size)  # [G, L, E * S]
@@ -44,14 +67,11 @@ def without_masked(routing: Routing | SlotRouting, mask: Tensor) -> Routing | Sl
 
 
 def output_weights(routing: Routing | SlotRouting) -> Tensor:
-    """Sum the factors that a token's expert outputs get: ``[T]``."""
+    """Sum the factors that a masked token's expert outputs would get, were none of its pairs dropped: ``[T]``."""
     if isinstance(routing, SlotRouting):
         return routing.combine_weights.sum(1)
-    dropped = routing.topk_ids < 0
     weights = routing.topk_weights
-    if routing.scale_inputs:
-        weights = torch.ones_like(weights)
-    return weights.masked_fill(dropped, 0).sum(1)
+    return (torch.ones_like(weights) if routing.scale_inputs else weights).sum(1)
 
 
 def fill_masked(out: Any, mask: Tensor, mask_dict: dict[int, Any] | None, weights: Tensor) -> Any:

@@ -27,6 +27,7 @@ from moeops.layers._build import build_expert, build_gate, set_expert_shards
 from moeops.layers._routings import (
     as_routing,
     fill_masked,
+    hide_tokens,
     output_weights,
     scale_inputs,
     sum_copies,
@@ -38,8 +39,9 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 GateHook = Callable[[Tensor, Tensor, None], Any]
-# hook(layer, gate's input [T, D], routing): what it returns replaces the routing, unless it is None.
-RoutingHook = Callable[["FMoE", Tensor, Routing | SlotRouting], Routing | SlotRouting | None]
+# hook(layer, gate's input [T, D], routing): what it returns replaces the routing, unless it is None. One with a true
+# attribute takes_mask is called with mask=[T] as well, if there is a mask.
+RoutingHook = Callable[..., Routing | SlotRouting | None]
 
 
 class FMoE(nn.Module):
@@ -55,6 +57,7 @@ class FMoE(nn.Module):
     - An expert without tokens is called with zero rows, so its parameters get zero gradients instead of none and
       every rank of a data-parallel job reduces the same set. Experts must accept zero rows.
     - A mask without ``mask_dict`` is not ignored: the tokens it names come out as zeros.
+    - Masked tokens take no capacity and count in no loss; FastMoE's gates do not know of the mask.
     - For nested inputs the gate sees the first leaf, unless it has a true attribute ``nested_input``; FastMoE hands
       every gate the whole nest.
     - Any number of layers with any expert groups may live in a process, and a slice group cuts off no remainder.
@@ -94,8 +97,10 @@ class FMoE(nn.Module):
         device: device of the parameters built here, torch's default if ``None``.
 
     Attributes:
-        routing_hooks: tuple of functions ``hook(layer, x, routing)`` that are called after the gate; what one returns
-            replaces the routing, unless it is ``None``. ``LoadMonitor`` and ``RoutingReplay`` are made of them.
+        routing_hooks: tuple of functions ``hook(layer, x, routing)`` that are called after the gate, with a routing in
+            which masked tokens have no experts; what one returns replaces the routing, unless it is ``None``. A hook
+            with a true attribute ``takes_mask`` gets ``mask=`` too, if there is one. ``LoadMonitor`` and
+            ``RoutingReplay`` are made of them.
 
     Raises:
         ValueError: a size or an option does not fit.  TypeError: an argument has the wrong type.
@@ -295,10 +300,13 @@ class FMoE(nn.Module):
         Args:
             moe_inp: tokens, ``[T, D]``, or a nest of tensors with ``T`` entries each in dimension 0. The gate sees the
                 first leaf (a dict's first key), flattened to ``[T, D]``.
-            mask: ``T`` integers in any shape; tokens with a value other than 0 skip the experts. Their expert output
-                is ``mask_dict[value]``, zero for a value that is not there, and is then weighted by the gate like any
-                other. Overrides the constructor's mask for this call. With a SlotRouting the other tokens of the group
-                take over a masked token's share of each slot.
+            mask: ``T`` integers in any shape; tokens with a value other than 0 skip the gate and the experts: they take
+                no capacity and count in no loss, load or bias, and what they hold, NaN too, reaches nobody. Their
+                output is 0, or where ``mask_dict`` has their value ``mask_dict[value]`` times the sum of the weights
+                that the gate gives to their choices, before anything would be dropped. With ``mask_dict`` a masked
+                token whose numbers are all finite therefore goes through the router, and gets a gradient from there.
+                Overrides the constructor's mask for this call. With a SlotRouting the other tokens of the group take
+                over a masked token's share of each slot.
 
         Returns:
             What the experts return, with ``T`` entries in dimension 0 of each leaf: the sum over a token's experts,
@@ -318,6 +326,8 @@ class FMoE(nn.Module):
             if not torch.compiler.is_compiling():
                 _layer_checks.check_mask(op, mask, leaves[0])
             mask = mask.reshape(-1)  # [T]
+            torch._check(mask.shape[0] == leaves[0].shape[0])
+            moe_inp = hide_tokens(moe_inp, mask, finite=self.mask_dict is None)
         if self.slice_group is None:
             return self._forward(moe_inp, mask)
         inp = slice_tokens(moe_inp, self.slice_group)
@@ -337,18 +347,26 @@ class FMoE(nn.Module):
             # Before the gate: weights may be on their way while it works.
             sharing = self.dispatcher.start(self._expert_weights(), self.dispatch_table)
         nested = getattr(self.gate, "nested_input", False)
-        routing = as_routing(op, self.gate, self.gate(moe_inp if nested else gate_inp))
+        takes_mask = mask is not None and getattr(self.gate, "takes_mask", False)
+        options = {"mask": mask} if takes_mask else {}
+        gate_output = self.gate(moe_inp if nested else gate_inp, **options)
+        routing = every = as_routing(op, self.gate, gate_output)
         if not torch.compiler.is_compiling():
             _layer_checks.check_routing(op, self.gate, routing, gate_inp, self.tot_expert)
+        if mask is not None:
+            routing = without_masked(routing, mask)
         for hook in self.routing_hooks:
-            replaced = hook(self, gate_inp, routing)
-            routing = routing if replaced is None else replaced
+            takes_mask = mask is not None and getattr(hook, "takes_mask", False)
+            replaced = hook(self, gate_inp, routing, **({"mask": mask} if takes_mask else {}))
+            if replaced is not None:
+                every = replaced
+                routing = replaced if mask is None else without_masked(replaced, mask)
         if self.gate_hook is not None:
             self.gate_hook(routing[0], routing[1], None)
         if mask is None:
             return self._mixture(routing, moe_inp, sharing)
-        out = self._mixture(without_masked(routing, mask), moe_inp, sharing)
-        return fill_masked(out, mask, self.mask_dict, output_weights(routing))
+        out = self._mixture(routing, moe_inp, sharing)
+        return fill_masked(out, mask, self.mask_dict, output_weights(every))
 
     def _mixture(self, routing: Routing | SlotRouting, inp: Any, sharing: dict[str, Any]) -> Any:
         """Run the experts on what the gate sends to them."""

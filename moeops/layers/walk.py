@@ -73,8 +73,10 @@ def parameter_tags(model: nn.Module) -> dict[nn.Parameter, str]:
 class LayerHook:
     """Base of routing hooks that belong to a tool: a copy or a pickle of the model gets none of them."""
 
+    takes_mask = True
+
     def __call__(
-        self, layer: FMoE, x: Tensor, routing: Routing | SlotRouting
+        self, layer: FMoE, x: Tensor, routing: Routing | SlotRouting, mask: Tensor | None = None
     ) -> Routing | SlotRouting | None:
         """Look at a routing; return another one or None."""
         raise NotImplementedError

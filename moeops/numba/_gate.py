@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from moeops import _checks
-from moeops.gates.base import BaseGate, check_top_k
+from moeops._masks import drop_masked
+from moeops.gates.base import BaseGate, check_top_k, with_mask_argument
 from moeops.gates.functional import RouterLinear, router_logits
 from moeops.numba._row_op import RowOp
 
 InputFunction = Callable[[BaseGate, Tensor], Tensor]
-LossFunction = Callable[[BaseGate, Tensor, Tensor, Tensor], Tensor]
-RoutingFunction = Callable[[BaseGate, Tensor, Tensor, Tensor], Any]
+LossFunction = Callable[..., Tensor]
+RoutingFunction = Callable[..., Any]
 
 
 class _Recipe(NamedTuple):
@@ -75,16 +76,19 @@ class RuleGate(BaseGate):
                 if value is not None:
                     getattr(self, name).copy_(value)
 
-    def forward(self, inp: Tensor) -> Any:
+    def forward(self, inp: Tensor, mask: Tensor | None = None) -> Any:
         """Choose experts: ``inp [T, D]`` to topk_ids ``[T, K]`` and topk_weights ``[T, K]``."""
         op, inputs, loss, routing, _, _ = self.recipe
         logits = router_logits(inp, self.gate)  # [T, E]
         given = {"logits": logits, "top_k": self.top_k, **self.options}
         given.update({name: function(self, logits) for name, function in inputs.items()})
         weights, ids = op(*[given[item.name] for item in op.signature.inputs])
+        ids = drop_masked(ids, mask)
         if loss is not None:
-            self.set_loss(loss(self, logits, ids, weights))
-        return (ids, weights) if routing is None else routing(self, logits, ids, weights)
+            self.set_loss(loss(self, logits, ids, weights, mask=mask))
+        if routing is None:
+            return ids, weights
+        return routing(self, logits, ids, weights, mask=mask)
 
     def extra_repr(self) -> str:
         """Sizes and numbers of the gate."""
@@ -117,6 +121,8 @@ def as_gate(
         loss: auxiliary loss, a function ``(gate, logits, topk_ids, topk_weights) -> scalar``, set in each forward.
         routing: what the gate returns, a function ``(gate, logits, topk_ids, topk_weights)``; ``(topk_ids,
             topk_weights)`` by default.
+            Both functions may have an argument ``mask``, which gets the layer's mask ``[T]`` or ``None``; the ids of
+            masked tokens are -1.
         setup: called with the new gate at the end of its constructor, to add buffers or parameters, and by
             ``reset_parameters`` with a bare copy of the gate, from which their first values are taken.
         options: values of the op's numbers that replace the signature's defaults.
@@ -152,7 +158,14 @@ def as_gate(
     defaults = {key: options.get(key, number.default) for key, number in numbers.items()}
     camel = "".join(part.title() for part in op.rule.function.__name__.split("_"))
     members = {
-        "recipe": _Recipe(op, given, loss, routing, setup, defaults),
+        "recipe": _Recipe(
+            op,
+            given,
+            None if loss is None else with_mask_argument(loss),
+            None if routing is None else with_mask_argument(routing),
+            setup,
+            defaults,
+        ),
         "__doc__": op.rule.function.__doc__,
         "__module__": op.__module__,
     }

@@ -115,6 +115,41 @@ def check_apply_capacity(ranks):
                 assert torch.equal(got.cpu(), want)
 
 
+def check_masks(ranks):
+    """Padding on one rank alone, which passes a mask: what the tokens that are there get without it."""
+    ranks = Ranks(*ranks)
+    for cls, top_k, options in (
+        (DCGate, 2, {"capacity": 0.8, "random_routing": False, "global_balance": True}),
+        (
+            SwitchGate,
+            1,
+            {"capacity": 0.8, "switch_eps": 0.0, "global_capacity": True, "global_balance": True},
+        ),
+        (TopKGate, 2, {"balance": "global"}),
+        (SwipeGate, 2, {}),
+    ):
+        gate = ranks.gate(cls, top_k, **options)
+        for split in ranks.splits():
+            x = ranks.tokens(split)[ranks.rank]
+            ids, weights = gate(x)
+            loss = gate.get_loss()
+            mask = None
+            if ranks.rank == 0:
+                mask = torch.arange(2 * len(x) + 3, device=ranks.device) % 2
+                mask[2 * len(x) :] = 1
+                there, both = mask == 0, x.new_zeros(len(mask), D)
+                both[there] = x
+                masked_ids, masked_weights = gate(both, mask=mask)
+                assert bool((masked_ids[~there] == -1).all())
+                masked_ids, masked_weights = masked_ids[there], masked_weights[there]
+            else:
+                masked_ids, masked_weights = gate(x)
+            assert torch.equal(masked_ids, ids), (cls, split)
+            assert_all([masked_weights], [weights])
+            if loss is not None:
+                assert_all([gate.get_loss()], [loss])
+
+
 def check_dc(ranks):
     ranks = Ranks(*ranks)
     for policy, compat, compiled in (

@@ -43,8 +43,8 @@ class Case(NamedTuple):
     Attributes:
         build: called as ``build(d_model, num_expert, world_size, top_k)``.
         top_k: ``K``.
-        draws: random numbers that training needs, so that its choices depend on their order.
-        order: what of the tokens' places the choices depend on beside their order: nothing, or the places.
+        draws: training draws random numbers, once.
+        places: choices or losses depend on the tokens' places, and not on their order alone.
     """
 
     build: partial
@@ -67,13 +67,16 @@ GATES = {
     "llama4": case(Llama4Gate, balance=True),
     "xmoe": case(XMoEGate, proj_dim=5, balance=True),
     "switch": case(SwitchGate, 1, switch_eps=0.0, capacity=1.0),
-    "switch_jitter": case(SwitchGate, 1, draws=True, jitter="logits", drop_policy="random"),
+    "switch_jitter": case(SwitchGate, 1, draws=True, jitter="logits"),
     "switch_compat": case(
         SwitchGate, 1, switch_eps=0.0, drop_policy="priority", capacity=0.8, compat=True
     ),
     "gshard": case(GShardGate, capacity=0.8, random_routing=False),
     "gshard_batch": case(GShardGate, capacity=0.7, random_routing=False, drop_policy="batch"),
     "gshard_random": case(GShardGate, draws=True),
+    "gshard_lottery": case(
+        GShardGate, draws=True, random_routing=False, drop_policy="random", capacity=0.7
+    ),
     "gshard_compat": case(GShardGate, capacity=0.3, compat=True, draws=True),
     "dc": case(DCGate, capacity=0.8, random_routing=False),
     "deepspeed_1": case(DeepSpeedGate, 1, use_rts=False, capacity_factor=0.6, min_capacity=2),

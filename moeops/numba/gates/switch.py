@@ -6,11 +6,10 @@ import math
 
 import torch
 
-from moeops.gates.functional import expert_capacity
+from moeops.gates.functional import apply_capacity, expert_capacity
 from moeops.losses import balance_loss
 from moeops.numba import _gate
 from moeops.numba._decorators import route
-from moeops.ops.sorting import limit_capacity
 
 JITTER = 0.1
 CAPACITY = 1.2
@@ -53,13 +52,15 @@ def _noise(gate, logits):
     return 1 + JITTER * (2 * torch.rand_like(logits) - 1)
 
 
-def _loss(gate, logits, ids, weights):
-    return balance_loss(torch.softmax(logits, dim=-1), ids)
+def _loss(gate, logits, ids, weights, mask=None):
+    return balance_loss(torch.softmax(logits, dim=-1), ids, mask=mask)
 
 
-def _drop(gate, logits, ids, weights):
-    capacity = expert_capacity(CAPACITY, logits.shape[0], 1, gate.tot_expert)
-    return limit_capacity(ids, gate.tot_expert, capacity), weights
+def _drop(gate, logits, ids, weights, mask=None):
+    def capacity(num_tokens):
+        return expert_capacity(CAPACITY, num_tokens, 1, gate.tot_expert)
+
+    return apply_capacity(ids, weights, gate.tot_expert, capacity, mask=mask), weights
 
 
 SwitchJitterGate = _gate.as_gate(
