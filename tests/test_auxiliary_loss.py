@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
-import every_gate
+import gate_classes
 from moeops import FMoETransformerMLP, auxiliary_loss
 from moeops.gates import BaseGate, GShardGate, NaiveGate, SwitchGate, with_losses
 from moeops.losses import (
@@ -95,10 +95,10 @@ def test_added_losses_compile_and_accumulate():
     assert float(want["0.gate.gate.weight"].abs().sum()) > 0
 
 
-@pytest.mark.parametrize("cls", every_gate.GATES, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", gate_classes.CLASSES, ids=lambda cls: cls.__name__)
 def test_every_gate_takes_added_losses_or_says_no(cls):
     """The same noise with and without: the difference is the added loss of the gate's own logits."""
-    gate = every_gate.make_gate(cls, D, 8)
+    gate = gate_classes.make_gate(cls, D, 8)
     if not gate.has_logits:
         assert cls.__name__ in ("ForcedBalanceGate", "HashGate", "SoftMoEGate", "ZeroGate")
         with pytest.raises(

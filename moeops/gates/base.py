@@ -374,7 +374,8 @@ def auxiliary_loss(model: nn.Module, clear: bool = True) -> Tensor:
             "Pass the module that holds the gates."
         )
     first = next(model.parameters(), None)
-    total = torch.zeros((), device=None if first is None else first.device)
+    device = None if first is None else first.device
+    total = torch.zeros((), device=device, dtype=torch.float32)
     for module in model.modules():
         if isinstance(module, BaseGate):
             loss = module.get_loss(clear)

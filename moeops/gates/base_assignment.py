@@ -40,8 +40,10 @@ class _Centroids(RouterLinear):
     """A router whose rows are orthogonal at the start."""
 
     def reset_parameters(self) -> None:
-        """Draw orthogonal centroids of length 0.1."""
-        nn.init.orthogonal_(self.weight, gain=0.1)
+        """Draw orthogonal centroids of length 0.1; torch has no decomposition in half types."""
+        with torch.no_grad():
+            rows = torch.empty_like(self.weight, dtype=_checks.accumulate_dtype(self.weight.dtype))
+            self.weight.copy_(nn.init.orthogonal_(rows, gain=0.1))
 
 
 class BASEGate(NaiveGate):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from moeops import _checks
 from moeops._masks import drop_masked, hide_masked
 from moeops.gates.base import BaseGate, check_top_k
+from moeops.gates.functional import exact_linear
 
 KEYS = ("token", "position", "feature")
 # The multiplier of Knuth's multiplicative hash: 2 ** 32 divided by the golden ratio.
@@ -117,9 +118,11 @@ class HashGate(BaseGate):
         self._frequencies = None if frequencies is None else self._checked(frequencies)
         self.register_buffer("table", torch.empty(num_buckets, top_k, dtype=torch.int64))
         bits = num_buckets.bit_length() - 1
-        self.register_buffer(
-            "projections", torch.empty(bits, d_model) if key == "feature" else None
-        )
+        projections = None
+        if key == "feature":
+            projections = torch.empty(bits, d_model, dtype=torch.float32)
+            self.float32_buffers = ("projections",)
+        self.register_buffer("projections", projections)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -133,7 +136,9 @@ class HashGate(BaseGate):
         self.table.copy_(table)
         if self.projections is not None:
             shape = self.projections.shape
-            self.projections.copy_(torch.randn(shape, generator=generator, device="cpu"))
+            self.projections.copy_(
+                torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
+            )
 
     def _checked(self, frequencies: Tensor) -> Tensor:
         """One count per bucket, as float64 on the CPU."""
@@ -230,8 +235,7 @@ class HashGate(BaseGate):
             return _hash(positions, self.num_buckets)
         if self.key == "feature":
             assert self.projections is not None
-            dtype = _checks.accumulate_dtype(inp.dtype)
-            signs = inp.detach().to(dtype) @ self.projections.to(dtype).t() > 0  # [T, bits]
+            signs = exact_linear(inp.detach(), self.projections) > 0  # [T, bits]
             places = 2 ** torch.arange(signs.shape[1], device=inp.device)
             return (signs * places).sum(-1)
         ids = self._token_ids if token_ids is None else token_ids

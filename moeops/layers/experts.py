@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -20,6 +21,28 @@ from moeops.types import TokenPlan
 Activation = str | Callable[[Tensor], Tensor]
 
 _FUNCTIONS = {F.gelu: "gelu", F.relu: "relu", torch.relu: "relu", F.silu: "silu"}
+
+
+class Uncast:
+    """Routing weights in a box: what casts the tensors among a module's arguments does not see them.
+
+    Attributes:
+        weights: ``[T, K]`` float.
+    """
+
+    __slots__ = ("weights",)
+
+    def __init__(self, weights: Tensor) -> None:
+        self.weights = weights
+
+
+def casts_arguments(module: nn.Module) -> bool:
+    """Whether FSDP wraps the module: with mixed precision it casts every float argument of a unit."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return False
+    units = (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)
+    return any(isinstance(part, units) for part in module.modules())
 
 
 def activation_name(activation: Activation) -> str | None:
@@ -213,7 +236,7 @@ class FusedExperts(nn.Module):
     def forward(
         self,
         x: Tensor,
-        topk_weights: Tensor | None = None,
+        topk_weights: Tensor | Uncast | None = None,
         plan: TokenPlan | None = None,
         *,
         expert_offsets: Tensor | None = None,
@@ -222,7 +245,7 @@ class FusedExperts(nn.Module):
 
         Args:
             x: tokens, ``[T, D]``; with ``expert_offsets`` rows in expert order, ``[R, D]``.
-            topk_weights: ``[T, K]`` float, for tokens.
+            topk_weights: ``[T, K]`` float, for tokens; in an ``Uncast`` where FSDP would round them.
             plan: what ``moeops.sort_tokens`` returned for these tokens.
             expert_offsets: ``[E + 1]`` int32, for rows: expert ``e`` owns rows ``[e]`` to ``[e + 1]``.
 
@@ -232,6 +255,8 @@ class FusedExperts(nn.Module):
         Raises:
             TypeError: neither ``topk_weights`` and ``plan`` nor ``expert_offsets`` alone are given.
         """
+        if isinstance(topk_weights, Uncast):
+            topk_weights = topk_weights.weights
         if (topk_weights is None, plan is None) != (expert_offsets is not None,) * 2:
             raise TypeError(
                 "FusedExperts: topk_weights and plan must be given for tokens, or expert_offsets alone for rows, got "

@@ -18,8 +18,9 @@ from moeops.dispatch.weights import (
     fused_weights,
 )
 from moeops.gates.naive import NaiveGate
-from moeops.layers.experts import Activation, FusedExperts
+from moeops.layers.experts import Activation, FusedExperts, Uncast, casts_arguments
 from moeops.layers.moe import FMoE, GateHook
+from moeops.types import TokenPlan
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -138,7 +139,11 @@ class FMoETransformerMLP(FMoE):
         return fused_weights(self.experts)
 
     def _block(self) -> Block:
-        return self.experts
+        return self._run_block
+
+    def _run_block(self, x: Tensor, topk_weights: Tensor, plan: TokenPlan) -> Tensor:
+        weights = Uncast(topk_weights) if casts_arguments(self.experts) else topk_weights
+        return self.experts(x, weights, plan)
 
     def _run_experts(
         self, rows: Tensor, expert_offsets: Tensor, rows_per_expert: list[int] | None

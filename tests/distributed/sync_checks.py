@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 
 import pytest
@@ -10,11 +11,18 @@ import torch
 import torch.distributed as dist
 from parallel_cases import D, batch, make, share
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import (
+    FullyShardedDataParallel,
+    MixedPrecision,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
+from moeops import FMoETransformerMLP, sort_tokens
 from moeops.distributed import (
     DistributedGroupedDataParallel,
     clip_grad_norm_,
@@ -167,6 +175,47 @@ def check_fully_sharded(ranks: Ranks) -> None:
     torch.testing.assert_close(actual, norms)
     for name, parameter in part.named_parameters():
         torch.testing.assert_close(parameter.full_tensor(), wanted[name])
+
+
+def check_mixed_precision_rounds_no_routing_weights(ranks: Ranks) -> None:
+    """FSDP casts what a unit is called with; experts in bfloat16 still get the gate's float32 weights."""
+    torch.manual_seed(0)
+    layer = FMoETransformerMLP(4, D, 12, activation="swiglu").to(ranks.device)
+    whole = copy.deepcopy(layer)
+    x = torch.randn(32, D, device=ranks.device).bfloat16()
+    ids, weights = whole.gate(x)
+    half = copy.deepcopy(whole.experts).bfloat16()
+    expected = half(x, weights, sort_tokens(ids, 4))
+    expected.square().sum().backward()
+    assert not torch.equal(expected, half(x, weights.bfloat16(), sort_tokens(ids, 4)))
+
+    def of_experts(layer):
+        fully_shard(layer.experts, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+        fully_shard(layer)
+
+    def of_wrapped_experts(layer):
+        layer.experts = checkpoint_wrapper(layer.experts)
+        of_experts(layer)
+
+    def first_version(layer):
+        policy = MixedPrecision(param_dtype=torch.bfloat16)
+        device = torch.device(ranks.device)
+        layer.experts = FullyShardedDataParallel(
+            layer.experts, mixed_precision=policy, device_id=device, use_orig_params=True
+        )
+
+    shards = [of_experts, of_wrapped_experts]
+    if ranks.device != "cpu":  # on which torch's first version does not work
+        shards.append(first_version)
+    for shard in shards:
+        part = copy.deepcopy(layer)
+        shard(part)
+        y = part(x)
+        assert torch.equal(y, expected), shard.__name__
+        y.square().sum().backward()
+        gradient = part.gate.gate.weight.grad
+        gradient = gradient.full_tensor() if shard is not first_version else gradient
+        torch.testing.assert_close(gradient, whole.gate.gate.weight.grad)
 
 
 def check_experts_sharded_with_the_rest(ranks: Ranks) -> None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import every_gate
+import gate_classes
 from moeops import FMoETransformerMLP
 from moeops.gates import BASEGate, NaiveGate, RouterLinear
 from tolerances import assert_close
@@ -31,10 +31,10 @@ def routers(gate):
 
 
 BUILDS = {
-    cls.__name__: lambda d_model, num_expert, cls=cls: every_gate.make_gate(
+    cls.__name__: lambda d_model, num_expert, cls=cls: gate_classes.make_gate(
         cls, d_model, num_expert
     )
-    for cls in every_gate.GATES
+    for cls in gate_classes.CLASSES
     if cls.__name__ not in ("HashGate", "SoftMoEGate", "ZeroGate")
 }
 EVERY_GATE = pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import moeops.gates
 from moeops.gates import BaseGate
 
-GATES = [
+CLASSES = [
     gate
     for name in moeops.gates.__all__
     if isinstance(gate := getattr(moeops.gates, name), type)
@@ -16,6 +16,7 @@ GATES = [
 OPTIONS = {
     "DeepSpeedGate": {"noisy_gate_policy": "Jitter"},
     "ForcedBalanceGate": {"gate": moeops.gates.NaiveGate},
+    "HashGate": {"key": "feature"},
     "SAMGate": {"num_groups": 2},
     "TutelGate": {"gate_noise": 1.0, "is_gshard_loss": False},
 }
