@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from moeops.comm.exchange import guarded
 from moeops.comm.groups import RankGroup, process_group
+from moeops.comm.wires import guarded
 
 T = TypeVar("T")
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from moeops.comm.exchange import guarded, without_autograd
 from moeops.comm.groups import RankGroup, rank_group
+from moeops.comm.wires import guarded, without_autograd
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

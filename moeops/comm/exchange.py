@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import functools
-import os
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from moeops import _checks
-from moeops.comm.groups import RankGroup, describe_group, process_group, rank_group, timeout_of
+from moeops.comm.groups import RankGroup, describe_group, process_group, rank_group
+from moeops.comm.wires import (
+    Carried,
+    Wire,
+    carry,
+    differentiated,
+    guarded,
+    pack_rows,
+    unobserved,
+    unpack_rows,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-# What gloo and NCCL both send; the rest travels as bytes.
-_SENT_AS_IS = (
-    *_checks.FLOAT_DTYPES,
-    torch.int64,
-    torch.int32,
-    torch.int8,
-    torch.uint8,
-    torch.bool,
-)
 
 _library = torch.library.Library("moeops", "FRAGMENT")
 _library.define(
@@ -36,10 +33,10 @@ _library.define(
 def _all_to_all_rows(rows, input_splits, output_splits, group_name):
     if len(input_splits) == 1:
         return rows.clone(memory_format=torch.contiguous_format)
-    if _unobserved(rows):
+    if unobserved(rows):
         group = rank_group(process_group(group_name))
         assert group is not None
-        return _exchange_rows(rows, _Wire(input_splits, output_splits, group))
+        return carry(rows, _AllToAll(input_splits, output_splits, group))
     return _functional(rows, input_splits, output_splits, group_name)
 
 
@@ -60,174 +57,6 @@ def _send(packed, input_splits, output_splits, group_name):
     )
 
 
-def pack_rows(rows: Tensor) -> Tensor:
-    """View types that not every backend sends as types that it does."""
-    if rows.dtype in _SENT_AS_IS:
-        return rows
-    if rows.is_complex():
-        return torch.view_as_real(rows.resolve_conj())
-    return rows.contiguous().unsqueeze(-1).view(torch.uint8)
-
-
-def unpack_rows(received: Tensor, dtype: torch.dtype) -> Tensor:
-    """Undo ``pack_rows``."""
-    if dtype in _SENT_AS_IS:
-        return received
-    if dtype.is_complex:
-        return torch.view_as_complex(received)
-    return received.view(dtype).squeeze(-1)
-
-
-class _Wire:
-    """One exchange: its splits, its group, and in a backward the gradients on their way back."""
-
-    def __init__(self, input_splits: list[int], output_splits: list[int], group: RankGroup) -> None:
-        self.input_splits = input_splits
-        self.output_splits = output_splits
-        self.group = group
-        self.grad: Tensor | None = None
-        self._back: _Wire | None = None
-
-    def back(self) -> _Wire:
-        """Return the wire of the gradients, always the same one."""
-        if self._back is None:
-            self._back = _Wire(self.output_splits, self.input_splits, self.group)
-        return self._back
-
-
-class _Start(torch.autograd.Function):
-    """Begin to send rows; in the backward, wait for the gradients that ``_Finish`` began to send back.
-
-    Autograd runs last what was recorded first, so the exchanges of several chunks are all in flight in the backward
-    before the first expert runs, as in the forward.
-    """
-
-    @staticmethod
-    def forward(ctx, packed, wire):
-        ctx.wire = wire
-        return _begin(packed, wire)
-
-    @staticmethod
-    def backward(ctx, _grad):
-        # Autograd accepts gradients in the shape of the value only, so those in flight travel in the wire.
-        grad, ctx.wire.grad = ctx.wire.grad, None
-        return _Finish.apply(grad, ctx.wire.back()), None
-
-
-class _Finish(torch.autograd.Function):
-    """Wait for what ``_Start`` began; in the backward, begin to send the gradients back."""
-
-    @staticmethod
-    def forward(ctx, sent, wire):
-        ctx.wire = wire
-        return _end(sent, wire)
-
-    @staticmethod
-    def backward(ctx, grad):
-        ctx.wire.grad = _Start.apply(grad, ctx.wire.back())
-        return grad, None
-
-
-class _AtOnce(torch.autograd.Function):
-    """Exchange rows and wait for them; in the backward, their gradients."""
-
-    @staticmethod
-    def forward(ctx, packed, wire):
-        ctx.wire = wire
-        return _exchange_at_once("all_to_all_rows", packed, wire)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return _exchange_rows(grad, ctx.wire.back()), None
-
-
-def _exchange_rows(rows: Tensor, wire: _Wire) -> Tensor:
-    """Exchange rows in eager mode."""
-    packed = pack_rows(rows)
-    if not _unobserved(packed):
-        received = _Finish.apply(_Start.apply(packed, wire), wire)
-    elif _differentiated(packed):
-        received = _AtOnce.apply(packed, wire)
-    else:
-        received = _exchange_at_once("all_to_all_rows", packed, wire)
-    return unpack_rows(received, rows.dtype)
-
-
-def _unobserved(rows: Tensor) -> bool:
-    """No tracer, no mode and no subclass looks at the collectives of these rows.
-
-    Nobody then needs functional ones: torch's blocking all-to-all costs the host half as much, and with NCCL it runs on
-    the current stream, instead of on another one that must wait for it and be waited for.
-    """
-    return (
-        type(rows) in (Tensor, torch.nn.Parameter)
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not (rows.is_cuda and _nccl_waits_on_host())
-    )
-
-
-@functools.cache
-def _nccl_waits_on_host() -> bool:
-    """Whether NCCL has no watchdog: torch then sees a missing rank where the host waits, and no blocking call does."""
-    return os.environ.get("TORCH_NCCL_BLOCKING_WAIT", "0").lower() in ("1", "y", "yes", "true", "t")
-
-
-def _differentiated(rows: Tensor) -> bool:
-    """Autograd or torch.func takes part, if only to say that it cannot."""
-    return (
-        (rows.requires_grad and torch.is_grad_enabled())
-        or forward_ad._current_level >= 0
-        or torch._C._are_functorch_transforms_active()
-    )
-
-
-# The functional collectives enter autograd in Python, which costs more than what they do. Here there is no gradient.
-without_autograd = torch._C._AutoDispatchBelowAutograd
-
-
-def _exchange_at_once(op: str, packed: Tensor, wire: _Wire) -> Tensor:
-    received = packed.new_empty((sum(wire.output_splits), *packed.shape[1:]))
-    guarded(
-        op,
-        wire.group,
-        torch.distributed.all_to_all_single,
-        *(received, packed.contiguous(), wire.output_splits, wire.input_splits),
-        process_group(wire.group.name),
-    )
-    return received
-
-
-def _begin(packed: Tensor, wire: _Wire) -> Tensor:
-    args = (packed, wire.input_splits, wire.output_splits, wire.group.name)
-    with without_autograd():
-        return guarded("all_to_all_rows", wire.group, _send, *args)
-
-
-def _end(sent: Tensor, wire: _Wire) -> Tensor:
-    wait = torch.ops._c10d_functional.wait_tensor
-    with without_autograd():
-        return guarded("all_to_all_rows", wire.group, wait, sent)
-
-
-def guarded(op: str, group: RankGroup, function: Callable[..., Any], *args: Any) -> Any:
-    """Call a collective; if it fails, say which op, in which group, after which time-out."""
-    try:
-        return function(*args)
-    except RuntimeError as err:
-        raise explained(op, group.name, err) from err
-
-
-def explained(op: str, group_name: str, err: RuntimeError) -> RuntimeError:
-    """Build the error that says what a failed collective was, and what to look at."""
-    group = rank_group(process_group(group_name))
-    assert group is not None
-    return RuntimeError(
-        f"{op}: every rank of {describe_group(group)} must take part within the time-out of "
-        f"{timeout_of(group)}, got: {err}. A rank has ended, hangs or runs another program: read the first error of "
-        "every rank."
-    )
-
-
 class Splits(NamedTuple):
     """Sizes of an exchange's blocks on one rank, in rows.
 
@@ -243,11 +72,43 @@ class Splits(NamedTuple):
     equal: bool = False
 
 
-class Exchange:
-    """Rows on their way to other ranks: construction sends them, ``finish`` waits for the others'.
+class _AllToAll(Wire):
+    """Every rank sends every other its part of the rows."""
 
-    Between the two other work can run. Several exchanges may be in flight; every rank must start them in the same
-    order.
+    def __init__(
+        self,
+        input_splits: Sequence[int],
+        output_splits: Sequence[int],
+        group: RankGroup,
+        op: str = "all_to_all_rows",
+    ) -> None:
+        super().__init__(op, group)
+        self.input_splits = list(input_splits)
+        self.output_splits = list(output_splits)
+
+    def send(self, packed: Tensor) -> Tensor:
+        """Begin the exchange."""
+        return _send(packed, self.input_splits, self.output_splits, self.group.name)
+
+    def run(self, packed: Tensor) -> Tensor:
+        """Exchange at once."""
+        received = packed.new_empty((sum(self.output_splits), *packed.shape[1:]))
+        torch.distributed.all_to_all_single(
+            received,
+            packed.contiguous(),
+            self.output_splits,
+            self.input_splits,
+            process_group(self.group.name),
+        )
+        return received
+
+    def turn(self) -> Wire:
+        """The way back."""
+        return _AllToAll(self.output_splits, self.input_splits, self.group)
+
+
+class Exchange(Carried):
+    """Rows on their way to other ranks: construction sends them, ``finish`` waits for the others'.
 
     Args:
         rows, input_splits, output_splits: as for ``all_to_all_rows``, not checked.
@@ -261,25 +122,10 @@ class Exchange:
         output_splits: Sequence[int],
         group: RankGroup,
     ) -> None:
-        self._dtype = rows.dtype
-        # Graphs hold torch's functional collectives, with torch's gradients.
-        self._traced = torch.compiler.is_compiling()
-        if self._traced:
-            self._sent = _send(pack_rows(rows), list(input_splits), list(output_splits), group.name)
-            return
-        self._wire = _Wire(list(input_splits), list(output_splits), group)
-        if _checks.debug_checks():
-            _check_agreement(rows, self._wire)
-        packed = pack_rows(rows)
-        self._differentiated = _differentiated(packed)
-        self._sent = (_Start.apply if self._differentiated else _begin)(packed, self._wire)
-
-    def finish(self) -> Tensor:
-        """Return the rows that the other ranks sent, ``[sum(output_splits), ...]``."""
-        if self._traced:
-            return unpack_rows(torch.ops._c10d_functional.wait_tensor(self._sent), self._dtype)
-        end = _Finish.apply if self._differentiated else _end
-        return unpack_rows(end(self._sent, self._wire), self._dtype)
+        wire = _AllToAll(input_splits, output_splits, group)
+        if _checks.debug_checks() and not torch.compiler.is_compiling():
+            _check_agreement(rows, wire)
+        super().__init__(rows, wire)
 
 
 def all_to_all_rows(
@@ -317,10 +163,10 @@ def all_to_all_rows(
     if not torch.compiler.is_compiling():
         check_splits("all_to_all_rows", rows, input_splits, output_splits, group)
         if group.size > 1:
-            wire = _Wire(list(input_splits), list(output_splits), group)
+            wire = _AllToAll(input_splits, output_splits, group)
             if _checks.debug_checks():
                 _check_agreement(rows, wire)
-            return _exchange_rows(rows, wire)
+            return carry(rows, wire)
     return torch.ops.moeops.all_to_all_rows(
         rows, list(input_splits), list(output_splits), group.name
     )
@@ -366,9 +212,9 @@ def exchange_detached(
         return torch.ops.moeops.all_to_all_rows(rows, sends, receives, group.name)
     if group.size == 1:
         return rows.clone(memory_format=torch.contiguous_format)
-    if _unobserved(rows) and not _differentiated(rows):
-        wire = _Wire(sends, receives, group)
-        return unpack_rows(_exchange_at_once(op, pack_rows(rows), wire), rows.dtype)
+    if unobserved(rows) and not differentiated(rows):
+        wire = _AllToAll(sends, receives, group, op)
+        return unpack_rows(wire.run_guarded(pack_rows(rows)), rows.dtype)
     return guarded(op, group, _functional, rows, sends, receives, group.name)
 
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from types import TracebackType
 
-from moeops.comm.exchange import explained
+from moeops.comm.wires import explained
 
 __all__ = ["explain_failures"]
 

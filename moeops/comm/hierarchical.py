@@ -21,10 +21,9 @@ from moeops.comm.exchange import (
     check_splits,
     exchange_counts,
     exchange_detached,
-    pack_rows,
-    unpack_rows,
 )
 from moeops.comm.groups import RankGroup, describe_group, rank_group
+from moeops.comm.wires import pack_rows, unpack_rows
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moeops import _nests
-from moeops.comm.exchange import guarded
 from moeops.comm.groups import RankGroup
+from moeops.comm.wires import guarded
 
 
 def _bounds(num_tokens: int, group: RankGroup) -> tuple[int, int]:

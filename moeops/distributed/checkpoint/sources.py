@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from moeops.comm.agreement import everywhere
-from moeops.comm.exchange import explained
+from moeops.comm.wires import explained
 from moeops.distributed.checkpoint import files, layouts
 from moeops.distributed.checkpoint.ranks import everyone, is_distributed, place
 from moeops.distributed.checkpoint.state import ModelState, Piece
