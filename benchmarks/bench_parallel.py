@@ -28,18 +28,30 @@ from benchmarks.timing import (
     synchronize,
     training_runner,
 )
-from moeops.distributed import Exact, Static
+from moeops.distributed import Exact, Gather, Static
 
 CAPACITY = 1.25  # of the static dispatcher: a factor on T * K / E
+GATHERED = 1.25  # rows of the dispatcher that gathers: a factor on T * K
 ONE_RANK = "one rank"
+BY_PAIR = "exact, by pair"
 # Label, options of the layer; the first one has all experts on every rank and exchanges nothing.
 DISPATCHES: tuple[tuple[str, dict[str, Any]], ...] = (
     (ONE_RANK, {}),
-    ("exact", {}),
+    (BY_PAIR, {"dispatch": "exact"}),
+    ("exact", {"dispatch": "exact"}),
+    ("gather", {"dispatch": Gather()}),
+    ("gather, 1.25 rows", {"dispatch": Gather(rows=GATHERED)}),
     ("static", {"dispatch": Static(CAPACITY)}),
     ("exact, 2 chunks", {"dispatch": Exact(n_chunks=2)}),
     ("exact, 4 chunks", {"dispatch": Exact(n_chunks=4)}),
 )
+
+
+class ByPair(moeops.FMoETransformerMLP):
+    """Experts that take rows only, so that a token travels once per expert."""
+
+    def _block(self) -> None:
+        return None
 
 
 @dataclass
@@ -62,7 +74,8 @@ class LayerRow:
         None  # tokens per second over those of one rank with all experts
     )
     speedup_total: float | None = None
-    flops_total: int = 0  # of one rank
+    flops_forward: int = 0  # of one rank
+    flops_total: int = 0
 
     def as_json(self) -> dict[str, Any]:
         """Plain values; what was not measured is left out."""
@@ -83,9 +96,14 @@ class LayerProblem:
         self.grad_y = torch.randn(self.x.shape, device=ranks.device, dtype=dtype, generator=gen)
         self._expected: dict[bool, dict[str, Tensor]] = {}
 
-    def _build(self, num_expert: int, **options: Any) -> moeops.FMoETransformerMLP:
+    def _build(
+        self,
+        num_expert: int,
+        kind: type[moeops.FMoETransformerMLP] = moeops.FMoETransformerMLP,
+        **options: Any,
+    ) -> moeops.FMoETransformerMLP:
         shape = self.shape
-        return moeops.FMoETransformerMLP(
+        return kind(
             num_expert,
             shape.d_model,
             shape.d_hidden,
@@ -120,7 +138,8 @@ class LayerProblem:
         if label == ONE_RANK:
             return self.whole
         size = self.ranks.size
-        layer = self._build(self.shape.num_experts // size, world_size=size, **options)
+        kind = ByPair if label == BY_PAIR else moeops.FMoETransformerMLP
+        layer = self._build(self.shape.num_experts // size, kind, world_size=size, **options)
         layer.load_state_dict(self._share(self.whole.state_dict()))
         return layer
 
@@ -287,7 +306,7 @@ def add_speedups(rows: list[LayerRow], num_ranks: int) -> None:
 def layer_table(rows: list[LayerRow]) -> str:
     """Milliseconds, speed, scaling, copies and memory; errors below."""
     header = (
-        "layer", "mode", "fwd ms", "fwd+bwd ms", "p10..p90", "f+b TF/s per rank",
+        "layer", "mode", "fwd ms", "fwd+bwd ms", "p10..p90", "fwd TF/s", "f+b TF/s per rank",
         "fwd x", "f+b x", "copies", "syncs", "peak MB", "dropped %", "first s",
     )  # fmt: skip
     lines, notes = [], []
@@ -304,6 +323,7 @@ def layer_table(rows: list[LayerRow]) -> str:
                 f"{row.forward.median / 1e3:.3f}",
                 f"{row.total.median / 1e3:.3f}",
                 f"{row.total.p10 / 1e3:.3f}..{row.total.p90 / 1e3:.3f}",
+                f"{row.flops_forward / row.forward.median / 1e6:.3g}",
                 f"{row.flops_total / row.total.median / 1e6:.3g}",
                 _number(row.speedup_forward, ".2f"),
                 _number(row.speedup_total, ".2f"),

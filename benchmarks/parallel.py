@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from benchmarks import bench_exchange, bench_parallel, machine, shapes
 from benchmarks.bench_exchange import ExchangeRow
-from benchmarks.bench_parallel import DISPATCHES, ONE_RANK, LayerProblem, LayerRow
+from benchmarks.bench_parallel import BY_PAIR, DISPATCHES, ONE_RANK, LayerProblem, LayerRow
 from benchmarks.ranks import Ranks, RankTimer, attempt
 
 CUDA_CONFIGS = ("qwen3_30b", "mixtral_8x7b")
@@ -33,7 +33,16 @@ TEST_CONFIGS = ("tiny",)
 CUDA_TOKENS = 8192  # per rank
 MODES = ("eager", "compiled")
 # What is compiled first: a compilation takes seconds, and the time may run out.
-COMPILED_ORDER = ("exact", ONE_RANK, "static", "exact, 2 chunks", "exact, 4 chunks")
+COMPILED_ORDER = (
+    "exact",
+    "gather",
+    ONE_RANK,
+    "gather, 1.25 rows",
+    "static",
+    BY_PAIR,
+    "exact, 2 chunks",
+    "exact, 4 chunks",
+)
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -47,6 +56,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--configs", help="comma list; default: qwen3_30b,mixtral_8x7b; cpu: tiny")
     parser.add_argument("--tokens", type=int, help="per rank; default: 8192 on cuda")
     parser.add_argument("--only", choices=("exchange", "layers"), help="default: both")
+    parser.add_argument("--labels", help="list with ; of the layers' rows; default: all")
     parser.add_argument("--modes", default=",".join(MODES), help="default: eager,compiled")
     parser.add_argument("--repeats", type=int, default=12, help="samples, default 12")
     parser.add_argument("--seconds", type=float, default=140, help="for everything, default 140")
@@ -64,6 +74,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         replace(shapes.SHAPES[n], num_tokens=tokens or shapes.SHAPES[n].num_tokens) for n in names
     ]
     args.modes = args.modes.split(",")
+    labels = [label for label, _ in DISPATCHES]
+    args.labels = labels if args.labels is None else args.labels.split(";")
+    if not set(args.labels) <= set(labels):
+        parser.error(f"--labels must be from {labels}, got {args.labels}")
     if not set(args.modes) <= set(MODES):
         parser.error(f"--modes must be from {MODES}, got {args.modes}")
     if args.repeats < 10:
@@ -160,9 +174,15 @@ class Session:
             ("compiled", shape, label) for label in COMPILED_ORDER for shape in self.args.configs
         ]
         for mode, shape, label in plan:
-            if mode not in self.args.modes:
+            if mode not in self.args.modes or label not in self.args.labels:
                 continue
-            row = LayerRow(shape.name, label, mode, flops_total=shape.flops_total)
+            row = LayerRow(
+                shape.name,
+                label,
+                mode,
+                flops_forward=shape.flops_forward,
+                flops_total=shape.flops_total,
+            )
             if self._skip(row, f"{shape.name} {label}, {mode}"):
                 continue
             problem, row.error = problems[shape.name], failures[shape.name]

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.bench_parallel import CAPACITY, ONE_RANK
+from benchmarks.bench_parallel import BY_PAIR, CAPACITY, ONE_RANK
 from benchmarks.report import table
 from benchmarks.shapes import SHAPES
 from moeops.cost.model import CostModel
@@ -38,9 +38,13 @@ class Comparison(NamedTuple):
         return self.predicted / self.measured - 1
 
 
+# Rows that show what another choice would cost.
+NOT_PREDICTED = (BY_PAIR, "gather, 1.25 rows")
+
+
 def choice_of(label: str) -> tuple[bool, Choice]:
     """Whether a row of ``benchmarks.parallel`` has all experts on every rank, and the choice that it names."""
-    found = re.fullmatch(r"(exact|static)(?:, (\d+) chunks)?", label)
+    found = re.fullmatch(r"(exact|gather|static)(?:, (\d+) chunks)?", label)
     if label != ONE_RANK and found is None:
         raise ValueError(f"plan_check: unknown row {label!r}.")
     return found is None, Choice("exact") if found is None else Choice(found[1], int(found[2] or 1))
@@ -55,6 +59,9 @@ def compare_layers(model: CostModel, record: dict[str, Any]) -> tuple[list[Compa
         label = f"{row['shape']} {row['label']}, {row['mode']}"
         if "forward" not in row or "total" not in row:
             skipped.append(f"{label}: not measured: {row.get('error', '')}")
+            continue
+        if row["label"] in NOT_PREDICTED:
+            skipped.append(f"{label}: the planner knows the defaults only")
             continue
         alone, choice = choice_of(row["label"])
         name = "local" if alone else choice.dispatcher
