@@ -173,3 +173,12 @@ def router_features(
 def permute_bytes(num_tokens: float, num_pairs: float, row_bytes: int) -> float:
     """Bytes that a gather of tokens or a weighted sum of rows must move: caches serve the copies of a token."""
     return (num_tokens + num_pairs) * row_bytes
+
+
+def distinct_parts(num_parts: int, num_experts: int, top_k: int) -> float:
+    """How many of equal parts of the experts have one of ``K`` that are chosen at random, all different."""
+    none = 1.0
+    for chosen in range(top_k):
+        others = num_experts - num_experts / num_parts
+        none *= max(0.0, others - chosen) / (num_experts - chosen)
+    return num_parts * (1 - none)

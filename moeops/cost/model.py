@@ -32,7 +32,7 @@ from moeops.cost.laws import (
 )
 
 FORMAT = "moeops cost model"
-VERSION = 1
+VERSION = 2
 MODES = ("eager", "compiled")
 
 
@@ -52,8 +52,10 @@ class CostModel:
         inside_node: all-to-all among ranks of a node.
         between_nodes: all-to-all among ranks of different nodes; bytes per second are those of one rank's share of
             its node's network.
+        all_gather: inside a node; bytes are those that leave a rank for the ``W - 1`` others.
+        reduce_scatter: the same.
         all_reduce: inside a node; bytes are those that leave a rank, ``2 (W - 1) / W`` of the tensor.
-        host: by mode ("eager", "compiled"), then by dispatcher ("local", "exact", "static").
+        host: by mode ("eager", "compiled"), then by dispatcher ("local", "exact", "gather", "static").
         overlap_loss: what is lost where an exchange and experts run at once: of the shorter one's time, the share by
             which both together take longer than the longer one. 0 is perfect overlap, 1 is none.
         machine: what was measured on, for the reader.
@@ -67,6 +69,8 @@ class CostModel:
     host_copy_seconds: float | None = None
     inside_node: LinkLaw | None = None
     between_nodes: LinkLaw | None = None
+    all_gather: LinkLaw | None = None
+    reduce_scatter: LinkLaw | None = None
     all_reduce: LinkLaw | None = None
     host: Mapping[str, Mapping[str, HostCost]] = field(default_factory=dict)
     overlap_loss: float | None = None
@@ -133,6 +137,33 @@ class CostModel:
             others = world_size - local
             parts.append(self.link("between_nodes").seconds(share * others, others))
         return max(parts, default=0.0)
+
+    def gather_seconds(
+        self, num_bytes: float, world_size: int, node_size: int | None = None
+    ) -> tuple[float, float]:
+        """Predict an all-gather of every rank's bytes, and a reduce-scatter back.
+
+        Between nodes, and where they were not measured, both cost what an all-to-all with as many bytes does.
+
+        Args:
+            num_bytes: of one rank.
+            world_size: ``W``.
+            node_size: ``L``, ranks per node; ``None`` means that all are in one.
+
+        Returns:
+            Seconds of either; 0 for one rank.
+        """
+        local, nodes = self._nodes(num_bytes, world_size, node_size)
+        exchange = None
+        seconds = []
+        for law in (self.all_gather, self.reduce_scatter):
+            if law is not None and nodes == 1:
+                seconds.append(law.seconds(num_bytes * (local - 1), local - 1))
+                continue
+            if exchange is None:
+                exchange = self.all_to_all_seconds(num_bytes * world_size, world_size, node_size)
+            seconds.append(exchange)
+        return seconds[0], seconds[1]
 
     def hierarchical_seconds(
         self, num_bytes: float, world_size: int, node_size: int, form: str = "2d"
@@ -312,7 +343,7 @@ class CostModel:
             ) from err
 
 
-_LINKS = ("inside_node", "between_nodes", "all_reduce")
+_LINKS = ("inside_node", "between_nodes", "all_gather", "reduce_scatter", "all_reduce")
 
 
 def _as_json(model: CostModel) -> dict[str, Any]:

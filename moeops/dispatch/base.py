@@ -31,7 +31,26 @@ class Dispatcher:
     A layer calls ``run``, and a subclass writes it; one without rows for slots raises NotImplementedError for a
     ``SlotRouting``. Where all rows are there before the experts run and no schedule is needed, there is a shorter way:
     write ``dispatch`` and ``combine``, from which the base makes ``run``.
+
+    Attributes:
+        takes_scaled_inputs: ``run`` reads a ``Routing`` with ``scale_inputs``, too.
     """
+
+    takes_scaled_inputs = False
+
+    def start(self, inp: Any, weights: Callable[[], Any], table: Tensor | None) -> dict[str, Any]:
+        """Begin what can begin before the gate; return what ``run`` needs beside its other arguments.
+
+        Args:
+            inp: nest of ``[T, ...]``.
+            weights: returns this rank's experts as tensors that can travel, an ``ExpertWeights``.
+            table: what ``table`` returned, on the device.
+        """
+        return {}
+
+    def table(self) -> Tensor | None:
+        """Numbers on the host that the dispatcher wants on the device in every forward: a layer keeps them there."""
+        return None
 
     def run(
         self,
@@ -86,12 +105,14 @@ class ExpertRanks(NamedTuple):
         num_expert: ``E_local``.
         group: the ranks; ``None`` for one.
         num_shards: ``P``, neighbouring ranks that hold one expert together; a divisor of the group's size.
+        top_k: ``K``, 0 where the gate has none.
     """
 
     op: str
     num_expert: int
     group: RankGroup | None = None
     num_shards: int = 1
+    top_k: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +126,10 @@ class DispatchOptions:
 
     def check(self, ranks: ExpertRanks) -> None:
         """Raise where an option is wrong, or does not fit the layer's ranks; ``ranks.op`` begins the message."""
+
+    def choose(self, ranks: ExpertRanks) -> tuple[DispatchOptions, str]:
+        """Return the record to build, and in words why it is another one; for checked options."""
+        return self, ""
 
     def build(self, ranks: ExpertRanks) -> Dispatcher:
         """Make the dispatcher, for checked options. With shards, each counts as an expert of its rank here."""
@@ -130,6 +155,7 @@ class Flight:
         splits: rows to and from each rank on the way there.
         group: the ranks; with one, nothing is sent.
         hierarchy: how they are arranged as nodes; ``None`` for the flat exchange.
+        beside: one tensor ``[R, ...]`` more that travels, between ranks.
         back: take rows back to where an exchange with these splits brought them from.
     """
 
@@ -140,9 +166,14 @@ class Flight:
         group: RankGroup,
         hierarchy: Hierarchy | None,
         *,
+        beside: Tensor | None = None,
         back: bool = False,
     ) -> None:
         leaves, self._spec = _nests.flatten(rows)
+        self._has_beside = beside is not None
+        if beside is not None:
+            leaves = [*leaves, beside]
+        self._way = (splits, group, hierarchy)
         self._rows = rows if group.size == 1 else None
         self._exchanges = [
             start_exchange(leaf, splits, group, hierarchy, back=back)
@@ -150,11 +181,17 @@ class Flight:
             if group.size > 1
         ]
 
+    def turn(self, rows: Any) -> Flight:
+        """Begin to send answers to rows that arrived back to where these came from."""
+        return Flight(rows, *self._way, back=True)
+
     def finish(self) -> Any:
-        """Return the rows that arrived, a nest of ``[sum of the splits, ...]``."""
+        """Return the rows that arrived, a nest of ``[sum of the splits, ...]``; with ``beside`` both of them."""
         if self._rows is not None:
             return self._rows
         received = [exchange.finish() for exchange in self._exchanges]
+        if self._has_beside:
+            return _nests.unflatten(received[:-1], self._spec), received[-1]
         return _nests.unflatten(received, self._spec)
 
 

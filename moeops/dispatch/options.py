@@ -18,6 +18,7 @@ from moeops.comm.hierarchical import Hierarchy, check_hierarchy
 from moeops.cost.model import CostModel
 from moeops.dispatch.base import Dispatcher, DispatchOptions, ExpertRanks
 from moeops.dispatch.exact import ExactDispatcher
+from moeops.dispatch.gather import Gather
 from moeops.dispatch.local import LocalDispatcher
 from moeops.dispatch.replicas import Placement, ReplicaDispatcher, place_replicas
 from moeops.dispatch.shadowing import ShadowDispatcher, ShadowPolicy
@@ -183,7 +184,60 @@ class Static(ExchangeOptions):
         )
 
 
-DISPATCHES: dict[str, type[DispatchOptions]] = {"exact": Exact, "static": Static}
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Auto(DispatchOptions):
+    """Choose a dispatcher when the layer is built: ``Gather`` where it sends little more, else ``Exact``.
+
+    Gathering sends a token to all ``W - 1`` other ranks, ``Exact`` to those that have one of its ``K`` experts, nearly
+    all with ``W <= K``; and gathering copies nothing to the host. But it needs the same number of tokens on every rank
+    in every forward, which nobody can see when the layer is built: say that it is so, by ``equal_tokens``, or give a
+    bound, by ``max_tokens``. Else the choice is ``Exact``, which is right for any number of tokens.
+
+    Attributes:
+        equal_tokens: in every forward, every rank has as many tokens as every other.
+        max_tokens: as of ``Gather``.
+
+    Example:
+        >>> from moeops.comm import RankGroup
+        >>> ranks = ExpertRanks("FMoE", 64, RankGroup("0", 2, 0), top_k=8)
+        >>> Auto().choose(ranks)[0]
+        Exact(n_chunks=1, hierarchy=None, replicas=None, shadowing=None)
+        >>> Auto(equal_tokens=True).choose(ranks)[0]
+        Gather(rows=None, max_tokens=None)
+    """
+
+    equal_tokens: bool = False
+    max_tokens: int | None = None
+
+    def check(self, ranks: ExpertRanks) -> None:
+        """Raise TypeError or ValueError for a wrong option."""
+        if not isinstance(self.equal_tokens, bool):
+            raise TypeError(
+                f"{ranks.op}: equal_tokens must be True or False, got {_checks.describe(self.equal_tokens)}. Pass True "
+                "where all ranks have the same number of tokens."
+            )
+        Gather(max_tokens=self.max_tokens).check(ranks)
+
+    def choose(self, ranks: ExpertRanks) -> tuple[DispatchOptions, str]:
+        """The record, and why: from ``W``, ``K`` and the options, which all ranks have alike."""
+        size = 1 if ranks.group is None else ranks.group.size
+        if size == 1:
+            return Exact(), "one rank"
+        slots = ranks.top_k * ranks.num_shards
+        if size > slots:
+            return Exact(), f"{size} ranks are more than {slots} experts per token"
+        if not self.equal_tokens and self.max_tokens is None:
+            return Exact(), "ranks may have different numbers of tokens: see equal_tokens"
+        why = f"{size} ranks, {slots} experts per token"
+        return Gather(max_tokens=self.max_tokens), why
+
+
+DISPATCHES: dict[str, type[DispatchOptions]] = {
+    "auto": Auto,
+    "exact": Exact,
+    "gather": Gather,
+    "static": Static,
+}
 
 
 def as_options(op: str, dispatch: Any) -> DispatchOptions:
@@ -211,6 +265,7 @@ def build_dispatcher(options: DispatchOptions, ranks: ExpertRanks) -> Dispatcher
         exclude each other.
     """
     options.check(ranks)
+    options, _ = options.choose(ranks)
     dispatcher = options.build(ranks)
     if ranks.num_shards == 1:
         return dispatcher

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -204,12 +204,15 @@ class ReplicaDispatcher(SharingDispatcher):
         """Slots of each expert: see ``Placement.table``."""
         return self.placement.table()
 
-    def start(self, weights: ExpertWeights, table: Tensor | None) -> dict[str, Any]:
+    def start(
+        self, inp: Any, weights: Callable[[], ExpertWeights], table: Tensor | None
+    ) -> dict[str, Any]:
         """Begin to send and receive replicas."""
+        own = weights()
         experts = [expert for sends in self._sends for expert in sends]
         splits = [len(sends) for sends in self._sends]
-        held = send_experts(weights.parameters, experts, splits, self._num_received, self.group)
-        return {"weights": weights, "held": held, "table": table}
+        held = send_experts(own.parameters, experts, splits, self._num_received, self.group)
+        return {"weights": own, "held": held, "table": table}
 
     def run(
         self,

@@ -193,9 +193,11 @@ class ShadowDispatcher(SharingDispatcher):
         self.max_shadows = min(policy.max_shadows, self.num_expert * self.group.size)
         self.hooks: tuple[Callable[[Tensor], Any], ...] = ()
 
-    def start(self, weights: ExpertWeights, table: Tensor | None) -> dict[str, Any]:
+    def start(
+        self, inp: Any, weights: Callable[[], ExpertWeights], table: Tensor | None
+    ) -> dict[str, Any]:
         """Begin nothing: which experts travel, the gate decides."""
-        return {"weights": weights}
+        return {"weights": weights()}
 
     def run(
         self,
@@ -223,7 +225,7 @@ class ShadowDispatcher(SharingDispatcher):
         far, near_ids, chosen = self._decide(routing)
         by_owner = chosen.view(self.group.size, self.num_expert).sum(1)
         extra = torch.cat((by_owner, count_tokens(near_ids, self.max_shadows).long()))
-        sent, numbers = self.inner.send(far, inp, block is None, extra)
+        sent, numbers = self.inner.send(far, inp, block, extra)
         num_sent, near_counts = numbers[: self.group.size], numbers[self.group.size :]
         compiling = torch.compiler.is_compiling()
         total = sum(num_sent)

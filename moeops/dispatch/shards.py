@@ -10,6 +10,7 @@ per expert. Rank ``w * P + p`` holds shard ``p`` of the experts ``w * E_local`` 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +30,7 @@ def route_to_shards(
     Shard ``p`` of expert ``w * E_local + j`` is number ``(w * P + p) * E_local + j``: ranks hold them in order.
 
     Args:
-        routing: a ``Routing`` without ``scale_inputs``, or a ``SlotRouting``.
+        routing: a ``Routing`` or a ``SlotRouting``.
         num_expert: ``E_local``.
         expert_ranks: ``W / P``, ranks that hold different experts.
         num_shards: ``P``.
@@ -55,7 +56,7 @@ def route_to_shards(
             return shards.reshape(num_tokens, num_slots * num_shards)
 
         return SlotRouting(repeat(dispatch), repeat(combine), group_size)
-    ids, weights, num_rows, _ = routing
+    ids, weights, num_rows, scales = routing
     num_tokens, top_k = ids.shape
     first = ids + (num_shards - 1) * (ids - ids % num_expert)  # [T, K], number of shard 0
     step = num_expert * torch.arange(num_shards, dtype=ids.dtype, device=ids.device)
@@ -64,6 +65,7 @@ def route_to_shards(
         shard_ids.reshape(num_tokens, top_k * num_shards),
         weights.unsqueeze(2).expand(-1, -1, num_shards).reshape(num_tokens, top_k * num_shards),
         None if num_rows is None else num_rows * num_shards,
+        scales,
     )
 
 
@@ -86,6 +88,11 @@ class ShardedDispatcher(Dispatcher):
         self.num_expert = num_expert
         self.expert_ranks = expert_ranks
         self.num_shards = num_shards
+        self.takes_scaled_inputs = inner.takes_scaled_inputs
+
+    def start(self, inp: Any, weights: Callable[[], Any], table: Tensor | None) -> dict[str, Any]:
+        """Begin what ``inner`` begins."""
+        return self.inner.start(inp, weights, table)
 
     def _route(self, routing: Routing | SlotRouting) -> Routing | SlotRouting:
         return route_to_shards(routing, self.num_expert, self.expert_ranks, self.num_shards)
@@ -96,9 +103,10 @@ class ShardedDispatcher(Dispatcher):
         inp: Any,
         experts: Experts,
         block: Block | None = None,
+        **early: Any,
     ) -> Any:
-        """Dispatch, run the shards, combine."""
-        return self.inner.run(self._route(routing), inp, experts, block)
+        """Dispatch, run the shards, combine; ``early`` is what ``start`` returned."""
+        return self.inner.run(self._route(routing), inp, experts, block, **early)
 
 
 class ShardSpan(NamedTuple):

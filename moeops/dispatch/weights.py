@@ -44,19 +44,6 @@ class SharingDispatcher(Dispatcher):
 
     option: str
 
-    def start(self, weights: ExpertWeights, table: Tensor | None) -> dict[str, Any]:
-        """Begin what can begin before the gate; return what ``run`` needs beside its other arguments.
-
-        Args:
-            weights: this rank's experts.
-            table: what ``table`` returned, on the device.
-        """
-        raise NotImplementedError(f"{type(self).__name__}: start must be written by the subclass.")
-
-    def table(self) -> Tensor | None:
-        """Numbers on the host that the dispatcher wants on the device in every forward: a layer keeps them there."""
-        return None
-
 
 def fused_weights(experts: nn.Module) -> ExpertWeights:
     """Experts whose parameters all have the experts in dimension 0, and that run as one."""

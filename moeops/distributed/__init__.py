@@ -14,7 +14,8 @@ from moeops.comm.hierarchical import (
     hierarchical_counts,
 )
 from moeops.cost.model import CostModel
-from moeops.dispatch.options import Exact, Static
+from moeops.dispatch.gather import Gather
+from moeops.dispatch.options import Auto, Exact, Static
 from moeops.dispatch.replicas import Placement
 from moeops.dispatch.shadowing import ShadowPolicy
 from moeops.distributed.checkpoint import (
@@ -30,9 +31,11 @@ from moeops.distributed.grad_sync import (
 )
 
 __all__ = [
+    "Auto",
     "CostModel",
     "DistributedGroupedDataParallel",
     "Exact",
+    "Gather",
     "Hierarchy",
     "Placement",
     "RankGroup",

@@ -15,6 +15,7 @@ from moeops.comm.groups import expert_group, slice_group_of
 from moeops.comm.slicing import join_tokens, slice_tokens
 from moeops.dispatch.base import Block, Dispatcher, DispatchOptions, ExpertRanks, split_rows
 from moeops.dispatch.options import as_options, build_dispatcher
+from moeops.dispatch.scaled_inputs import scale_inputs, sum_copies
 from moeops.dispatch.weights import (
     ExpertWeights,
     SharingDispatcher,
@@ -29,8 +30,6 @@ from moeops.layers._routings import (
     fill_masked,
     hide_tokens,
     output_weights,
-    scale_inputs,
-    sum_copies,
     without_masked,
 )
 from moeops.types import Routing, SlotRouting
@@ -87,9 +86,11 @@ class FMoE(nn.Module):
         device_mesh: a mesh of one dimension that holds the experts, instead of ``moe_group``; ``world_size`` may then
             be left out.
         dispatch: how tokens get to other ranks: a record with its options, or a name for its defaults.
-            ``moeops.distributed.Exact``, "exact", sends every row, however many there are, and copies some counts to
-            the host; ``moeops.distributed.Static``, "static", sends buffers of fixed size, drops what does not fit,
-            and copies nothing. With one rank "exact" sends nothing, and "static" drops the same.
+            ``moeops.distributed.Exact``, "exact", sends as many rows as there are, and copies some counts to the host;
+            ``moeops.distributed.Gather``, "gather", brings all tokens to all ranks, which must have equally many, and
+            copies nothing; ``moeops.distributed.Static``, "static", sends buffers of fixed size, drops what does not
+            fit, and copies nothing; ``moeops.distributed.Auto``, "auto", chooses one of the first two. With one rank
+            "static" drops the same, and the others send nothing.
         expert_tensor_parallel_size: neighbouring ranks ``P`` of ``moe_group`` that hold the same experts, each a shard
             of them whose outputs add up; ``E`` is then ``num_expert * W / P``. For subclasses that set
             ``self.experts``, such as ``FMoETransformerMLP``; 1 where ``expert`` is given.
@@ -106,8 +107,8 @@ class FMoE(nn.Module):
         ValueError: a size or an option does not fit.  TypeError: an argument has the wrong type.
         RuntimeError: building the layer failed on another rank.
     Host sync: one copy of a few integers per rank and expert per forward, to cut the rows into one slice per expert
-    (under ``torch.compile`` on CUDA too); none for ``dispatch="static"``. ``FMoETransformerMLP`` has none with one
-    rank either, and one for "exact" with more.
+    (under ``torch.compile`` on CUDA too); none for ``dispatch="static"``. ``FMoETransformerMLP`` has none for
+    "gather" or with one rank either, and one for "exact" with more.
 
     Example:
         >>> layer = FMoE(4, 8, top_k=2, expert=lambda d_model: nn.Linear(d_model, 3))
@@ -136,7 +137,7 @@ class FMoE(nn.Module):
         gate_bias: bool = True,
         *,
         device_mesh: DeviceMesh | None = None,
-        dispatch: str | DispatchOptions = "exact",
+        dispatch: str | DispatchOptions = "auto",
         expert_tensor_parallel_size: int = 1,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
@@ -153,13 +154,16 @@ class FMoE(nn.Module):
             self._build(
                 num_expert, d_model, top_k, gate, expert, gate_bias, dtype=dtype, device=device
             )
-            ranks = ExpertRanks(op, self.num_expert, self.moe_group, expert_tensor_parallel_size)
+            ranks = ExpertRanks(
+                op, self.num_expert, self.moe_group, expert_tensor_parallel_size, self.top_k
+            )
             options = as_options(op, dispatch)
             self.dispatcher: Dispatcher = build_dispatcher(options, ranks)
-            structure = table = None
+            options, why = options.choose(ranks)
+            self.dispatch_text = f"{options} ({why})" if why else str(options)
+            structure, table = None, self.dispatcher.table()
             if isinstance(self.dispatcher, SharingDispatcher):
                 structure = self._check_sharing(self.dispatcher.option)
-                table = self.dispatcher.table()
             _layer_checks.check_mask(op, mask, None)
             self.mask_dict = _layer_checks.check_mask_dict(op, mask_dict)
             settings.update(
@@ -285,7 +289,6 @@ class FMoE(nn.Module):
         out = super()._apply(fn, recurse)
         table = self.dispatch_table
         if table is not None and not table.is_meta:
-            assert isinstance(self.dispatcher, SharingDispatcher)
             table.copy_(self.dispatcher.table())  # type: ignore[arg-type]  # to_empty leaves anything in it
         self._restore_tags()
         return out
@@ -342,10 +345,8 @@ class FMoE(nn.Module):
         if not torch.compiler.is_compiling():
             _checks.check_float(op, "x", gate_inp)
             _checks.check_size(op, "x", gate_inp, 1, self.d_model, "d_model")
-        sharing: dict[str, Any] = {}
-        if isinstance(self.dispatcher, SharingDispatcher):
-            # Before the gate: weights may be on their way while it works.
-            sharing = self.dispatcher.start(self._expert_weights(), self.dispatch_table)
+        # Before the gate: weights or tokens may be on their way while it works.
+        early = self.dispatcher.start(moe_inp, self._expert_weights, self.dispatch_table)
         nested = getattr(self.gate, "nested_input", False)
         takes_mask = mask is not None and getattr(self.gate, "takes_mask", False)
         options = {"mask": mask} if takes_mask else {}
@@ -364,19 +365,21 @@ class FMoE(nn.Module):
         if self.gate_hook is not None:
             self.gate_hook(routing[0], routing[1], None)
         if mask is None:
-            return self._mixture(routing, moe_inp, sharing)
-        out = self._mixture(routing, moe_inp, sharing)
+            return self._mixture(routing, moe_inp, early)
+        out = self._mixture(routing, moe_inp, early)
         return fill_masked(out, mask, self.mask_dict, output_weights(every))
 
-    def _mixture(self, routing: Routing | SlotRouting, inp: Any, sharing: dict[str, Any]) -> Any:
+    def _mixture(self, routing: Routing | SlotRouting, inp: Any, early: dict[str, Any]) -> Any:
         """Run the experts on what the gate sends to them."""
         if not hasattr(self, "experts"):
             raise RuntimeError(
                 f"{type(self).__name__}: expert must be given, or self.experts be set by a subclass, got neither. "
                 "Pass a class, a function of d_model, or a list."
             )
+        if self.dispatcher.takes_scaled_inputs:
+            return self.dispatcher.run(routing, inp, self._run_experts, self._block(), **early)
         plain, copies = scale_inputs(routing, inp)
-        out = self.dispatcher.run(plain, copies, self._run_experts, self._block(), **sharing)
+        out = self.dispatcher.run(plain, copies, self._run_experts, self._block(), **early)
         return sum_copies(routing, out)
 
     def _block(self) -> Block | None:
@@ -466,6 +469,8 @@ class FMoE(nn.Module):
         text = f"num_expert={self.num_expert}, d_model={self.d_model}, top_k={self.top_k}"
         if self.expert_tensor_parallel_size > 1:
             text += f", expert_tensor_parallel_size={self.expert_tensor_parallel_size}"
+        if self.moe_group is not None:
+            text += f", dispatch={self.dispatch_text}"
         return text
 
 

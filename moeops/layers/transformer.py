@@ -84,7 +84,7 @@ class FMoETransformerMLP(FMoE):
         gate_bias: bool = True,
         bias: bool = True,
         device_mesh: DeviceMesh | None = None,
-        dispatch: str | DispatchOptions = "exact",
+        dispatch: str | DispatchOptions = "auto",
         expert_tensor_parallel_size: int = 1,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
@@ -162,7 +162,7 @@ class FMoETransformerMLP(FMoE):
 
         Raises:
             ValueError: a shape does not fit.  TypeError: ``inp`` is not float.
-        Host sync: none with one rank or ``dispatch="static"``, else one copy.
+        Host sync: none with one rank, ``dispatch="gather"`` or "static", else one copy.
         """
         if not isinstance(inp, Tensor):
             raise TypeError(

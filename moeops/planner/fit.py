@@ -97,6 +97,8 @@ def fit_model(
         host_copy_seconds=_median([row["seconds"] for row in copies]) if copies else None,
         inside_node=_link_law(measurements.get("inside_node", [])),
         between_nodes=_link_law(measurements.get("between_nodes", [])),
+        all_gather=_link_law(measurements.get("all_gather", [])),
+        reduce_scatter=_link_law(measurements.get("reduce_scatter", [])),
         all_reduce=_link_law(measurements.get("all_reduce", [])),
         host=_host_costs(measurements.get("host", [])),
         overlap_loss=_overlap_loss(measurements.get("overlap", [])),

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from moeops.comm.gathering import blocking_all_gather, blocking_reduce_scatter
 from moeops.dispatch.base import DispatchOptions
+from moeops.dispatch.gather import Gather
 from moeops.dispatch.options import Exact, Static
 from moeops.gates.naive import NaiveGate
 from moeops.layers.transformer import FMoETransformerMLP
@@ -52,6 +54,7 @@ def measure_links(clock: Clock, sizes: Sizes, node_size: int) -> dict[str, list[
         target, source = ((local + step) % node_size + first for step in (1, -1))
         found["inside_node"] += _messages(clock, target, source)
         found["all_reduce"] = _all_reduces(clock, sizes, group, node_size)
+        found |= _gathers(clock, sizes, group, node_size)
     if node_size < size:
         group = _own_group([list(range(s, size, node_size)) for s in range(node_size)])
         found["between_nodes"] = _all_to_alls(clock, sizes, group, size // node_size)
@@ -132,6 +135,29 @@ def _all_reduces(clock: Clock, sizes: Sizes, group: Any, length: int) -> list[Re
     return records
 
 
+def _gathers(clock: Clock, sizes: Sizes, group: Any, length: int) -> dict[str, list[Record]]:
+    """All-gathers and reduce-scatters, with as many bytes from a rank as the all-to-alls have."""
+    records: dict[str, list[Record]] = {"all_gather": [], "reduce_scatter": []}
+    for num_bytes in sizes.exchange:
+        part = torch.zeros(max(1, num_bytes // 4 // length), device=clock.device)
+        whole = part.repeat(length)
+        calls = {
+            "all_gather": partial(blocking_all_gather, whole, part, group=group),
+            "reduce_scatter": partial(blocking_reduce_scatter, part, whole, group=group),
+        }
+        for op, call in calls.items():
+            records[op].append(
+                {
+                    "op": op,
+                    "ranks": length,
+                    "num_messages": length - 1,
+                    "num_bytes": 4 * part.numel() * (length - 1),
+                    "seconds": clock.seconds(call, together=True),
+                }
+            )
+    return records
+
+
 def measure_overlap(clock: Clock, sizes: Sizes, dtype: torch.dtype) -> list[Record]:
     """Experts alone, an exchange alone, and both at once."""
     records = []
@@ -165,13 +191,15 @@ def measure_host(clock: Clock, dtype: torch.dtype, *, compiled: bool) -> list[Re
     """Host seconds of tiny layers by dispatcher and number of chunks: gate, first expert, forward, backward."""
     dispatchers: dict[str, Callable[..., DispatchOptions]] = {"local": Exact}
     if clock.ranks.size > 1:
-        dispatchers |= {"exact": Exact, "static": partial(Static, 1.25)}
+        dispatchers |= {"exact": Exact, "gather": Gather, "static": partial(Static, 1.25)}
+    in_chunks = ("exact", "static")
     records: list[Record] = []
     for dispatcher, options in dispatchers.items():
         world_size = 1 if dispatcher == "local" else clock.ranks.size
         shares: dict[int, tuple[float, float]] = {}
-        for n_chunks in (1,) if dispatcher == "local" else CHUNKS:
-            layer = _tiny_layer(clock, dtype, world_size, options(n_chunks=n_chunks))
+        for n_chunks in CHUNKS if dispatcher in in_chunks else (1,):
+            record = options(n_chunks=n_chunks) if dispatcher in in_chunks else options()
+            layer = _tiny_layer(clock, dtype, world_size, record)
             values = clock.host_samples(_marked_call(layer, clock, dtype))
             names = ("router", "first", "forward", "backward")
             facts = {"dispatcher": dispatcher, "n_chunks": n_chunks}
@@ -180,9 +208,10 @@ def measure_host(clock: Clock, dtype: torch.dtype, *, compiled: bool) -> list[Re
             shares[n_chunks] = values[0] / whole, values[1] / whole
         if not compiled:
             continue
-        for n_chunks in (1,) if dispatcher == "local" else COMPILED_CHUNKS:
+        for n_chunks in COMPILED_CHUNKS if dispatcher in in_chunks else (1,):
             torch._dynamo.reset()
-            layer = _tiny_layer(clock, dtype, world_size, options(n_chunks=n_chunks))
+            record = options(n_chunks=n_chunks) if dispatcher in in_chunks else options()
+            layer = _tiny_layer(clock, dtype, world_size, record)
             forward, backward = clock.host_samples(_compiled_call(layer, clock, dtype))
             # No clock runs inside a graph: the parts are shared as in eager mode.
             router, first = (share * forward for share in shares[n_chunks])

@@ -38,20 +38,26 @@ def layer_memory(config: Configuration, choice: Choice) -> Memory:
     item = ITEM_BYTES[config.dtype]
     parameters = config.expert_parameters + gate_parameters(config)
     tokens, pairs = config.num_tokens, config.num_pairs
-    rows = int(config.rows(choice.dispatcher))
+    dispatcher = choice.dispatcher
+    rows, sent = int(config.kept_rows(dispatcher)), int(config.sent_rows(dispatcher))
     up = (config.num_projections - 1) * config.hidden
     # Logits; weights and ids of the chosen; three maps.
     routing = 4 * tokens * config.num_experts + 12 * tokens * config.top_k + 12 * pairs
-    moved = config.ranks > 1 or choice.dispatcher == "static"
     activations = routing + item * (tokens * config.d_model + rows * up)
     exchange = 0
     # Gathered gradients, those of the hidden rows before and after the activation.
     workspace = item * rows * (config.d_model + up + config.hidden)
-    if moved:
+    if dispatcher == "static":
         # The rows at the experts and their map, and what came back, which the weights' gradient reads.
         activations += item * config.d_model * (rows + pairs) + 12 * rows
         exchange = item * config.d_model * (pairs + rows)
         workspace += item * config.d_model * pairs
+    elif config.ranks > 1:
+        # Tokens that arrived, their choices and the maps of all their pairs.
+        slots = config.top_k * config.tensor_parallel
+        activations += sent * (item * config.d_model + 12 * slots) + 4 * rows
+        exchange = item * config.d_model * sent * (1 if dispatcher == "gather" else 2)
+        workspace += item * config.d_model * sent
     return Memory(
         weights=item * parameters,
         gradients=item * parameters,

@@ -15,14 +15,16 @@ from moeops.ops.moe_mlp import ACTIVATIONS
 from moeops.planner.assumptions import assumptions
 from moeops.planner.memory import Memory, layer_memory
 from moeops.planner.predict import (
+    DISPATCHERS,
     OPTIMIZER_BYTES,
     Choice,
     Configuration,
     Prediction,
+    by_node_bytes,
     choices,
-    exchange_seconds,
     predict,
     recommend,
+    token_exchange_seconds,
 )
 from moeops.planner.report import plan_text
 from moeops.planner.shapes import MODELS
@@ -178,7 +180,7 @@ def make_plan(model: CostModel, config: Configuration) -> dict[str, Any]:
         "exchange": _exchanges(model, config),
         "memory": {
             dispatcher: _memory_record(config, layer_memory(config, Choice(dispatcher)))
-            for dispatcher in ("exact", "static")
+            for dispatcher in DISPATCHERS
         },
         "gradients": _gradient_sync(model, config),
         "warnings": _warnings(model, config, best),
@@ -197,18 +199,18 @@ def _choice_record(prediction: Prediction) -> dict[str, Any]:
 
 
 def _exchanges(model: CostModel, config: Configuration) -> list[dict[str, Any]]:
-    """What one exchange of all rows of a layer sends where, by form."""
+    """What one exchange of all tokens of an exact layer sends where, by form."""
     if config.ranks == 1:
         return []
-    num_bytes = config.rows("exact") * config.row_bytes
+    num_bytes = config.sent_rows("exact") * config.row_bytes
     local, ranks = config.local_ranks, config.ranks
     inside = num_bytes * (local - 1) / ranks
     between = num_bytes * (ranks - local) / ranks
     rows = [("flat", inside, between, local - 1, ranks - local)]
     if config.nodes > 1 and local > 1:
         nodes = config.nodes
+        rows.append(("2d", *by_node_bytes(config, config.row_bytes), local - 1, nodes - 1))
         share = num_bytes * (nodes - 1) / nodes
-        rows.append(("2d", num_bytes * (local - 1) / local, share, local - 1, nodes - 1))
         # Of the leader, the busiest rank.
         rows.append(
             ("leader", 2 * num_bytes * (local - 1), local * share, 2 * (local - 1), nodes - 1)
@@ -220,7 +222,7 @@ def _exchanges(model: CostModel, config: Configuration) -> list[dict[str, Any]]:
             "bytes_between_nodes": between,
             "messages_inside_node": near,
             "messages_between_nodes": far,
-            "seconds": exchange_seconds(model, config, num_bytes, form),
+            "seconds": token_exchange_seconds(model, config, Choice("exact", form=form)),
         }
         for form, inside, between, near, far in rows
     ]

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple
 
-from moeops.cost.laws import ITEM_BYTES, HostCost, permute_bytes
+from moeops.cost.laws import ITEM_BYTES, HostCost, distinct_parts, permute_bytes
 from moeops.cost.model import MODES, CostModel
+from moeops.dispatch.gather import DEFAULT_ROWS
 from moeops.ops.moe_mlp import ACTIVATIONS
 
-DISPATCHERS = ("exact", "static")
+DISPATCHERS = ("exact", "gather", "static")
 CHUNKS = (1, 2, 4, 8)
 FORMS = ("flat", "2d", "leader")
 OPTIMIZER_BYTES = {  # per parameter, as a function of the bytes of its type
@@ -161,10 +162,36 @@ class Configuration:
             return float(self.num_experts * self.tensor_parallel * self.capacity)
         return self.num_pairs * self.imbalance
 
+    def reached(self, parts: int) -> float:
+        """How many of so many equal parts of the ranks a token goes to, experts chosen at random."""
+        expert_ranks = self.ranks // self.tensor_parallel
+        apart = min(parts, expert_ranks)  # parts that hold different experts
+        return parts / apart * distinct_parts(apart, self.num_experts, self.top_k)
+
+    def sent_rows(self, dispatcher: str) -> float:
+        """Rows that the busiest rank sends one way, those to itself included."""
+        everything = float(self.num_tokens * self.ranks)
+        if dispatcher == "exact":
+            return min(everything, self.num_tokens * self.reached(self.ranks) * self.imbalance)
+        return everything if dispatcher == "gather" else self.rows(dispatcher)
+
+    def kept_rows(self, dispatcher: str) -> float:
+        """Rows at the busiest rank's experts that memory is kept for."""
+        if dispatcher != "gather":
+            return self.rows(dispatcher)
+        slots = self.top_k * self.tensor_parallel
+        most = self.ranks * self.num_tokens * min(slots, self.local_experts)
+        return float(min(most, self.num_pairs * (2 if self.ranks == 2 else DEFAULT_ROWS)))
+
     @property
     def row_bytes(self) -> int:
         """Bytes of one row."""
         return self.d_model * ITEM_BYTES[self.dtype]
+
+    @property
+    def choice_bytes(self) -> int:
+        """Bytes of the ids and weights of one token."""
+        return 8 * self.top_k * self.tensor_parallel
 
     @property
     def expert_parameters(self) -> int:
@@ -244,8 +271,7 @@ def predict(model: CostModel, config: Configuration, choice: Choice) -> Predicti
     Raises:
         ValueError: the model lacks a part that this configuration needs.
     """
-    local = config.ranks == 1
-    name = "local" if local and choice.dispatcher == "exact" else choice.dispatcher
+    name = "local" if _is_local(config, choice) else choice.dispatcher
     host = model.host_cost(config.mode, name)
     router = [
         model.router_seconds(
@@ -259,7 +285,9 @@ def predict(model: CostModel, config: Configuration, choice: Choice) -> Predicti
     weights = config.expert_parameters * ITEM_BYTES[config.dtype]
     sums = (choice.n_chunks - 1) * model.memory_seconds(3 * weights) if choice.n_chunks > 1 else 0
     span, hidden = _schedule(model, work, choice.n_chunks, 0.0)
-    device = span + sums + router[1]
+    early = _beside_router(model, config, choice, router[1])[1]
+    device = span + sums + router[1] - early
+    hidden += early
     ahead = max(0.0, forward.total - end)
     total = device
     if host is not None:
@@ -279,7 +307,7 @@ def _forward(
     parts = {"router": router, **_parts(work, n_chunks, "dispatch", "combine")}
     if choice.dispatcher == "exact" and config.ranks > 1:
         # The device is idle from the copy of the counts until the host has queued something.
-        counts = config.ranks * (config.local_experts * n_chunks + 2) * COUNT_BYTES
+        counts = config.ranks * (2 * n_chunks + 2) * COUNT_BYTES
         copy = model.host_copy_seconds or 0.0
         wait = exchange_seconds(model, config, counts, choice.form) + copy
         parts["exchange"] += wait
@@ -291,22 +319,42 @@ def _forward(
         times = Times(parts, begin + span, begin + max(total, queued), hidden)
         return times, begin + queued
     span, hidden = _schedule(model, work, n_chunks, 0.0)
-    device = router + span
+    early = _beside_router(model, config, choice, router)[0]
+    device = router + span - early
+    hidden += early
     queued = 0.0
     if host is not None:
         queued = host.router.seconds(n_chunks) + host.forward.seconds(n_chunks)
     return Times(parts, device, max(device, queued), hidden), queued
 
 
+def _is_local(config: Configuration, choice: Choice) -> bool:
+    """Nothing is sent, and the block moves the rows itself."""
+    return config.ranks == 1 and choice.dispatcher != "static"
+
+
+def _beside_router(
+    model: CostModel, config: Configuration, choice: Choice, router: float
+) -> tuple[float, float]:
+    """Seconds that the gate hides, forward and backward, where tokens are gathered while it works."""
+    if choice.dispatcher != "gather" or config.ranks == 1:
+        return 0.0, 0.0
+    num_bytes = config.num_tokens * config.row_bytes
+    seconds = model.gather_seconds(num_bytes, config.ranks, config.local_ranks)
+    gather, scatter = (min(router, each) * (1 - (model.overlap_loss or 0.0)) for each in seconds)
+    return gather, scatter
+
+
 def _forward_work(model: CostModel, config: Configuration, choice: Choice) -> _Work:
     n_chunks = choice.n_chunks
     rows = config.rows(choice.dispatcher)
     experts = _experts(model, config, rows / n_chunks, False)
-    if config.ranks == 1 and choice.dispatcher == "exact":
-        return _Work(0.0, 0.0, 0.0, experts, 0.0, 0.0)  # the block moves the rows itself
+    if _is_local(config, choice):
+        return _Work(0.0, 0.0, 0.0, experts, 0.0, 0.0)
     tokens, pairs = config.num_tokens, config.num_pairs
-    exchange = _exchange(model, config, choice, rows)
-    moved = permute_bytes(tokens, pairs, config.row_bytes)
+    exchange = token_exchange_seconds(model, config, choice)
+    if choice.dispatcher == "gather":  # the block moves rows
+        return _Work(0.0, 0.0, exchange, experts, 0.0, 0.0)
     joined = 0.0
     if n_chunks > 1:
         joined_rows = rows if choice.dispatcher == "static" else tokens
@@ -314,29 +362,32 @@ def _forward_work(model: CostModel, config: Configuration, choice: Choice) -> _W
     if choice.dispatcher == "static":
         # Into buffers, and back into rows.
         padded = model.memory_seconds((pairs + rows) * config.row_bytes)
-        moves = model.memory_seconds(moved)
+        moves = model.memory_seconds(permute_bytes(tokens, pairs, config.row_bytes))
         return _Work(moves + padded, 0.0, exchange, experts, 0.0, joined + padded + moves)
+    moved = permute_bytes(tokens, config.sent_rows("exact"), config.row_bytes)
     part = model.memory_seconds(moved / n_chunks)
     return _Work(0.0, part, exchange, experts, part, joined)
 
 
 def _backward_work(model: CostModel, config: Configuration, choice: Choice) -> _Work:
-    """What the forward did, in reverse; the weights' gradient reads the rows that came back once more."""
+    """What the forward did, in reverse; static's weights' gradient reads the rows that came back once more."""
     n_chunks = choice.n_chunks
     rows = config.rows(choice.dispatcher)
     experts = _experts(model, config, rows / n_chunks, True)
-    if config.ranks == 1 and choice.dispatcher == "exact":
+    if _is_local(config, choice):
         return _Work(0.0, 0.0, 0.0, experts, 0.0, 0.0)
     tokens, pairs = config.num_tokens, config.num_pairs
-    exchange = _exchange(model, config, choice, rows)
-    moved = permute_bytes(tokens, pairs, config.row_bytes)
-    read = pairs * config.row_bytes
+    exchange = token_exchange_seconds(model, config, choice)
+    if choice.dispatcher == "gather":
+        return _Work(0.0, 0.0, exchange, experts, 0.0, 0.0)
     if choice.dispatcher == "static":
+        moved = permute_bytes(tokens, pairs, config.row_bytes)
         padded = model.memory_seconds((pairs + rows) * config.row_bytes)
-        before = model.memory_seconds(moved + read) + padded
+        before = model.memory_seconds(moved + pairs * config.row_bytes) + padded
         return _Work(before, 0.0, exchange, experts, 0.0, padded + model.memory_seconds(moved))
-    unpack, pack = (model.memory_seconds(size / n_chunks) for size in (moved + read, moved))
-    return _Work(0.0, unpack, exchange, experts, pack, 0.0)
+    moved = permute_bytes(tokens, config.sent_rows("exact"), config.row_bytes)
+    part = model.memory_seconds(moved / n_chunks)
+    return _Work(0.0, part, exchange, experts, part, 0.0)
 
 
 def _experts(model: CostModel, config: Configuration, rows: float, backward: bool) -> float:
@@ -351,9 +402,39 @@ def _experts(model: CostModel, config: Configuration, rows: float, backward: boo
     )
 
 
-def _exchange(model: CostModel, config: Configuration, choice: Choice, rows: float) -> float:
-    """One chunk, one way. The busiest rank receives what it sends back, so its rows count both ways."""
-    return exchange_seconds(model, config, rows * config.row_bytes / choice.n_chunks, choice.form)
+def token_exchange_seconds(model: CostModel, config: Configuration, choice: Choice) -> float:
+    """One chunk, the mean of both ways. The busiest rank receives what it sends back, so its rows count both ways.
+
+    Ids and weights, or their gradients, travel one way.
+    """
+    if choice.dispatcher == "static":
+        num_bytes = config.rows("static") * config.row_bytes
+        return exchange_seconds(model, config, num_bytes / choice.n_chunks, choice.form)
+    token = config.row_bytes + config.choice_bytes / 2
+    if choice.dispatcher == "gather":
+        num_bytes = config.num_tokens * token
+        return sum(model.gather_seconds(num_bytes, config.ranks, config.local_ranks)) / 2
+    share = token / choice.n_chunks
+    if choice.form == "2d":
+        return _by_node_seconds(model, config, share)
+    return exchange_seconds(model, config, config.sent_rows("exact") * share, choice.form)
+
+
+def by_node_bytes(config: Configuration, token_bytes: float) -> tuple[float, float]:
+    """Bytes that leave a rank inside of its node and between nodes where a token goes to each node once."""
+    local, nodes = config.local_ranks, config.nodes
+    tokens = config.num_tokens * config.imbalance
+    inside = tokens * config.reached(config.ranks) * token_bytes * (local - 1) / local
+    return inside, tokens * config.reached(nodes) * token_bytes * (nodes - 1) / nodes
+
+
+def _by_node_seconds(model: CostModel, config: Configuration, token_bytes: float) -> float:
+    """Between nodes, then inside of them; what arrived is copied in between."""
+    local, nodes = config.local_ranks, config.nodes
+    near, far = by_node_bytes(config, token_bytes)
+    seconds = model.link("inside_node").seconds(near, local - 1)
+    seconds += model.link("between_nodes").seconds(far, nodes - 1)
+    return seconds + model.memory_seconds(near + far)
 
 
 def _parts(work: _Work, n_chunks: int, first: str, last: str) -> dict[str, float]:
@@ -400,30 +481,34 @@ def _schedule(
 def choices(config: Configuration) -> list[Choice]:
     """Every choice that means something with these ranks."""
     if config.ranks == 1:
-        return [Choice(dispatcher) for dispatcher in DISPATCHERS]
+        return [Choice(dispatcher) for dispatcher in DISPATCHERS if dispatcher != "gather"]
     forms = FORMS if config.nodes > 1 and config.local_ranks > 1 else FORMS[:1]
-    return [
+    in_chunks = [
         Choice(dispatcher, n_chunks, form)
         for dispatcher in DISPATCHERS
+        if dispatcher != "gather"
         for form in forms
         for n_chunks in CHUNKS
     ]
+    return [*in_chunks, Choice("gather")]
 
 
 def recommend(config: Configuration, predictions: list[Prediction]) -> tuple[Prediction, str]:
     """The choice to make, and why.
 
     The first of ``choices`` that is within one percent of the fastest, where static counts only if its capacity covers
-    the imbalance.
+    the imbalance, and gather if its rows do.
     """
-    safe = [p for p in predictions if p.choice.dispatcher == "exact" or _keeps_all(config)]
+    safe = [p for p in predictions if _keeps_all(config, p.choice.dispatcher)]
     fastest = min(p.total for p in safe)
     best = next(p for p in safe if p.total <= 1.01 * fastest)
     return best, _reason(config, predictions, best)
 
 
-def _keeps_all(config: Configuration) -> bool:
-    return config.capacity_factor >= config.imbalance
+def _keeps_all(config: Configuration, dispatcher: str) -> bool:
+    if dispatcher == "static":
+        return config.capacity_factor >= config.imbalance
+    return dispatcher == "exact" or config.kept_rows("gather") >= config.rows("gather")
 
 
 def _reason(config: Configuration, predictions: list[Prediction], best: Prediction) -> str:
@@ -431,19 +516,22 @@ def _reason(config: Configuration, predictions: list[Prediction], best: Predicti
     by_choice = {p.choice: p for p in predictions}
     rival: Prediction | None
     texts = []
-    other = "static" if best.choice.dispatcher == "exact" else "exact"
-    rivals = [p for p in predictions if p.choice.dispatcher == other]
-    if rivals:
-        rival = min(rivals, key=lambda p: p.total)
-        more = 1e3 * (rival.total - best.total)
-        why = {
-            "exact": f"static computes and sends {config.capacity_factor:g} times the rows, whatever is in them",
-            "static": "exact waits for a copy of the counts to the host",
-        }[best.choice.dispatcher]
-        if other == "static" and not _keeps_all(config):
-            why = f"static would drop rows: its capacity is below the imbalance of {config.imbalance:g}"
-        texts.append(f"{rival.choice}: {more:+.3f} ms; {why}.")
-    if config.ranks > 1:
+    whys = {
+        "exact": "exact waits for a copy of the counts to the host",
+        "gather": "gather sends every token to every rank, and needs as many on each",
+        "static": f"static computes and sends {config.capacity_factor:g} times the rows, whatever is in them",
+    }
+    if not _keeps_all(config, "static"):
+        whys["static"] = (
+            f"static would drop rows: its capacity is below the imbalance of {config.imbalance:g}"
+        )
+    for other, why in whys.items():
+        rivals = [p for p in predictions if p.choice.dispatcher == other]
+        if rivals and other != best.choice.dispatcher:
+            rival = min(rivals, key=lambda p: p.total)
+            more = 1e3 * (rival.total - best.total)
+            texts.append(f"{rival.choice}: {more:+.3f} ms; {why}.")
+    if config.ranks > 1 and best.choice.dispatcher != "gather":
         n_chunks = 2 if best.choice.n_chunks == 1 else 1
         rival = by_choice[best.choice._replace(n_chunks=n_chunks)]
         hidden = 1e3 * abs(
@@ -459,12 +547,16 @@ def _reason(config: Configuration, predictions: list[Prediction], best: Predicti
         texts.append(
             f"{rival.choice}: {more:+.3f} ms; it {what}, and calls, reads of the weights and host work are per chunk."
         )
+    if best.choice.dispatcher == "gather":
+        texts.append(
+            "gather is right where all ranks have as many tokens: Auto(equal_tokens=True) takes it."
+        )
     rival_form = "2d" if best.choice.form == "flat" else "flat"
     rival = by_choice.get(best.choice._replace(form=rival_form))
     if rival is not None:
         more = 1e3 * (rival.total - best.total)
         why = {
-            "2d": "in two stages, rows travel twice",
+            "2d": "in two stages, rows travel inside the node and between nodes",
             "flat": "without stages, every rank of other nodes gets a message",
         }[rival_form]
         texts.append(f"{rival.choice}: {more:+.3f} ms; {why}.")

@@ -45,7 +45,7 @@ def model_table(model: CostModel) -> str:
     if model.memory is not None:
         text = f"{_gbps(model.memory.seconds_per_byte)}, {_us(model.memory.call_seconds)} a call"
         rows.append(("memory", text, _percent(model.memory.residual)))
-    for name in ("inside_node", "between_nodes", "all_reduce"):
+    for name in ("inside_node", "between_nodes", "all_gather", "reduce_scatter", "all_reduce"):
         law = getattr(model, name)
         if law is not None:
             text = (

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import re
 
+import pytest
 import torch
 import torch.distributed as dist
-from parallel_cases import ROUTINGS, assert_equals_whole, batch, make, make_pair, token_counts
+from parallel_cases import (
+    ROUTINGS,
+    assert_equals_whole,
+    batch,
+    even,
+    make,
+    make_pair,
+    token_counts,
+)
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
 
@@ -19,6 +28,8 @@ CASES = (
     ("composed", "aot_eager", {"dispatch": "static", "capacity": 12, "n_chunks": 2}),
     ("modules", "aot_eager", {"dispatch": "exact"}),
     ("nested", "aot_eager", {"dispatch": "exact", "n_chunks": 2}),
+    ("mlp", "inductor", {"dispatch": "gather", "rows": 1.999, "max_tokens": 11}),
+    ("nested", "aot_eager", {"dispatch": "gather", "rows": 1.999}),
 )
 
 
@@ -34,7 +45,10 @@ def run_case(ranks: Ranks, kind: str, backend: str, options: dict) -> None:
             torch._dynamo.decorators.mark_unbacked(leaf, 0)
         return compiled(inp)
 
-    for counts in token_counts(ranks.size).values():
+    equal = options.get("dispatch") == "gather" and "max_tokens" not in options
+    for name, counts in token_counts(ranks.size).items():
+        if equal and name not in ("equal", "none"):
+            continue
         for routing in ROUTINGS:
             assert_equals_whole(run, part, whole, kind, ranks, counts, routing)
     assert counter.frame_count == 1
@@ -86,3 +100,39 @@ def check_order_of_collectives(ranks: Ranks) -> None:
         2:
     ]  # behind the exchange of the counts
     assert sends[:3] == [True] * 3, calls[0]
+
+
+def check_order_and_lost_pairs_where_ranks_gather(ranks: Ranks) -> None:
+    """Two all-gathers and a reduce-scatter, one graph, and an error in the forward after one that lost pairs."""
+    torch._dynamo.reset()
+    layer, _ = make_pair("mlp", ranks, dispatch="gather", rows=1.0)
+    layer.gate.set_routing(even)
+    compiled = torch.compile(layer, fullgraph=True)
+    x = batch(6, ranks.device).requires_grad_()
+    _, codes = run_and_get_code(lambda: compiled(x).square().sum().backward())
+    calls = [re.findall(r"torch\.ops\._c10d_functional\.(\w+)\.default\(", code) for code in codes]
+    gather, scatter = "all_gather_into_tensor", "reduce_scatter_tensor"
+    for graph, counts in zip(calls, ((2, 1), (1, 2)), strict=True):
+        assert (graph.count(gather), graph.count(scatter)) == counts, graph
+    # The tokens' all-gather begins before the gate's product, and ends behind the other one's.
+    assert calls[0][0] == gather, calls[0]
+    assert codes[0].index(gather) < codes[0].index("extern_kernels.addmm"), codes[0]
+    every: list = [None] * ranks.size
+    dist.all_gather_object(every, calls)
+    assert all(other == calls for other in every)
+    few, _ = make_pair("mlp", ranks, dispatch="gather", rows=0.5)
+    few.gate.set_routing(even)
+    compiled = torch.compile(few, fullgraph=True)
+    for _ in range(2):
+        compiled(x)
+        with pytest.raises(RuntimeError, match="got 12 pairs without a row in the forward before"):
+            compiled(x)
+
+
+def check_export_where_ranks_gather(ranks: Ranks) -> None:
+    layer, _ = make_pair("mlp", ranks, dispatch="gather", rows=1.5)
+    x = batch(6, ranks.device)
+    program = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim("T", min=2)},))
+    for num_tokens in (6, 9):
+        x = batch(num_tokens, ranks.device)
+        torch.testing.assert_close(program.module()(x), layer(x))

@@ -147,7 +147,8 @@ def check_all_kinds_of_routing(ranks: Ranks) -> None:
     for num_shards, options in itertools.product(
         shard_counts(ranks), ({"gate": Llama4Gate}, {"gate": ExpertChoiceGate}, soft)
     ):
-        for dispatch in (DISPATCHES[0], DISPATCHES[3]):
+        gather = [] if options is soft else [{"dispatch": "gather", "rows": float(ranks.size)}]
+        for dispatch in (DISPATCHES[0], DISPATCHES[3], *gather):
             part, whole = make_pair(ranks, num_shards, **options, **dispatch)
             assert_equals_whole_on_own_tokens(ranks, part, whole)
 

@@ -41,8 +41,10 @@ def full_model() -> CostModel:
         host_copy_seconds=2e-5,
         inside_node=NEAR,
         between_nodes=FAR,
+        all_gather=LinkLaw(1e-5, 0.0, 1 / 250e9),
+        reduce_scatter=LinkLaw(2e-5, 0.0, 1 / 200e9),
         all_reduce=LinkLaw(1e-5, 0.0, 1 / 300e9),
-        host={"eager": {"local": HOST, "exact": HOST, "static": HOST}},
+        host={"eager": {"local": HOST, "exact": HOST, "gather": HOST, "static": HOST}},
         overlap_loss=0.25,
         machine={"gpu": "a GPU", "ranks": 2, "node_size": 2},
         measurements={"host_copy": [{"seconds": 2e-5}]},
@@ -80,7 +82,7 @@ def measurements_of(model: CostModel) -> dict:
             "mode": "eager", "dispatcher": dispatcher, "n_chunks": n,
             **{part: getattr(HOST, part).seconds(n) for part in ("router", "first", "forward", "backward")},
         }
-        for dispatcher in ("local", "exact", "static")
+        for dispatcher in ("local", "exact", "gather", "static")
         for n in (1, 2, 4)
     ]  # fmt: skip
     # 0.25 of the shorter one is lost.
@@ -92,10 +94,14 @@ def measurements_of(model: CostModel) -> dict:
         "host_copy": [{"seconds": s} for s in (1e-5, 2e-5, 9e-5)],
         "inside_node": link(model.inside_node),
         "between_nodes": link(model.between_nodes),
-        "all_reduce": [
-            {**row, "num_messages": 0, "seconds": model.all_reduce.seconds(row["num_bytes"], 1)}
-            for row in link(model.all_reduce)
-        ],
+        **{
+            name: [
+                {**row, "num_messages": 0, "seconds": law.seconds(row["num_bytes"], 1)}
+                for row in link(law)
+            ]
+            for name in ("all_gather", "reduce_scatter", "all_reduce")
+            for law in [getattr(model, name)]
+        },
         "host": host,
         "overlap": overlap,
     }
@@ -104,14 +110,15 @@ def measurements_of(model: CostModel) -> dict:
 def test_fit_recovers_every_law():
     want = full_model()
     got = fit_model(measurements_of(want), "cuda", want.machine)
-    for part in ("memory", "inside_node", "between_nodes", "all_reduce"):
+    links = ("inside_node", "between_nodes", "all_gather", "reduce_scatter", "all_reduce")
+    for part in ("memory", *links):
         assert_same_law(getattr(got, part), getattr(want, part))
     for way in ("forward", "backward"):
         assert_same_law(
             getattr(got.experts["bfloat16"], way), getattr(want.experts["bfloat16"], way)
         )
         assert_same_law(getattr(got.router["bfloat16"], way), getattr(want.router["bfloat16"], way))
-    for dispatcher in ("local", "exact", "static"):
+    for dispatcher in ("local", "exact", "gather", "static"):
         for part in ("router", "first", "forward", "backward"):
             assert_same_law(getattr(got.host["eager"][dispatcher], part), getattr(HOST, part))
     assert got.host_copy_seconds == want.host_copy_seconds
@@ -295,7 +302,7 @@ def _set(record: dict, keys: str, value) -> None:
     ("keys", "value", "text"),
     [
         ("format", "a model of something else", "got a file of the kind 'a model of something"),
-        ("version", 99, "must have version 1, got 99"),
+        ("version", 99, "must have version 2, got 99"),
         ("memory.seconds_per_byte", -1.0, "memory.seconds_per_byte must be finite and at least 0"),
         ("memory.seconds_per_byte", "fast", "memory.seconds_per_byte must be a number"),
         ("memory.seconds_per_byte", True, "memory.seconds_per_byte must be a number"),

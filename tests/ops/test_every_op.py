@@ -56,8 +56,9 @@ def test_every_registered_op_has_samples():
         for name in torch._C._dispatch_get_all_op_names()
         if name.startswith("moeops::")
     }
-    # A composite op, which graphs hold as what it is made of: see tests/distributed/exchange_checks.py.
-    assert registered == set(OP_CASES) | {"all_to_all_rows"}
+    # A composite op, which graphs hold as what it is made of, and one that tells the host something: see
+    # exchange_checks.py and gather_checks.py in tests/distributed.
+    assert registered == set(OP_CASES) | {"all_to_all_rows", "report_lost_pairs"}
 
 
 @every_case

@@ -1,0 +1,284 @@
+"""Every rank sees all tokens, and adds what its experts make of them. T tokens, K experts each, W ranks, R rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moeops import _checks, _nests
+from moeops.comm.gathering import (
+    Gathering,
+    all_gather_rows,
+    check_equal_rows,
+    reduce_scatter_rows,
+)
+from moeops.comm.groups import RankGroup
+from moeops.dispatch.base import (
+    Block,
+    Dispatcher,
+    DispatchOptions,
+    ExpertRanks,
+    Experts,
+    combine_leaf,
+    permute_leaf,
+)
+from moeops.dispatch.forms import own_ids, pack_choices, unpack_choices
+from moeops.dispatch.local import LocalDispatcher
+from moeops.dispatch.lost_pairs import LostPairs, raise_for_lost_pairs
+from moeops.dispatch.scaled_inputs import scale_inputs, sum_copies
+from moeops.ops.sorting import count_tokens, sort_tokens
+from moeops.types import Routing, SlotRouting, TokenPlan
+
+# Of T * K, above 2 ranks: what balanced loads need, and half as much again.
+DEFAULT_ROWS = 1.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gather(DispatchOptions):
+    """Bring all tokens to all ranks, and the sums of their experts' outputs back: all-gather and reduce-scatter.
+
+    Every token leaves its rank once per other rank, whatever ``K`` is, and sizes do not depend on values: nothing is
+    copied to the host. Every rank must have the same number of tokens in a forward.
+
+    Attributes:
+        rows: what a rank's experts have room for, a factor on ``T * K``, the pairs of a rank's tokens; ``None`` for
+            room for all pairs that can come with 2 ranks, and 1.5 with more. Pairs without a row are an error in the
+            next forward, on all ranks.
+        max_tokens: an upper bound of ``T``, the same on every rank: tokens are padded to it, and ranks may then have
+            different numbers of them. ``None`` sends no padding.
+
+    Example:
+        >>> Gather(rows=1.25)
+        Gather(rows=1.25, max_tokens=None)
+    """
+
+    rows: float | None = None
+    max_tokens: int | None = None
+
+    def check(self, ranks: ExpertRanks) -> None:
+        """Raise ValueError or TypeError for a wrong option."""
+        op, rows = ranks.op, self.rows
+        if self.max_tokens is not None:
+            _checks.check_int(op, "max_tokens", self.max_tokens, 0, "Use None for no padding.")
+        if rows is None:
+            return
+        if isinstance(rows, bool) or not isinstance(rows, (int, float)):
+            raise TypeError(
+                f"{op}: rows must be a float or None for gather dispatch, got {_checks.describe(rows)}. Pass a factor "
+                "on T * K."
+            )
+        if not 0 < rows < math.inf:
+            raise ValueError(
+                f"{op}: rows must be above 0 and finite, got {rows}. Pass a factor on T * K."
+            )
+
+    def build(self, ranks: ExpertRanks) -> Dispatcher:
+        """Make the dispatcher; with one rank nothing is sent, and it is the local one."""
+        if ranks.group is None or ranks.group.size == 1:
+            return LocalDispatcher(ranks.num_expert)
+        return GatherDispatcher(
+            ranks.num_expert, ranks.group, rows=self.rows, max_tokens=self.max_tokens
+        )
+
+
+class GatherDispatcher(Dispatcher):
+    """Ranks gather all tokens with their choices, run their own experts on them, and add up what came out.
+
+    To a rank's experts, all tokens are there and other ranks' experts are dropped slots: rows come in the order of
+    expert, sending rank and token. There are two collectives on the way there, one for each leaf of the input, begun
+    before the gate works, and one for ids and weights together; and one on the way back. Sums over the ranks are in
+    the type of the output, in the backend's order, so that results may differ from the exact dispatcher's by a rounding
+    per rank.
+
+    Args:
+        num_expert: ``E_local``, the same on every rank.
+        group: the ranks, more than one; rank ``r`` holds experts ``r * E_local`` to ``(r + 1) * E_local``.
+        rows, max_tokens: see ``Gather``.
+
+    Raises:
+        ValueError: there are more tokens than ``max_tokens``; with ``MOEOPS_DEBUG_CHECKS=1``, outside of compiled code,
+        on every rank where ranks have different numbers or types of tokens.
+        NotImplementedError: a gate mixes tokens.
+        RuntimeError: on every rank, where the forward before had pairs without a row.
+    Host sync: none; experts that are separate modules want one copy per forward, as on one rank.
+    """
+
+    takes_scaled_inputs = True
+
+    def __init__(
+        self,
+        num_expert: int,
+        group: RankGroup,
+        *,
+        rows: float | None = None,
+        max_tokens: int | None = None,
+    ) -> None:
+        size = group.size
+        self.num_expert = num_expert
+        self.group = group
+        self.max_tokens = max_tokens
+        factor = (size if size == 2 else DEFAULT_ROWS) if rows is None else rows
+        share = min(Fraction(factor).limit_denominator(10000), Fraction(size))
+        self._share = share.as_integer_ratio()  # of T * K
+        self._lost = LostPairs()
+
+    def rows_for(
+        self, num_tokens: int, top_k: int, num_pairs: int | None = None
+    ) -> tuple[int, bool]:
+        """Say how many rows this rank's experts work on.
+
+        Args:
+            num_tokens: ``T`` of each rank.
+            top_k: ``K``.
+            num_pairs: upper bound of a rank's pairs that are not dropped, ``None`` for ``T * K``.
+
+        Returns:
+            ``R``, and whether more pairs can come.
+        """
+        size, (numerator, denominator) = self.group.size, self._share
+        if num_pairs is None:
+            # A gate that chooses no expert twice sends a token to E_local of them at most.
+            numerator *= top_k
+            most = size * min(top_k, self.num_expert)
+            if numerator > most * denominator:
+                numerator, denominator = most, 1
+            may_lose = numerator < size * top_k * denominator
+            num_pairs = num_tokens
+        else:
+            may_lose = numerator < size * denominator
+        # In integers, which stay exact where the number is symbolic.
+        return -(-num_pairs * numerator // denominator), may_lose
+
+    def start(self, inp: Any, weights: Callable[[], Any], table: Tensor | None) -> dict[str, Any]:
+        """Begin to gather tokens: what is sent does not depend on the gate."""
+        return self._start(inp)
+
+    def _start(self, inp: Any) -> dict[str, Any]:
+        leaves, spec = _nests.flatten(inp)
+        num_tokens = leaves[0].shape[0]
+        if self.max_tokens is not None:
+            leaves = [_pad(leaf, self._padding(num_tokens)) for leaf in leaves]
+        if _checks.debug_checks() and not torch.compiler.is_compiling():
+            check_equal_rows("GatherDispatcher", leaves, self.group)
+        return {"gathered": [Gathering(leaf, self.group) for leaf in leaves], "spec": spec}
+
+    def run(
+        self,
+        routing: Routing | SlotRouting,
+        inp: Any,
+        experts: Experts,
+        block: Block | None = None,
+        gathered: list[Gathering] | None = None,
+        spec: Any = None,
+    ) -> Any:
+        """Gather choices, run this rank's experts on all tokens, add up over the ranks.
+
+        Args:
+            routing: what the gate decided, with ``scale_inputs`` or without.
+            inp: nest of ``[T, ...]``.
+            experts: this rank's own.
+            block: the same as one call.
+            gathered: from ``start``.
+            spec: from ``start``.
+        """
+        if gathered is None:
+            early = self._start(inp)
+            gathered, spec = early["gathered"], early["spec"]
+        if isinstance(routing, SlotRouting):
+            for gathering in gathered:  # or they would stay in flight
+                gathering.finish()
+            raise NotImplementedError(
+                "GatherDispatcher: the gate must choose experts, got one that mixes tokens, whose slots belong to one "
+                'expert each. Pass dispatch="exact".'
+            )
+        num_tokens, top_k = routing.topk_ids.shape
+        num_pairs = routing.num_rows if self.max_tokens is None else None
+        num_rows, may_lose = self.rows_for(self._length(num_tokens), top_k, num_pairs)
+        ids, weights = self._gather_choices(routing)
+        tokens = _nests.unflatten([gathering.finish() for gathering in gathered], spec)
+        own = own_ids(ids, self.group.rank, self.num_expert)
+        everyone = Routing(own, weights, None, routing.scale_inputs)
+        plain, copies = scale_inputs(everyone, tokens)
+        assert isinstance(plain, Routing)
+        if may_lose:
+            plan = self._plan_what_fits(plain.topk_ids, ids, num_rows)
+        else:
+            plan = sort_tokens(plain.topk_ids, self.num_expert, num_rows)
+        if block is not None:
+            out = block(copies, plain.topk_weights, plan)
+        else:
+            rows = _nests.map_leaves(lambda leaf: permute_leaf(leaf, plan), copies)
+            out = experts(rows, plan.expert_offsets, None)
+            out = _nests.map_leaves(lambda leaf: combine_leaf(leaf, plan, plain.topk_weights), out)
+        out = sum_copies(everyone, out)
+        return _nests.map_leaves(lambda leaf: self._return(leaf, num_tokens), out)
+
+    def raise_for_lost_pairs(self) -> None:
+        """Raise RuntimeError if the last forward had pairs without a row; waits for it.
+
+        A forward raises for the one before by itself, eager or compiled. A replayed CUDA graph cannot: call this after
+        the replay, on every rank.
+        """
+        raise_for_lost_pairs(self._lost.name)
+
+    def _length(self, num_tokens: int) -> int:
+        """Tokens that a rank sends."""
+        return num_tokens if self.max_tokens is None else self.max_tokens
+
+    def _padding(self, num_tokens: int) -> int:
+        """Rows behind the tokens up to ``max_tokens``."""
+        assert self.max_tokens is not None
+        if torch.compiler.is_compiling():
+            torch._check(num_tokens <= self.max_tokens)
+        elif num_tokens > self.max_tokens:
+            raise ValueError(
+                f"GatherDispatcher: max_tokens must be at least the tokens of a rank, got {self.max_tokens} and "
+                f"{num_tokens} tokens on rank {self.group.rank} of {self.group.size}. Raise it on all ranks."
+            )
+        return self.max_tokens - num_tokens
+
+    def _gather_choices(self, routing: Routing) -> tuple[Tensor, Tensor]:
+        """All ranks' ids, counted over all ranks, and weights, ``[W * T, K]`` each, in one collective."""
+        ids, weights = routing.topk_ids, routing.topk_weights
+        if self.max_tokens is not None:
+            padding = self._padding(ids.shape[0])
+            ids, weights = _pad(ids, padding, -1), _pad(weights, padding)
+        return unpack_choices(all_gather_rows(pack_choices(ids, weights), self.group))
+
+    def _plan_what_fits(self, local_ids: Tensor, ids: Tensor, num_rows: int) -> TokenPlan:
+        """Sort pairs by expert; those beyond ``num_rows`` are dropped, the last expert's first, and reported.
+
+        Args:
+            local_ids: of this rank's experts, -1 elsewhere.
+            ids: the same pairs' ids over all ranks, from which every rank knows what each of them loses.
+            num_rows: ``R``, of every rank.
+        """
+        whole = sort_tokens(local_ids, self.num_expert)
+        torch._check(num_rows <= whole.row_to_pair.shape[0])
+        owners = torch.where(ids < 0, -1, ids // self.num_expert)
+        surplus = (count_tokens(owners, self.group.size).long() - num_rows).clamp(min=0)
+        lost = surplus.sum(0, keepdim=True)
+        offsets = self._lost.report(whole.expert_offsets.clamp(max=num_rows), lost)
+        kept = whole.pair_to_row < offsets[-1]
+        return TokenPlan(
+            whole.row_to_pair.narrow(0, 0, num_rows),
+            torch.where(kept, whole.pair_to_row, num_rows),
+            offsets,
+        )
+
+    def _return(self, leaf: Tensor, num_tokens: int) -> Tensor:
+        """This rank's tokens ``[T, ...]`` out of what every rank made of all."""
+        total = reduce_scatter_rows(leaf, self.group)
+        return total if self.max_tokens is None else total.narrow(0, 0, num_tokens)
+
+
+def _pad(leaf: Tensor, padding: int, value: int = 0) -> Tensor:
+    """Add rows behind ``[T, ...]``."""
+    return F.pad(leaf, (*(0, 0) * (leaf.dim() - 1), 0, padding), value=value)
