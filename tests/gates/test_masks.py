@@ -6,11 +6,11 @@ import copy
 
 import pytest
 import torch
+from every_gate import GATES
 from gate_checks import D, E
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from every_gate import GATES
 from moeops import FMoE, FMoETransformerMLP, LoadMonitor
 from moeops.gates import BaseGate, GShardGate, NaiveGate, SwitchGate
 

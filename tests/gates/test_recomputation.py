@@ -7,6 +7,7 @@ import functools
 
 import pytest
 import torch
+from every_gate import GATES
 from gate_checks import D, E, assert_same
 from torch import nn
 from torch.utils.checkpoint import (
@@ -16,7 +17,6 @@ from torch.utils.checkpoint import (
 )
 
 import moeops.gates
-from every_gate import GATES
 from moeops import FMoETransformerMLP, LoadMonitor, RoutingReplay
 from moeops.gates import BaseGate
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from every_gate import GATES
 from gate_checks import D, E
 
-from every_gate import GATES
 from moeops import FMoE, FMoETransformerMLP
 
 
