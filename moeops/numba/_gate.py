@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import copyreg
+import importlib
+import pickle
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -31,7 +35,36 @@ class _Recipe(NamedTuple):
     numbers: Mapping[str, int | float | bool | None]
 
 
-class RuleGate(BaseGate):
+class _MadeClass(type):
+    """Class of the classes that ``as_gate`` makes, which pickle finds by the variable that holds them."""
+
+
+def _reduce_class(cls: _MadeClass) -> str | tuple[Any, ...]:
+    """Say to pickle where a class is: under its own name, or in another variable of its module or of the rule's."""
+    found: Any = sys.modules.get(cls.__module__)
+    for part in cls.__qualname__.split("."):
+        found = getattr(found, part, None)
+    if found is cls:
+        return cls.__qualname__
+    places = (cls.__module__, cls.recipe.op.__module__)  # type: ignore[attr-defined]
+    for module in places:
+        for name, value in vars(sys.modules[module]).items():
+            if value is cls:
+                return _load_class, (module, name)
+    raise pickle.PicklingError(
+        f"as_gate: the class {cls.__name__} must be a variable of the module {places[0]} to be pickled, got none there "
+        "that holds it. Assign what as_gate returns to a variable outside of functions."
+    )
+
+
+def _load_class(module: str, name: str) -> Any:
+    return getattr(importlib.import_module(module), name)
+
+
+copyreg.pickle(_MadeClass, _reduce_class)
+
+
+class RuleGate(BaseGate, metaclass=_MadeClass):
     """Base of the gates that ``as_gate`` makes: a linear router in float32, then the op."""
 
     recipe: _Recipe
@@ -112,7 +145,8 @@ def as_gate(
     """Make a gate class for ``FMoE`` from a routing op: a linear router in float32, then the op.
 
     The class is called as ``gate(d_model, num_expert, world_size, top_k)``, with ``gate_bias=`` and with the op's
-    numbers by name. It compiles and exports like any other gate.
+    numbers by name. It compiles and exports like any other gate, and a module that holds one can be pickled where the
+    class is in a variable, of any name, of the module that calls ``as_gate`` or that has the rule.
 
     Args:
         op: made with ``moeops.numba.route``.
@@ -167,6 +201,7 @@ def as_gate(
             defaults,
         ),
         "__doc__": op.rule.function.__doc__,
-        "__module__": op.__module__,
+        "__module__": sys._getframe(1).f_globals.get("__name__", op.__module__),
     }
-    return type(name or f"{camel}Gate", (RuleGate,), members)
+    made: Any = _MadeClass(name or f"{camel}Gate", (RuleGate,), members)
+    return made
