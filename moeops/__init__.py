@@ -13,6 +13,7 @@ from moeops import (  # noqa: E402  (the ops register themselves on the loaded l
 )
 from moeops.comm import all_to_all_rows, exchange_counts  # noqa: E402
 from moeops.gates.base import auxiliary_loss, update_gates  # noqa: E402
+from moeops.gates.injected_loss import inject_auxiliary_loss  # noqa: E402
 from moeops.layers import FMoE, FMoELinear, FMoETransformerMLP  # noqa: E402
 from moeops.monitor import LayerLoad, LoadMonitor  # noqa: E402
 from moeops.ops import (  # noqa: E402
@@ -71,6 +72,7 @@ __all__ = [
     "exchange_counts",
     "gates",
     "grouped_linear",
+    "inject_auxiliary_loss",
     "layers",
     "limit_capacity",
     "losses",

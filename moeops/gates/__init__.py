@@ -18,6 +18,7 @@ from moeops.gates.functional import (
 )
 from moeops.gates.gshard import GShardGate
 from moeops.gates.hash import HashGate, token_ids
+from moeops.gates.injected_loss import inject_auxiliary_loss
 from moeops.gates.ktop1 import KTop1Gate
 from moeops.gates.llama4 import Llama4Gate
 from moeops.gates.naive import NaiveGate
@@ -75,6 +76,7 @@ __all__ = [
     "expert_capacity",
     "expert_loads",
     "gen_faster_gate",
+    "inject_auxiliary_loss",
     "router_logits",
     "token_ids",
     "update_coefficients",

@@ -30,7 +30,10 @@ class BaseGate(nn.Module):
     ``gate(d_model, num_expert, world_size, top_k)``, with ``gate_bias=`` where the constructor takes it.
 
     An auxiliary loss goes to ``set_loss`` in ``forward``; the training loop fetches it with ``get_loss``, or those of
-    all gates with ``moeops.auxiliary_loss``. Only the newest loss is held. What happens to it elsewhere:
+    all gates with ``moeops.auxiliary_loss``. Only the newest loss is held, so that a training loop that fetches none
+    keeps no graphs; for a layer that is called several times in one forward set ``sum_losses = True``, and losses add
+    up until they are fetched. With ``moeops.inject_auxiliary_loss`` nobody fetches them. What happens to a loss
+    elsewhere:
 
     - ``torch.compile``: the loss is one more output of the graph. ``torch.export``: skipped, an exported program has
       no attributes to write to.
@@ -73,6 +76,11 @@ class BaseGate(nn.Module):
     extra_losses: tuple[tuple[GateLoss, float], ...] = ()
     # forward has an argument mask; wrappers that pass attributes on show it for the gate inside.
     takes_mask = False
+    # Losses that were not fetched yet add up; otherwise the newest one replaces them.
+    sum_losses = False
+    # Factor of the loss whose gradient the layer injects; None where the training loop fetches the loss.
+    loss_scale: float | Tensor | None = None
+    _injected: Tensor | None = None
     # False in gates that hand no logits to set_loss: losses of logits are refused there.
     has_logits = True
     # Buffers that stay float32 when the module is cast.
@@ -149,7 +157,7 @@ class BaseGate(nn.Module):
         topk_ids: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> None:
-        """Keep the auxiliary loss of this forward; what is left of an earlier one is replaced.
+        """Keep the auxiliary loss of this forward in place of an earlier one, or with ``sum_losses`` in addition to it.
 
         Args:
             loss: a scalar, or ``None`` for a gate without a loss of its own.
@@ -167,8 +175,13 @@ class BaseGate(nn.Module):
             for function, weight in self.extra_losses:
                 extra = weight * function(logits, topk_ids, mask=mask)
                 loss = extra if loss is None else loss + extra
-        if loss is not None:
-            self._newest_loss.set(loss)
+        if loss is None:
+            return
+        if self.loss_scale is not None and not exporting():
+            self._injected = loss  # the layer takes it at once, in a recomputation too
+            return
+        before = self._newest_loss.get() if self.sum_losses else None
+        self._newest_loss.set(loss if before is None else before + loss)
 
     def add_loss(self, loss: str | GateLoss, weight: float = 1.0) -> BaseGate:
         """Add a loss of the logits to the gate's own loss, in every forward from here on.
@@ -231,6 +244,12 @@ class BaseGate(nn.Module):
             self._newest_loss.clear()
         return loss
 
+    def take_injected(self) -> Tensor | None:
+        """Hand the loss of this call over to the layer that injects it, ``None`` if there is none."""
+        # A recomputation that ends early leaves one here, which the next call replaces.
+        loss, self._injected = self._injected, None
+        return loss
+
     @property
     def loss(self) -> Tensor | None:
         """The auxiliary loss that was not fetched yet; reading it does not fetch it."""
@@ -273,7 +292,7 @@ class BaseGate(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # A loss is part of one forward's graph: deepcopy refuses it and pickle has no use for it.
-        return {**self.__dict__, "_newest_loss": Newest()}
+        return {**self.__dict__, "_newest_loss": Newest(), "_injected": None}
 
 
 def with_losses(gate: Callable[..., BaseGate], **weights: float) -> Callable[..., BaseGate]:
@@ -346,8 +365,10 @@ def auxiliary_loss(model: nn.Module, clear: bool = True) -> Tensor:
     """Sum the losses that the gates of a model have set and that were not fetched yet.
 
     Call it after each forward, before the backward: with gradient accumulation once per micro-batch, scaled like the
-    micro-batch's own loss. Inside a compiled function it is part of the graph. A gate that several layers share is
-    counted once, with the loss of its newest forward.
+    micro-batch's own loss. Inside a compiled function it is part of the graph. A gate that several layers share, or
+    whose layer is called several times, is counted once, with the loss of its newest forward; with ``gate.sum_losses =
+    True`` with those of all forwards. Where no loss of the model is in reach, as in a pipeline, use
+    ``inject_auxiliary_loss``.
 
     Args:
         model: any module; every ``BaseGate`` in ``model.modules()`` is asked.

@@ -22,6 +22,7 @@ from moeops.dispatch.weights import (
     check_modules,
     module_weights,
 )
+from moeops.gates.injected_loss import with_gate_losses
 from moeops.gates.naive import NaiveGate
 from moeops.layers import _layer_checks
 from moeops.layers._build import build_expert, build_gate, set_expert_shards
@@ -364,10 +365,10 @@ class FMoE(nn.Module):
                 routing = replaced if mask is None else without_masked(replaced, mask)
         if self.gate_hook is not None:
             self.gate_hook(routing[0], routing[1], None)
-        if mask is None:
-            return self._mixture(routing, moe_inp, early)
         out = self._mixture(routing, moe_inp, early)
-        return fill_masked(out, mask, self.mask_dict, output_weights(every))
+        if mask is not None:
+            out = fill_masked(out, mask, self.mask_dict, output_weights(every))
+        return with_gate_losses(self.gate, out)
 
     def _mixture(self, routing: Routing | SlotRouting, inp: Any, early: dict[str, Any]) -> Any:
         """Run the experts on what the gate sends to them."""

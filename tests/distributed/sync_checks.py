@@ -22,12 +22,13 @@ from torch.distributed.fsdp import (
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
-from moeops import FMoETransformerMLP, sort_tokens
+from moeops import FMoETransformerMLP, auxiliary_loss, inject_auxiliary_loss, sort_tokens
 from moeops.distributed import (
     DistributedGroupedDataParallel,
     clip_grad_norm_,
     scale_expert_gradients,
 )
+from moeops.gates import NaiveGate, with_losses
 from processes import Ranks
 
 TOKENS, STEPS = 4, 3  # tokens of each rank
@@ -434,6 +435,37 @@ def check_fastmoe_scale(ranks: Ranks) -> None:
             loss_of(wrapped(x)).backward()
         results.append(part.moe.experts.w_up.grad)
     torch.testing.assert_close(results[0] * ranks.size, results[1])
+
+
+def check_losses_of_a_pipeline(ranks: Ranks) -> None:
+    """The balance losses of all stages and all micro-batches count."""
+    if ranks.size != 2:
+        return
+    from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+
+    torch.manual_seed(2)
+    gate = with_losses(NaiveGate, switch=1.0)
+    layers = [make("mlp", 4, ranks.device, gate=gate) for _ in range(2)]
+    linears = [nn.Linear(D, D, dtype=torch.float64, device=ranks.device) for _ in range(2)]
+    whole = nn.Sequential(linears[0], layers[0], linears[1], layers[1])
+    x, target = torch.randn(2, 8, D, dtype=torch.float64).to(ranks.device)
+    micro_batches = 4
+    for part, wanted in zip(x.chunk(micro_batches), target.chunk(micro_batches), strict=True):
+        loss = (whole(part) - wanted).square().mean() + 0.3 * auxiliary_loss(whole)
+        (loss / micro_batches).backward()
+    expected = {n: p.grad for n, p in whole.named_parameters()}
+    stage = copy.deepcopy(whole)[2 * ranks.rank : 2 * ranks.rank + 2]
+    stage.zero_grad()
+    inject_auxiliary_loss(stage, 0.3)
+    device = torch.device(ranks.device)
+    schedule = Schedule1F1B(
+        PipelineStage(stage, ranks.rank, ranks.size, device),
+        micro_batches,
+        loss_fn=lambda y, wanted: (y - wanted).square().mean(),
+    )
+    schedule.step(x) if ranks.rank == 0 else schedule.step(target=target)
+    for name, parameter in stage.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name])
 
 
 def check_clipping_norms(ranks: Ranks) -> None:
