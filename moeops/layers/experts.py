@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from typing import ClassVar
@@ -19,6 +20,9 @@ from moeops.ops.permute import permute_tokens, unpermute_tokens
 from moeops.types import TokenPlan
 
 Activation = str | Callable[[Tensor], Tensor]
+
+# What torch.nn.utils.parametrize and torch.nn.utils.prune make of a parameter's name.
+_ADAPTED = re.compile(r"parametrizations\.(\w+)\..+|(\w+)_(?:orig|mask)")
 
 _FUNCTIONS = {F.gelu: "gelu", F.relu: "relu", torch.relu: "relu", F.silu: "silu"}
 
@@ -204,6 +208,21 @@ class FusedExperts(nn.Module):
         # Of swiglu's two halves the same units.
         starts = range(shard * width, total, self.d_hidden)
         return ShardSpan(1, total, tuple((start, width) for start in starts))
+
+    @classmethod
+    def weight_of(cls, name: str) -> str | None:
+        """Say to which of ``weight_names`` a tensor of the state dict belongs, ``None`` for an activation's.
+
+        A parametrization keeps a weight, and tensors of its own, under ``parametrizations.NAME.``; pruning keeps
+        ``NAME_orig`` and ``NAME_mask``.
+
+        Example:
+            >>> FusedExperts.weight_of("parametrizations.w_up.original"), FusedExperts.weight_of("w_down_mask")
+            ('w_up', 'w_down')
+        """
+        found = _ADAPTED.fullmatch(name)
+        weight = name if found is None else found[1] or found[2]
+        return weight if weight in cls.weight_names else None
 
     def _outputs(self, shard: int) -> tuple[int, int]:
         """The first output, and how many, to which a shard adds the bias: parts as of ``torch.tensor_split``."""

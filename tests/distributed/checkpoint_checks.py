@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
 from moeops import FMoE, FMoETransformerMLP
 from moeops.distributed import (
@@ -232,6 +233,58 @@ def load_all(ranks: Ranks, folder: Path, sizes: list[int]) -> None:
                 assert_loads(path, ranks, "adamw", mlp=mlp)
 
 
+class LowRank(nn.Module):
+    """An adapter of each expert's weight."""
+
+    def __init__(self, weight, rows: int = 2):
+        super().__init__()
+        num_expert, out, width = weight.shape
+        self.a = nn.Parameter(torch.randn(num_expert, rows, width, dtype=weight.dtype))
+        self.b = nn.Parameter(torch.randn(num_expert, out, rows, dtype=weight.dtype))
+        self.scale = nn.Parameter(torch.randn(num_expert, dtype=weight.dtype))
+        self.to(weight.device)
+
+    def forward(self, weight):
+        return weight + self.scale[:, None, None] * (self.b @ self.a)
+
+
+def adapt(net: Net, seed: int) -> Net:
+    """Adapters on one projection, masks on the other; every rank's are others."""
+    torch.manual_seed(seed)
+    experts = net.mlp.experts
+    parametrize.register_parametrization(experts, "w_up", LowRank(experts.w_up))
+    prune.random_unstructured(experts, "w_down", amount=0.5)
+    prune.random_unstructured(net.shards.experts, "w_up", amount=0.5)
+    return net
+
+
+def adapted(ranks: Ranks, folder: Path) -> None:
+    """What adapters and pruning make of experts' weights belongs to the experts, in shards too."""
+    num_shards = 2 if ranks.size > 1 else 1
+    net = adapt(Net(ranks, num_shards=num_shards), 10 + ranks.rank)
+    other = adapt(Net(ranks, num_shards=num_shards), 20 + ranks.rank)
+    path = folder / f"adapted{ranks.size}"
+    save_checkpoint(path, net)
+    load_checkpoint(path, other)
+    assert_equal(other.state_dict(), dict(net.state_dict()))
+    whole = load_whole(path, "mlp.experts.parametrizations.w_up.0.a")
+    first = ranks.rank * E // ranks.size
+    own = net.mlp.experts.parametrizations.w_up[0].a
+    assert torch.equal(whole[first : first + len(own)].to(ranks.device), own)
+    if num_shards > 1:
+        experts = net.shards.experts
+        parametrize.register_parametrization(experts, "w_down", LowRank(experts.w_down))
+        with pytest.raises(NotImplementedError, match=r"shape of the weight w_down.*w_down\.0\.a"):
+            save_checkpoint(path, net)
+
+
+def load_whole(path: Path, name: str) -> torch.Tensor:
+    """A tensor of all experts; every rank merges into a file of its own."""
+    out = path.with_name(f"{path.name}-{os.getpid()}.pt")
+    merge_checkpoint(path, out)
+    return torch.load(out, weights_only=True)["model"][name]
+
+
 def refuse(ranks: Ranks, folder: Path) -> None:
     """What does not fit is refused on every rank, and nothing is changed."""
     good = folder / f"adamw{ranks.size}"
@@ -398,7 +451,8 @@ def worker(rank: int, sizes: list[int], backend: str, folder: str) -> None:
                 torch.set_num_threads(1)
                 ranks = Ranks(0, 1, "cpu" if backend == "gloo" else "cuda:0")
             steps = [save_all] if number < len(sizes) else [load_all, refuse]
-            steps += [sharded] if size == 4 and number < len(sizes) else []
+            if number < len(sizes):
+                steps += {4: [sharded], 2: [adapted]}.get(size, [])
             for step in steps:
                 what = f"{step.__name__} of {size} ranks"
                 args = (sizes,) if step is load_all else ()

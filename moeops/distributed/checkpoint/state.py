@@ -160,9 +160,10 @@ class ModelState:
             return layer
         if layer.is_spread:
             raise NotImplementedError(
-                f"{self.op}: tensors of experts that are spread over ranks must have the rank's "
-                f"{layer.num_local} experts in dimension 0, got {name}. Each rank has one of its own, which belongs to "
-                "no expert: make it a constant, or one row per expert."
+                f"{self.op}: tensors of experts that are spread over ranks must have the rank's {layer.num_local} "
+                f"experts in dimension 0, and those of an adapter as many dimensions as the weight, got {name} "
+                f"{list(self.tensors[raw].shape)}. Each rank has one of its own, which belongs to no expert: make it a "
+                "constant, or one row per expert."
             )
         return None
 
@@ -324,14 +325,8 @@ def _expert_layers(op: str, model: nn.Module) -> Iterator[ExpertLayer]:
             experts = module.experts
             experts = getattr(experts, "_orig_mod", experts)
             tensors = {clean_name(name): tensor for name, tensor in experts.state_dict().items()}
-            # Others of FusedExperts belong to its activation, even if their size happens to be that number.
             names = tuple(
-                name
-                for name, tensor in tensors.items()
-                if (not isinstance(experts, FusedExperts) or name in experts.weight_names)
-                and isinstance(tensor, Tensor)
-                and tensor.dim() > 0
-                and tensor.shape[0] == module.num_expert
+                n for n, t in tensors.items() if _has_experts(experts, n, t, module.num_expert)
             )
         num_shards = module.expert_tensor_parallel_size
         yield ExpertLayer(
@@ -344,6 +339,18 @@ def _expert_layers(op: str, model: nn.Module) -> Iterator[ExpertLayer]:
         )
 
 
+def _has_experts(experts: nn.Module, name: str, tensor: Any, num_expert: int) -> bool:
+    """A tensor of fused experts has the experts in dimension 0."""
+    if not isinstance(tensor, Tensor) or tensor.dim() == 0 or tensor.shape[0] != num_expert:
+        return False
+    if not isinstance(experts, FusedExperts):
+        return True
+    # Others belong to its activation, even if their size happens to be that number. An adapter's own tensors have a
+    # row per expert, or as many dimensions as the weight: its [r, D] for all experts may have r = num_expert.
+    weight = experts.weight_of(name)
+    return weight is not None and tensor.dim() in (1, 3 if weight.startswith("w_") else 2)
+
+
 def _spans(op: str, prefix: str, experts: nn.Module, names: Any) -> dict[str, ShardSpan]:
     """What of whole experts the tensors of a shard are."""
     if not isinstance(experts, FusedExperts):
@@ -351,4 +358,17 @@ def _spans(op: str, prefix: str, experts: nn.Module, names: Any) -> dict[str, Sh
             f"{op}: experts in shards must be moeops.layers.FusedExperts, got {type(experts).__name__} as "
             f"{prefix.rstrip('.')}. Nobody knows what of whole experts its tensors are."
         )
-    return {name: experts.shard_span(name) for name in names}
+    tensors = {clean_name(name): tensor for name, tensor in experts.state_dict().items()}
+    spans = {}
+    for name in names:
+        weight = experts.weight_of(name)
+        assert weight is not None
+        shape = getattr(experts, weight).shape
+        if tensors[name].shape != shape:
+            raise NotImplementedError(
+                f"{op}: what adapts experts in shards must have the shape of the weight {weight}, {list(shape)}, got "
+                f"{prefix}{name} {list(tensors[name].shape)}: each shard has one of its own. Merge the adapter into "
+                "the weight first, or hold whole experts."
+            )
+        spans[name] = experts.shard_span(weight)
+    return spans
