@@ -24,6 +24,7 @@ from moeops.distributed.checkpoint import (
     read_extra,
     save_checkpoint,
 )
+from moeops.distributed.dtensors import use_dtensor_state
 from moeops.distributed.grad_sync import (
     DistributedGroupedDataParallel,
     clip_grad_norm_,
@@ -55,4 +56,5 @@ __all__ = [
     "read_extra",
     "save_checkpoint",
     "scale_expert_gradients",
+    "use_dtensor_state",
 ]

@@ -33,6 +33,7 @@ from moeops.layers._routings import (
     output_weights,
     without_masked,
 )
+from moeops.layers._state import hold_experts, take_experts
 from moeops.types import Routing, SlotRouting
 
 if TYPE_CHECKING:
@@ -186,6 +187,9 @@ class FMoE(nn.Module):
         table = None if table is None else table.to(device)
         self.register_buffer("dispatch_table", table, persistent=False)
         self.expert_dp_comm: str | None = None
+        self.dtensor_state = False
+        self.register_state_dict_post_hook(hold_experts)
+        self.register_load_state_dict_pre_hook(take_experts)
         self.register_load_state_dict_post_hook(_restore_tags_of)
 
     def _build(

@@ -1,4 +1,4 @@
-"""Gradients averaged over groups of 2 and 4 processes; the checks themselves are in sync_checks.py."""
+"""Gradients and state dicts in groups of 2 and 4 processes; the checks are in sync_checks.py and state_checks.py."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ pytestmark = pytest.mark.distributed
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_gloo(world_size, tmp_path):
-    run_checks("sync_checks", world_size, "gloo", tmp_path)
+    run_checks("sync_checks state_checks", world_size, "gloo", tmp_path)
 
 
 @pytest.mark.cuda
 def test_nccl(tmp_path, cuda_device):
-    run_checks("sync_checks", 2, "nccl", tmp_path)
+    run_checks("sync_checks state_checks", 2, "nccl", tmp_path)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from moeops.dispatch.shards import ShardSpan
 from moeops.distributed.grad_sync import DistributedGroupedDataParallel
+from moeops.layers._state import has_experts, plain_state
 from moeops.layers.experts import FusedExperts
 from moeops.layers.walk import clean_name, named_layers
 
@@ -122,7 +123,9 @@ class ModelState:
             )
         self.tensors: dict[str, Tensor] = {}  # as state_dict() names them
         self.extra_states: dict[str, Any] = {}
-        for raw, value in self.model.state_dict().items():
+        with plain_state():
+            tensors = self.model.state_dict()
+        for raw, value in tensors.items():
             if isinstance(value, Tensor):
                 self.tensors[raw] = value
             else:
@@ -326,7 +329,7 @@ def _expert_layers(op: str, model: nn.Module) -> Iterator[ExpertLayer]:
             experts = getattr(experts, "_orig_mod", experts)
             tensors = {clean_name(name): tensor for name, tensor in experts.state_dict().items()}
             names = tuple(
-                n for n, t in tensors.items() if _has_experts(experts, n, t, module.num_expert)
+                n for n, t in tensors.items() if has_experts(experts, n, t, module.num_expert)
             )
         num_shards = module.expert_tensor_parallel_size
         yield ExpertLayer(
@@ -337,18 +340,6 @@ def _expert_layers(op: str, model: nn.Module) -> Iterator[ExpertLayer]:
             names,
             _spans(op, prefix, experts, names) if num_shards > 1 else None,
         )
-
-
-def _has_experts(experts: nn.Module, name: str, tensor: Any, num_expert: int) -> bool:
-    """A tensor of fused experts has the experts in dimension 0."""
-    if not isinstance(tensor, Tensor) or tensor.dim() == 0 or tensor.shape[0] != num_expert:
-        return False
-    if not isinstance(experts, FusedExperts):
-        return True
-    # Others belong to its activation, even if their size happens to be that number. An adapter's own tensors have a
-    # row per expert, or as many dimensions as the weight: its [r, D] for all experts may have r = num_expert.
-    weight = experts.weight_of(name)
-    return weight is not None and tensor.dim() in (1, 3 if weight.startswith("w_") else 2)
 
 
 def _spans(op: str, prefix: str, experts: nn.Module, names: Any) -> dict[str, ShardSpan]:
