@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from moeops import _checks, _nests
+from moeops.comm.common_size import CommonSize, can_settle
 from moeops.comm.exchange import Splits
-from moeops.comm.groups import RankGroup
+from moeops.comm.groups import RankGroup, describe_group
 from moeops.comm.hierarchical import Hierarchy
 from moeops.dispatch.base import (
     Block,
@@ -41,18 +42,33 @@ def check_row_capacity(op: str, capacity: Any) -> None:
         )
 
 
-class _Filled(NamedTuple):
-    """What turns the buffers that come back into tokens.
+class _Sorted(NamedTuple):
+    """Tokens in expert order, and what turns the buffers that come back into tokens.
 
     Attributes:
+        rows: nest of ``[N, ...]``; of slots, which all experts have as many of, ``[E, S, ...]``.
         record: what brings rows in expert order back to their tokens.
-        expert_offsets: ``[E + 1]``, of these rows; ``None`` where every buffer is full, and they lie in it in order.
-        num_rows: how many there are, those that did not fit included.
+        expert_offsets: ``[E + 1]``, of these rows; ``None`` for slots.
+        num_rows: how many there are, those that do not fit included; of slots ``S``.
+        wanted: ``C`` by this rank's own tokens.
     """
 
+    rows: Any
     record: Record
     expert_offsets: Tensor | None
     num_rows: int
+    wanted: int
+
+
+class _Arrived:
+    """In the place of a ``Flight`` whose rows are there."""
+
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
+
+    def finish(self) -> Any:
+        """Return the rows."""
+        return self.rows
 
 
 class StaticDispatcher(Dispatcher):
@@ -67,13 +83,15 @@ class StaticDispatcher(Dispatcher):
     Args:
         num_expert: ``E_local``, the same on every rank.
         group: the ranks, ``None`` for one.
-        capacity: ``C``: an int, rows per expert and sending rank; or a float, a factor on ``T * K / E``, rounded up,
-            with which all ranks must have the same number of tokens (``MOEOPS_DEBUG_CHECKS=1`` checks that, outside of
-            compiled code). A gate that mixes tokens has its own number of slots, and no rows to drop.
+        capacity: ``C``: an int, rows per expert and sending rank; or a float, a factor on ``T * K / E``, rounded up. A
+            gate that mixes tokens has its own number of slots, and no rows to drop. Where ``C`` depends on the tokens,
+            ranks with different numbers of them exchange one ``C``, see ``CommonSize``; in compiled code and CUDA
+            graphs, whose sizes are fixed, all ranks must have as many tokens.
         n_chunks: parts, at least 1, the same on every rank.
         hierarchy: how the ranks are arranged as nodes, the same on every rank; ``None`` for the flat exchange.
 
-    Host sync: none.
+    Host sync: none while ``C`` stays what it is; where it is a factor one in the first forward, and one where a rank's
+    own ``C`` changes.
     """
 
     def __init__(
@@ -92,6 +110,7 @@ class StaticDispatcher(Dispatcher):
         self._factor = Fraction(capacity).limit_denominator(10000).as_integer_ratio()
         self.n_chunks = n_chunks
         self.hierarchy = hierarchy
+        self._common = None if self.group.size == 1 else CommonSize("static dispatch", self.group)
 
     def capacity_of(self, num_pairs: int) -> int:
         """``C`` for a number of token-expert pairs on this rank."""
@@ -110,9 +129,8 @@ class StaticDispatcher(Dispatcher):
         block: Block | None = None,
     ) -> Any:
         """Send every part of the buffers, run the experts on each as it arrives, send it back, combine."""
-        buffers, filled = self._fill(routing, inp)
-        parts = chunk_bounds(_nests.leaves(buffers)[0].shape[1], self.n_chunks)
-        flights = [self._send(_part(buffers, start, length)) for start, length in parts]
+        rows = self._sort(routing, inp)
+        flights, parts = self._exchange(rows)
         returned = []
         for flight, (_, length) in zip(flights, parts, strict=True):
             out = self._run_buffers(self._receive(flight, length), length, experts, block)
@@ -122,33 +140,69 @@ class StaticDispatcher(Dispatcher):
             for flight, (_, length) in zip(returned, parts, strict=True)
         ]
         if len(outs) == 1:
-            return self._drain(outs[0], filled)
-        return self._drain(_nests.map_leaves(lambda *leaves: torch.cat(leaves, 1), *outs), filled)
+            return self._drain(outs[0], rows)
+        return self._drain(_nests.map_leaves(lambda *leaves: torch.cat(leaves, 1), *outs), rows)
 
-    def _fill(self, routing: Routing | SlotRouting, inp: Any) -> tuple[Any, _Filled]:
-        """Sort tokens by expert, and lay what fits into buffers ``[E, C, ...]``."""
+    def _sort(self, routing: Routing | SlotRouting, inp: Any) -> _Sorted:
+        """Bring tokens into expert order."""
         num_experts = self.group.size * self.num_expert
         rows, expert_offsets, record = LocalDispatcher(num_experts).dispatch(routing, inp)
         num_rows = _nests.leaves(rows)[0].shape[0]
-        if isinstance(routing, SlotRouting):
-            # All experts have as many slots, so that the rows are buffers already.
-            buffers = _nests.map_leaves(
-                lambda leaf: leaf.reshape(num_experts, num_rows // num_experts, *leaf.shape[1:]),
-                rows,
-            )
-            return buffers, _Filled(record, None, num_rows)
-        capacity = self.capacity_of(routing.topk_ids.shape[0] * routing.topk_ids.shape[1])
-        buffers = _nests.map_leaves(lambda leaf: _pad_leaf(leaf, expert_offsets, capacity), rows)
-        return buffers, _Filled(record, expert_offsets, num_rows)
+        if not isinstance(routing, SlotRouting):
+            wanted = self.capacity_of(routing.topk_ids.shape[0] * routing.topk_ids.shape[1])
+            return _Sorted(rows, record, expert_offsets, num_rows, wanted)
+        num_slots = num_rows // num_experts
+        slots = _nests.map_leaves(
+            lambda leaf: leaf.reshape(num_experts, num_slots, *leaf.shape[1:]), rows
+        )
+        return _Sorted(slots, record, None, num_slots, num_slots)
 
-    def _drain(self, buffers: Any, filled: _Filled) -> Any:
+    def _exchange(self, rows: _Sorted) -> tuple[list[Any], list[tuple[int, int]]]:
+        """Begin to send buffers, as large as those of all ranks; return what is under way and the parts it is in."""
+        common, leaf = self._common, _nests.leaves(rows.rows)[0]
+        is_fixed = isinstance(self.capacity, int) and rows.expert_offsets is not None
+        if common is None or is_fixed or not can_settle(leaf, rows.wanted):
+            return self._begin(rows, rows.wanted)
+        # At least one row, which arrives only from ranks that have begun.
+        flights, parts = self._begin(rows, common.begin(max(rows.wanted, 1), leaf.device))
+        if not common.changed:
+            return flights, parts
+        arrived = [flight.finish() for flight in flights]
+        again = common.settle(_nests.leaves(arrived[-1])[0])
+        assert common.size is not None
+        if again:
+            return self._begin(rows, common.size)
+        if rows.expert_offsets is None and common.size < rows.wanted:
+            raise ValueError(
+                f"static dispatch: every rank of {describe_group(self.group)} must have as many tokens as the others "
+                f"for a gate that mixes tokens, got {rows.wanted} slots per expert here and {common.size} on the "
+                "others. Pad shorter batches."
+            )
+        return [_Arrived(part) for part in arrived], parts
+
+    def _begin(self, rows: _Sorted, capacity: int) -> tuple[list[Any], list[tuple[int, int]]]:
+        """Begin to send buffers of a capacity."""
+        buffers = _nests.map_leaves(lambda leaf: self._pad(leaf, rows, capacity), rows.rows)
+        parts = chunk_bounds(capacity, self.n_chunks)
+        return [self._send(_part(buffers, start, length)) for start, length in parts], parts
+
+    def _pad(self, leaf: Tensor, rows: _Sorted, capacity: int) -> Tensor:
+        """A leaf of the rows in buffers ``[E, C, ...]``."""
+        if rows.expert_offsets is not None:
+            return _pad_leaf(leaf, rows.expert_offsets, capacity)
+        if capacity <= rows.num_rows:
+            return leaf[:, :capacity]
+        more = leaf.new_zeros(leaf.shape[0], capacity - rows.num_rows, *leaf.shape[2:])
+        return torch.cat((leaf, more), 1)
+
+    def _drain(self, buffers: Any, rows: _Sorted) -> Any:
         """Take rows out of buffers ``[E, C, ...]``, and sum those of each token, weighted: ``[T, ...]``."""
-        record, offsets, num_rows = filled
+        offsets, num_rows = rows.expert_offsets, rows.num_rows
         if offsets is None:
-            rows = _nests.map_leaves(lambda leaf: leaf.flatten(0, 1), buffers)
+            out = _nests.map_leaves(lambda leaf: leaf[:, :num_rows].flatten(0, 1), buffers)
         else:
-            rows = _nests.map_leaves(lambda leaf: _unpad_leaf(leaf, offsets, num_rows), buffers)
-        return LocalDispatcher(self.group.size * self.num_expert).combine(rows, record)
+            out = _nests.map_leaves(lambda leaf: _unpad_leaf(leaf, offsets, num_rows), buffers)
+        return LocalDispatcher(self.group.size * self.num_expert).combine(out, rows.record)
 
     def _send(self, buffers: Any, *, back: bool = False) -> Flight:
         """Begin to send buffers ``[E, C, ...]``, as many to each rank; with one rank they stay as they are."""

@@ -109,8 +109,8 @@ class FMoE(nn.Module):
         ValueError: a size or an option does not fit.  TypeError: an argument has the wrong type.
         RuntimeError: building the layer failed on another rank.
     Host sync: one copy of a few integers per rank and expert per forward, to cut the rows into one slice per expert
-    (under ``torch.compile`` on CUDA too); none for ``dispatch="static"``. ``FMoETransformerMLP`` has none for
-    "gather" or with one rank either, and one for "exact" with more.
+    (under ``torch.compile`` on CUDA too); for ``dispatch="static"`` none while the number of tokens stays.
+    ``FMoETransformerMLP`` has none for "gather" or with one rank either, and one for "exact" with more.
 
     Example:
         >>> layer = FMoE(4, 8, top_k=2, expert=lambda d_model: nn.Linear(d_model, 3))

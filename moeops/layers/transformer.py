@@ -162,7 +162,8 @@ class FMoETransformerMLP(FMoE):
 
         Raises:
             ValueError: a shape does not fit.  TypeError: ``inp`` is not float.
-        Host sync: none with one rank, ``dispatch="gather"`` or "static", else one copy.
+        Host sync: none with one rank or ``dispatch="gather"``, for "static" none while the number of tokens stays, else
+        one copy.
         """
         if not isinstance(inp, Tensor):
             raise TypeError(
