@@ -25,24 +25,25 @@ def _in_backward() -> bool:
 
 
 # One op and not two, a look and a sum: a checkpoint with a policy per operator would hand the forward's look to the
-# recomputation. A CUDA graph would replay what the op did when it was captured.
-@torch.library.custom_op(
-    "moeops_gates::add_up_",
-    mutates_args=("total",),
-    schema="(Tensor(a!) total, Tensor amount) -> ()",
-    tags=(torch.Tag.cudagraph_unsafe,),
+# recomputation. A CUDA graph would replay what the op did when it was captured. Without torch.library.custom_op, whose
+# wrapper costs several times what the op does.
+_LIBRARY = torch.library.Library("moeops_gates", "FRAGMENT")
+_LIBRARY.define(
+    "add_up_(Tensor(a!) total, Tensor amount) -> ()", tags=(torch.Tag.cudagraph_unsafe,)
 )
+
+
+@torch.library.impl(_LIBRARY, "add_up_", "CompositeExplicitAutograd")
 def _add_up(total: Tensor, amount: Tensor) -> None:
     if not _in_backward():
         total.add_(amount)
 
 
-@_add_up.register_fake
+@torch.library.register_fake("moeops_gates::add_up_", lib=_LIBRARY)
 def _add_up_fake(total, amount):
     return None
 
 
-@torch.no_grad()
 def add_up(total: Tensor, amount: Tensor) -> None:
     """Add ``amount`` to ``total`` in place; not while exporting, nor in a recomputation by activation checkpointing.
 
@@ -62,15 +63,17 @@ def add_up(total: Tensor, amount: Tensor) -> None:
 class Newest(Generic[T]):
     """A value of the newest forward, to be handed over once. Recomputations and exported programs do not set it.
 
-    The recomputation of a compiled forward does write the value, which is the same as the forward's; a count of the
+    The recomputation of a compiled forward does write the value, which is the same as the forward's; a count of such
     forwards says whether it was handed over before.
     """
 
     def __init__(self) -> None:
         self.value: T | None = None
-        # On the CPU, where reading it waits for nothing.
+        # Of compiled forwards; on the CPU, where reading it waits for nothing.
         self._forwards = torch.zeros((), dtype=torch.int64, device="cpu")
-        self._taken = 0
+        self._taken = (
+            0  # the count when a value was handed over; -1 when an eager forward has left a new one
+        )
 
     def set(self, value: T) -> None:
         """Keep the value of this forward."""
@@ -81,7 +84,7 @@ class Newest(Generic[T]):
         elif _in_backward():
             return
         else:
-            self._forwards += 1
+            self._taken = -1
         self.value = value
 
     def get(self) -> T | None:
