@@ -12,6 +12,7 @@ import moeops
 from moeops import auxiliary_loss
 from moeops.gates import NaiveGate
 from moeops.losses import (
+    alignment_loss,
     balance_loss,
     cv_squared,
     gshard_loss,
@@ -99,6 +100,62 @@ def test_gradcheck(name):
     ids = choose()
     logits = torch.randn(T, E, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda z: LOSSES[name][0](z, ids), (logits,))
+
+
+MASKED = {
+    "balance": lambda z, ids, **mask: balance_loss(torch.softmax(z, -1), ids, **mask),
+    "switch": switch_loss,
+    "gshard": gshard_loss,
+    "z": lambda z, ids, **mask: z_loss(z, **mask),
+    "entropy": lambda z, ids, **mask: router_entropy(z, **mask),
+    "noisy_load": lambda z, ids, **mask: noisy_load(
+        z, z + 0.1, z.sigmoid(), best(z, 2), **mask
+    ).square(),
+    "noisy_load_of_all": lambda z, ids, **mask: noisy_load(z, z, z.sigmoid(), best(z, E), **mask),
+    "alignment": lambda z, ids, **mask: alignment_loss(
+        torch.softmax(z[:, :4], -1), best(z[:, :2], 2), 2, **mask
+    ),
+}
+
+
+def best(z, k):
+    return z.detach().topk(k).indices
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_masked_tokens_count_for_nothing(name, device):
+    """The loss of the other tokens alone, whatever ids the masked ones have."""
+    function = MASKED[name]
+    logits = torch.randn(T, E, dtype=torch.float64, device=device, requires_grad=True)
+    mask = torch.tensor([0, 1, 0, 0, 2, 1, 0, 0, 1], device=device)
+    there, ids = mask == 0, choose(device=device)
+    for given in (ids, ids.masked_fill(~there[:, None], -1)):
+        for kind in (mask, mask != 0):
+            loss = function(logits, given, mask=kind)
+            alone = logits.detach()[there].requires_grad_()
+            want = function(alone, ids[there])
+            assert_close(loss, want, torch.float64)
+            assert loss.requires_grad == want.requires_grad
+            if not loss.requires_grad:  # a count
+                continue
+            (grad,) = torch.autograd.grad(loss.sum(), logits)
+            (want_grad,) = torch.autograd.grad(want.sum(), alone)
+            assert_close(grad[there], want_grad, torch.float64, "gradient")
+            assert not grad[~there].any()
+    assert not function(logits, ids, mask=torch.ones_like(mask)).any()
+
+
+def test_masked_tokens_keep_their_places_in_sequences(device):
+    """Each sequence is averaged over the tokens that it has left; the last one has none."""
+    probs = torch.softmax(torch.randn(12, E, dtype=torch.float64, device=device), -1)
+    ids = choose(12, device)
+    mask = torch.tensor([0, 1, 0, 0, 1, 1, 0, 0, 1, 1, 1, 1], device=device)
+    parts = [[0, 2, 3], [6, 7]]
+    want = sum(sequence_loss(probs[part], ids[part], 4) for part in parts) / 2
+    assert_close(sequence_loss(probs, ids, 4, mask=mask), want, torch.float64)
+    short = sequence_loss(probs[:7], ids[:7], 4, mask=mask[:7])
+    want = sum(sequence_loss(probs[part], ids[part], 4) for part in ([0, 2, 3], [6])) / 2
+    assert_close(short, want, torch.float64)
 
 
 @pytest.mark.parametrize("name", LOSSES)

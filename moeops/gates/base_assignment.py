@@ -99,7 +99,10 @@ class BASEGate(NaiveGate):
         logits = router_logits(inp, self.gate)  # [T, E]
         if self.training:
             topk_ids = balanced_assignment(logits, mask).unsqueeze(1)
-            chosen = topk_ids if mask is None else topk_ids.clamp_min(0)
+            chosen = topk_ids
+            if mask is not None:
+                best = logits.detach().argmax(-1, keepdim=True)
+                chosen = torch.where(topk_ids < 0, best, topk_ids)
             topk_weights = torch.sigmoid(logits.gather(1, chosen))
         else:
             topk_weights, topk_ids = topk_route(logits, 1, score="sigmoid", renormalize=False)
@@ -123,7 +126,7 @@ def balanced_assignment(scores: Tensor, mask: Tensor | None = None) -> Tensor:
     with fewer tokens than experts); usual are 0.1 %, and 1 % where most tokens repeat.
 
     Args:
-        scores: ``[T, E]`` float, finite; the larger the better.
+        scores: ``[T, E]`` float, finite, in masked tokens too; the larger the better.
         mask: ``[T]`` integers or bool; tokens with a value other than 0 go nowhere, and the others are assigned as if
             they were alone.
 
@@ -144,6 +147,11 @@ def balanced_assignment(scores: Tensor, mask: Tensor | None = None) -> Tensor:
     if not torch.compiler.is_compiling():
         _checks.check_tensor("balanced_assignment", "scores", scores, 2)
         _checks.check_float("balanced_assignment", "scores", scores)
+        if mask is not None:
+            _checks.check_tensor("balanced_assignment", "mask", mask, 1)
+            _checks.check_size(
+                "balanced_assignment", "mask", mask, 0, scores.shape[0], "one per token"
+            )
     return torch.ops.moeops_gates.balanced_assignment(scores, mask)
 
 

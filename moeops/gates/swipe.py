@@ -84,11 +84,13 @@ class SwipeGate(NaiveGate):
         """
         logits = router_logits(inp, self.gate)  # [T, E]
         topk_weights, topk_ids = topk_route(logits, self.top_k)
-        topk_ids = drop_masked(topk_ids, mask)
+        every, topk_ids = topk_ids, drop_masked(topk_ids, mask)
         self.set_loss(None, logits, topk_ids, mask)
         if self.training and self.world_size > 1:
             topk_ids = self._balance_ranks(topk_ids, mask)
-            chosen = topk_ids if mask is None else topk_ids.clamp_min(0)
+            chosen = topk_ids
+            if mask is not None:
+                chosen = torch.where((mask != 0)[:, None], every, topk_ids)
             topk_weights = torch.softmax(logits.gather(1, chosen), dim=-1)
         if return_all_scores:
             return topk_ids, topk_weights, logits

@@ -42,6 +42,35 @@ def test_capacity_as_a_function_of_the_tokens(device):
     assert torch.equal(got, apply_capacity(ids, weights, E, 3))  # ceil(0.5 * 17 * 2 / 6)
 
 
+@pytest.mark.parametrize("policy", ["position", "choice", "priority", "batch"])
+def test_masked_tokens_take_no_place(policy, device):
+    """Neither with a capacity of the tokens that are there, which only the device knows, nor with a fixed one."""
+    ids, weights = pairs(40, 3, device)
+    mask = torch.arange(40, device=device) % 3
+    there = mask == 0
+    for factor, fixed in ((0.3, 2), (0.6, 5), (3.0, 60)):
+
+        def rows(tokens, factor=factor):
+            return expert_capacity(factor, tokens, 3, E)
+
+        for capacity in (rows, fixed):
+            got = apply_capacity(ids, weights, E, capacity, policy=policy, mask=mask)
+            want = apply_capacity(ids[there], weights[there], E, capacity, policy=policy)
+            assert got.dtype == ids.dtype
+            assert torch.equal(got[there], want)
+            assert bool((got[~there] == -1).all())
+
+
+def test_random_among_the_tokens_that_are_there(device):
+    ids, weights = pairs(60, 2, device)
+    mask = torch.arange(60, device=device) % 2
+    got = apply_capacity(ids, weights, E, lambda t: t // 10, policy="random", mask=mask)
+    assert bool((got[mask != 0] == -1).all())
+    live = ids[mask == 0].flatten()
+    for e in range(E):
+        assert int((got == e).sum()) == min(3, int((live == e).sum()))
+
+
 def test_random_keeps_each_pair_as_often_as_any_other(device):
     ids = torch.zeros(4, 1, dtype=torch.int64, device=device)
     weights = torch.ones(4, 1, device=device)

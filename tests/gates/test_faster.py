@@ -54,6 +54,22 @@ def test_values_and_gradients(node, k, fraction, compat, device):
     assert_gradient(gate.gate.weight.grad, weight_grad, torch.float64, "gradient of the router")
 
 
+@pytest.mark.parametrize("fraction", [0.0, 0.2, 1.0])
+def test_masked_tokens_do_not_leave(fraction, device):
+    gate = FasterGate(D, 2, 5, 2, node_rank=1, gpus_per_node=2, outgoing_fraction=fraction)
+    gate = gate.to(device, torch.float64)
+    x = torch.randn(T, D, device=device, dtype=torch.float64)
+    mask = torch.arange(T, device=device) % 2
+    there = mask == 0
+    ids, weights = gate(x, mask=mask)
+    loss = gate.get_loss()
+    want_ids, want = gate(x[there])
+    assert torch.equal(ids[there], want_ids)
+    assert_close(weights[there], want, torch.float64)
+    assert_close(loss, gate.get_loss(), torch.float64)
+    assert bool((ids[~there] == -1).all())
+
+
 def test_quota_is_met_and_the_best_leave(device):
     gate = FasterGate(
         D, 4, 2, node_rank=0, gpus_per_node=1, outgoing_fraction=0.1, gate_bias=False

@@ -71,6 +71,22 @@ def test_gate_in_a_layer(device, name):
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("name", [name for name in GATES if name != "expert_choice"])
+def test_masked_tokens_are_as_good_as_absent(device, name):
+    """In the layer's output, the drops and the loss of every gate that ``as_gate`` makes."""
+    gate, top_k = GATES[name]
+    layer = FMoETransformerMLP(6, 8, 12, activation="swiglu", top_k=top_k, gate=gate).to(device)
+    layer.eval()  # the jitter of the switch depends on the number of tokens
+    x, mask = torch.randn(20, 8, device=device), torch.arange(20, device=device) % 3
+    x[mask != 0] = float("nan")
+    y, loss = layer(x, mask), layer.gate.get_loss()
+    want, want_loss = layer(x[mask == 0]), layer.gate.get_loss()
+    torch.testing.assert_close(y[mask == 0], want)
+    assert not y[mask != 0].any()
+    if want_loss is not None:
+        torch.testing.assert_close(loss, want_loss)
+
+
 def test_reset_gives_what_setup_adds_its_first_values():
     with torch.device("meta"):
         gate = gallery.GroupLimitedGate(8, 4, 1, top_k=2)
