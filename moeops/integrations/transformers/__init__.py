@@ -15,7 +15,8 @@ require_transformers()
 
 from moeops.integrations.transformers.experts import NAME, register  # noqa: E402
 from moeops.integrations.transformers.explain import ExpertsReport, explain  # noqa: E402
+from moeops.integrations.transformers.patches import patch  # noqa: E402
 
 register()
 
-__all__ = ["NAME", "ExpertsReport", "explain", "register"]
+__all__ = ["NAME", "ExpertsReport", "explain", "patch", "register"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,8 +11,11 @@ from transformers import activations
 from transformers.integrations import moe
 
 from moeops.ops import grouped_linear, moe_mlp, permute_tokens, sort_tokens, unpermute_tokens
+from moeops.types import LoraFactors
 
 NAME = "moeops"
+# The attribute in which moeops.integrations.peft leaves LoRA factors for a call: a dict of LoraFactors by weight.
+LORA = "_moeops_lora"
 
 # The names of moe_mlp for transformers' activations, by exact class: a subclass may compute something else.
 _ACTIVATIONS: dict[type, str] = {
@@ -38,7 +42,7 @@ def moeops_experts(
     Experts whose activation ``moe_mlp`` knows are one op on the weights as the module stores them, transposed or not.
     Others are permute_tokens, grouped_linear, the module's own ``_apply_gate``, grouped_linear, its norm if it has one
     and unpermute_tokens. Expert ids of ``num_experts`` and more, which expert parallelism uses for experts of other
-    ranks, add nothing.
+    ranks, add nothing. LoRA factors that ``moeops.integrations.peft`` has left on the module are applied to rows.
 
     Args:
         self: an experts module that transformers' ``use_experts_implementation`` has decorated.
@@ -51,7 +55,7 @@ def moeops_experts(
     Gradients: tokens, routing weights and every parameter.  Host sync: none.
     """
     gated = self.has_gate
-    w_up = self.gate_up_proj if gated else self.up_proj
+    w_up = getattr(self, up_name(self))
     w_down = self.down_proj
     b_up = b_down = None
     if self.has_bias:
@@ -60,29 +64,90 @@ def moeops_experts(
     if self.is_transposed:  # [E, D, 2H] and [E, H, D], read where they are
         w_up, w_down = w_up.transpose(1, 2), w_down.transpose(1, 2)
 
-    plan = sort_tokens(
+    lora = getattr(self, LORA, {})
+    return run_experts(
+        hidden_states,
         top_k_index,
-        self.num_experts,
+        top_k_weights,
+        w_up,
+        w_down,
+        num_experts=self.num_experts,
+        activation=fused_activation(self),
+        between=self._apply_gate if gated else self.act_fn,
+        after=self.post_expert_norm if has_norm(self) else None,
+        b_up=b_up,
+        b_down=b_down,
+        lora_up=lora.get(up_name(self)),
+        lora_down=lora.get("down_proj"),
         drop_out_of_range=getattr(self, "_is_expert_parallel", True),  # older versions do not say
     )
-    x = hidden_states
+
+
+def run_experts(
+    x: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    *,
+    num_experts: int,
+    activation: str | None,
+    between: Callable[[Tensor], Tensor],
+    after: Callable[[Tensor], Tensor] | None = None,
+    b_up: Tensor | None = None,
+    b_down: Tensor | None = None,
+    lora_up: LoraFactors | None = None,
+    lora_down: LoraFactors | None = None,
+    drop_out_of_range: bool = False,
+) -> Tensor:
+    """Run tokens ``[T, D]`` through experts as one op where ``activation`` says what it computes, else composed.
+
+    Args:
+        x: tokens, ``[T, D]``; cast to the dtype of the weights.
+        topk_ids: chosen experts, ``[T, K]``.
+        topk_weights: ``[T, K]``, any float type.
+        w_up: ``[E, 2H or H, D]``, any strides.
+        w_down: ``[E, D, H]``, any strides.
+        num_experts: ``E``.
+        activation: one of ``moe_mlp``'s, or None.
+        between: the model's own code between the products, ``[R, 2H or H] -> [R, H]``; for ``activation=None``.
+        after: the model's own code on the rows that come out, for ``activation=None``.
+        b_up: ``[E, 2H or H]``.
+        b_down: ``[E, D]``.
+        lora_up: factors that are added to ``w_up``.
+        lora_down: factors that are added to ``w_down``.
+        drop_out_of_range: ids of ``E`` and more add nothing, instead of being an error.
+
+    Returns:
+        ``[T, D]``, dtype of ``x``.
+    """
+    plan = sort_tokens(topk_ids, num_experts, drop_out_of_range=drop_out_of_range)
+    dtype = x.dtype
     if not _is_autocast(
         x
     ):  # float32 tokens beside half weights: norms and residuals may be kept in float32
         x = x.to(w_up.dtype)
-    activation = fused_activation(self)
     if activation is not None:
         y = moe_mlp(
-            x, plan, top_k_weights, w_up, w_down, b_up=b_up, b_down=b_down, activation=activation
+            x,
+            plan,
+            topk_weights,
+            w_up,
+            w_down,
+            b_up=b_up,
+            b_down=b_down,
+            activation=activation,
+            lora_up=lora_up,
+            lora_down=lora_down,
         )
-        return y.to(hidden_states.dtype)
+        return y.to(dtype)
+    offsets = plan.expert_offsets
     rows = permute_tokens(x, plan)  # [R, D]
-    rows = grouped_linear(rows, w_up, plan.expert_offsets, bias=b_up)  # [R, 2H or H]
-    rows = self._apply_gate(rows) if gated else self.act_fn(rows)  # [R, H]
-    rows = grouped_linear(rows.to(w_down.dtype), w_down, plan.expert_offsets, bias=b_down)
-    if has_norm(self):
-        rows = self.post_expert_norm(rows)
-    return unpermute_tokens(rows, plan, top_k_weights).to(hidden_states.dtype)
+    rows = between(grouped_linear(rows, w_up, offsets, bias=b_up, lora=lora_up))  # [R, H]
+    rows = grouped_linear(rows.to(w_down.dtype), w_down, offsets, bias=b_down, lora=lora_down)
+    if after is not None:
+        rows = after(rows)
+    return unpermute_tokens(rows, plan, topk_weights).to(dtype)
 
 
 def fused_activation(experts: Any) -> str | None:
@@ -93,10 +158,20 @@ def fused_activation(experts: Any) -> str | None:
     """
     if has_norm(experts):
         return None
-    activation = _ACTIVATIONS.get(type(getattr(experts, "act_fn", None)))
+    activation = activation_name(getattr(experts, "act_fn", None))
     if not experts.has_gate:
         return activation
     return "swiglu" if activation == "silu" and has_plain_gate(experts) else None
+
+
+def activation_name(function: object) -> str | None:
+    """The name that ``moe_mlp`` has for one of transformers' activations."""
+    return _ACTIVATIONS.get(type(function))
+
+
+def up_name(experts: Any) -> str:
+    """The name of the weight of the first product."""
+    return "gate_up_proj" if experts.has_gate else "up_proj"
 
 
 def has_plain_gate(experts: Any) -> bool:

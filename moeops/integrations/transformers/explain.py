@@ -12,6 +12,7 @@ from moeops.integrations.transformers.experts import (
     has_norm,
     has_plain_gate,
 )
+from moeops.integrations.transformers.patches import Patch, find_patch, is_patched
 
 
 class ExpertsReport(NamedTuple):
@@ -52,13 +53,19 @@ def explain(model: nn.Module) -> list[ExpertsReport]:
         model: a transformers model, or any part of one.
 
     Returns:
-        One report per layer that takes an experts implementation, in the model's order.
+        One report per layer that takes an experts implementation, or that ``patch`` knows, in the model's order.
 
     Example:
         >>> print(*explain(model), sep="\n")  # doctest: +SKIP
         model.layers.0.mlp.experts (Qwen3MoeExperts): fused, silu(gate) * up; [E, 2H, D], gate then up
     """
-    return [_report(name, module) for name, module in model.named_modules() if is_experts(module)]
+    reports = []
+    for name, module in model.named_modules():
+        if is_experts(module):
+            reports.append(_report(name, module))
+        elif (found := find_patch(module)) is not None:
+            reports.append(_patch_report(name, module, found))
+    return reports
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -77,6 +84,20 @@ def _report(name: str, experts: Any) -> ExpertsReport:
         _reason(experts, activation),
         _layout(experts),
         getattr(experts, "_is_expert_parallel", False),
+    )
+
+
+def _patch_report(name: str, module: nn.Module, found: Patch) -> ExpertsReport:
+    patched = is_patched(module)
+    return ExpertsReport(
+        name,
+        type(module).__name__,
+        NAME if patched else "eager",
+        found.fused,
+        "swiglu" if found.fused else None,
+        found.reason if patched else f"{found.reason}; call patch(model)",
+        found.layout,
+        False,
     )
 
 
