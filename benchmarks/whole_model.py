@@ -19,7 +19,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import moeops
 from benchmarks import machine
 
 IMPLEMENTATIONS = ("moeops", "grouped_mm", "eager")
@@ -38,18 +37,12 @@ class Row:
     peak_mb: float
 
 
-def moeops_experts(module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor):
-    """Transformers' contract for an experts implementation, for SiLU-gated experts without biases."""
-    plan = moeops.sort_tokens(top_k_index, module.num_experts)
-    return moeops.moe_mlp(hidden_states, plan, top_k_weights, module.gate_up_proj, module.down_proj)
-
-
 def build(experts: str, args: argparse.Namespace) -> torch.nn.Module:
     """The same weights for every implementation."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    ALL_EXPERTS_FUNCTIONS["moeops"] = moeops_experts
+    import moeops.integrations.transformers  # noqa: F401  (registers "moeops")
+
     config = Qwen3MoeConfig(
         vocab_size=args.vocabulary,
         hidden_size=args.width,

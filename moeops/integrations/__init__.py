@@ -1,4 +1,5 @@
 """moeops inside other projects' code. Nothing here is imported by ``import moeops``: import the module you need.
 
 - ``moeops.integrations.transformers``: moeops as the experts of Hugging Face transformers' models.
+- ``moeops.integrations.peft``: LoRA on those experts, without a tensor of the size of their weights.
 """
