@@ -2,4 +2,5 @@
 
 - ``moeops.integrations.transformers``: moeops as the experts of Hugging Face transformers' models.
 - ``moeops.integrations.peft``: LoRA on those experts, without a tensor of the size of their weights.
+- ``moeops.integrations.torchtitan``: overrides for torchtitan's experts.
 """
