@@ -5,8 +5,7 @@
     torchtitan ... --override.imports moeops.integrations.torchtitan.grouped_experts
 
 ``grouped_experts`` replaces the products on rows, with any token dispatcher. ``routed_experts`` replaces dispatch,
-experts and combine by one op, where experts are not spread over ranks. Parameters, their names, sharding and checkpoints
-stay.
+experts and combine by one op, where experts are not spread over ranks. Parameters, their names and checkpoints stay.
 
 T tokens, K experts per token, R rows, E experts, D width, F hidden width.
 """

@@ -9,7 +9,7 @@
 ``model.set_experts_implementation("moeops")`` does the same to a loaded model. docs/transformers.md says what is fused.
 """
 
-from moeops.integrations.transformers._version import require_transformers
+from moeops.integrations.transformers._version import has_expert_parallel, require_transformers
 
 require_transformers()
 
@@ -18,5 +18,9 @@ from moeops.integrations.transformers.explain import ExpertsReport, explain  # n
 from moeops.integrations.transformers.patches import patch  # noqa: E402
 
 register()
+if has_expert_parallel():
+    from moeops.integrations.transformers import expert_parallel
+
+    expert_parallel.register()
 
 __all__ = ["NAME", "ExpertsReport", "explain", "patch", "register"]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
+
+import torch
 
 OLDEST = (5, 8)  # the first to accept names that transformers itself does not know
 
@@ -23,3 +26,9 @@ def require_transformers() -> None:
             f"moeops.integrations.transformers: transformers must be {wanted} or newer, got {installed}, which "
             f"takes no experts implementation of another project. {command}"
         )
+
+
+def has_expert_parallel() -> bool:
+    """Whether this transformers takes an implementation of expert parallelism from another project."""
+    module = importlib.util.find_spec("transformers.distributed.expert_parallel")
+    return module is not None and torch.distributed.is_available()

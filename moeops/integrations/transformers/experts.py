@@ -11,7 +11,7 @@ from transformers import activations
 from transformers.integrations import moe
 
 from moeops.ops import grouped_linear, moe_mlp, permute_tokens, sort_tokens, unpermute_tokens
-from moeops.types import LoraFactors
+from moeops.types import LoraFactors, TokenPlan
 
 NAME = "moeops"
 # The attribute in which moeops.integrations.peft leaves LoRA factors for a call: a dict of LoraFactors by weight.
@@ -54,43 +54,50 @@ def moeops_experts(
         ``[T, D]``, dtype of ``hidden_states``.
     Gradients: tokens, routing weights and every parameter.  Host sync: none.
     """
-    gated = self.has_gate
-    w_up = getattr(self, up_name(self))
-    w_down = self.down_proj
+    plan = sort_tokens(
+        top_k_index,
+        self.num_experts,
+        drop_out_of_range=getattr(self, "_is_expert_parallel", True),  # older versions do not say
+    )
+    return run_module(self, hidden_states, plan, top_k_weights)
+
+
+def run_module(experts: Any, x: Tensor, plan: TokenPlan, topk_weights: Tensor) -> Tensor:
+    """Run an experts module of transformers on tokens ``[T, D]`` whose plan is known; result as ``moeops_experts``."""
+    gated = experts.has_gate
+    w_up = getattr(experts, up_name(experts))
+    w_down = experts.down_proj
     b_up = b_down = None
-    if self.has_bias:
-        b_up = self.gate_up_proj_bias if gated else self.up_proj_bias
-        b_down = self.down_proj_bias
-    if self.is_transposed:  # [E, D, 2H] and [E, H, D], read where they are
+    if experts.has_bias:
+        b_up = experts.gate_up_proj_bias if gated else experts.up_proj_bias
+        b_down = experts.down_proj_bias
+    if experts.is_transposed:  # [E, D, 2H] and [E, H, D], read where they are
         w_up, w_down = w_up.transpose(1, 2), w_down.transpose(1, 2)
 
-    lora = getattr(self, LORA, {})
+    lora = getattr(experts, LORA, {})
     return run_experts(
-        hidden_states,
-        top_k_index,
-        top_k_weights,
+        x,
+        plan,
+        topk_weights,
         w_up,
         w_down,
-        num_experts=self.num_experts,
-        activation=fused_activation(self),
-        between=self._apply_gate if gated else self.act_fn,
-        after=self.post_expert_norm if has_norm(self) else None,
+        activation=fused_activation(experts),
+        between=experts._apply_gate if gated else experts.act_fn,
+        after=experts.post_expert_norm if has_norm(experts) else None,
         b_up=b_up,
         b_down=b_down,
-        lora_up=lora.get(up_name(self)),
+        lora_up=lora.get(up_name(experts)),
         lora_down=lora.get("down_proj"),
-        drop_out_of_range=getattr(self, "_is_expert_parallel", True),  # older versions do not say
     )
 
 
 def run_experts(
     x: Tensor,
-    topk_ids: Tensor,
+    plan: TokenPlan,
     topk_weights: Tensor,
     w_up: Tensor,
     w_down: Tensor,
     *,
-    num_experts: int,
     activation: str | None,
     between: Callable[[Tensor], Tensor],
     after: Callable[[Tensor], Tensor] | None = None,
@@ -98,17 +105,15 @@ def run_experts(
     b_down: Tensor | None = None,
     lora_up: LoraFactors | None = None,
     lora_down: LoraFactors | None = None,
-    drop_out_of_range: bool = False,
 ) -> Tensor:
     """Run tokens ``[T, D]`` through experts as one op where ``activation`` says what it computes, else composed.
 
     Args:
         x: tokens, ``[T, D]``; cast to the dtype of the weights.
-        topk_ids: chosen experts, ``[T, K]``.
+        plan: what ``sort_tokens`` returned for their experts.
         topk_weights: ``[T, K]``, any float type.
         w_up: ``[E, 2H or H, D]``, any strides.
         w_down: ``[E, D, H]``, any strides.
-        num_experts: ``E``.
         activation: one of ``moe_mlp``'s, or None.
         between: the model's own code between the products, ``[R, 2H or H] -> [R, H]``; for ``activation=None``.
         after: the model's own code on the rows that come out, for ``activation=None``.
@@ -116,12 +121,10 @@ def run_experts(
         b_down: ``[E, D]``.
         lora_up: factors that are added to ``w_up``.
         lora_down: factors that are added to ``w_down``.
-        drop_out_of_range: ids of ``E`` and more add nothing, instead of being an error.
 
     Returns:
         ``[T, D]``, dtype of ``x``.
     """
-    plan = sort_tokens(topk_ids, num_experts, drop_out_of_range=drop_out_of_range)
     dtype = x.dtype
     if not _is_autocast(
         x

@@ -43,11 +43,10 @@ def _llama4(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
     experts = self.experts
     y = run_experts(
         pairs,
-        topk_ids.reshape(-1, 1),
+        sort_tokens(topk_ids.reshape(-1, 1), self.num_experts),
         torch.ones_like(weights).reshape(-1, 1),
         experts.gate_up_proj.transpose(1, 2),
         experts.down_proj.transpose(1, 2),
-        num_experts=self.num_experts,
         activation=_gated(experts.act_fn),
         between=functools.partial(_glu, experts.act_fn),
     )
@@ -80,16 +79,15 @@ def _longcat_flash(
     y = (hidden_states * identity).to(hidden_states.dtype)
     if self.gate_up_proj is None:
         return y
+    plan = sort_tokens(top_k_index, num_experts, drop_out_of_range=True)
     return y + run_experts(
         hidden_states,
-        top_k_index,
+        plan,
         top_k_weights,
         self.gate_up_proj[:num_experts],
         self.down_proj,
-        num_experts=num_experts,
         activation=_gated(self.act_fn),
         between=functools.partial(_glu, self.act_fn),
-        drop_out_of_range=True,
     )
 
 
@@ -97,16 +95,15 @@ def _step3p7(
     self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
     """Step3p7Experts: the gate is clamped after its activation."""
+    plan = sort_tokens(top_k_index, self.num_experts, drop_out_of_range=True)
     return run_experts(
         hidden_states,
-        top_k_index,
+        plan,
         top_k_weights,
         self.gate_up_proj,
         self.down_proj,
-        num_experts=self.num_experts,
         activation=None,
         between=self._apply_gate,
-        drop_out_of_range=True,
     )
 
 
