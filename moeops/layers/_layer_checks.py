@@ -23,6 +23,11 @@ def check_leaves(op: str, leaves: list[Any]) -> None:
                 f"{op}: moe_inp must be a tensor or a nest of tensors, got {_checks.describe(leaf)} in it. "
                 "Pass other values to the expert's constructor."
             )
+        if leaf.is_nested:
+            raise NotImplementedError(
+                f"{op}: moe_inp must hold tensors [T, ...], got a nested tensor of shape {tuple(leaf.shape)}. Pass its "
+                ".values(), or use FMoETransformerMLP, which takes jagged tensors."
+            )
         if leaf.dim() == 0 or leaf.shape[0] != leaves[0].shape[0]:
             raise ValueError(
                 f"{op}: moe_inp must hold tensors with the same tokens in dimension 0, got "

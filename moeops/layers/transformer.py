@@ -18,6 +18,7 @@ from moeops.dispatch.weights import (
     fused_weights,
 )
 from moeops.gates.naive import NaiveGate
+from moeops.layers._jagged import jagged_like, jagged_values
 from moeops.layers.experts import Activation, FusedExperts, Uncast, casts_arguments
 from moeops.layers.moe import FMoE, GateHook
 from moeops.types import TokenPlan
@@ -154,24 +155,34 @@ class FMoETransformerMLP(FMoE):
         """Run tokens through the gate and their experts.
 
         Args:
-            inp: tokens, ``[..., D]``, any float type and any number of tokens, 0 included.
-            mask: tokens to leave out, ``inp.shape[:-1]`` or flat; overrides the constructor's. See ``FMoE.forward``.
+            inp: tokens, ``[..., D]``, any float type and any number of tokens, 0 included. Or sequences of different
+                lengths, a nested tensor ``[B, j, D]`` of layout ``torch.jagged``, whose tokens are those of all
+                sequences together.
+            mask: tokens to leave out, ``inp.shape[:-1]`` or flat, nested too if ``inp`` is; overrides that of the
+                constructor. See ``FMoE.forward``.
 
         Returns:
-            The shape of ``inp``, and its dtype (under autocast the autocast type).
+            The shape of ``inp`` (and its offsets, if it is nested), and its dtype (under autocast the autocast type).
 
         Raises:
             ValueError: a shape does not fit.  TypeError: ``inp`` is not float.
+            NotImplementedError: ``inp`` is nested in another way.
         Host sync: none with one rank or ``dispatch="gather"``, for "static" none while the number of tokens stays, else
         one copy.
         """
+        op = "FMoETransformerMLP"
         if not isinstance(inp, Tensor):
             raise TypeError(
-                f"FMoETransformerMLP: inp must be a tensor, got {type(inp).__name__}. Use FMoE for nested inputs."
+                f"{op}: inp must be a tensor, got {type(inp).__name__}. Use FMoE for nested inputs."
             )
+        if inp.is_nested:
+            values = jagged_values(op, "inp", inp)
+            if mask is not None and mask.is_nested:
+                mask = jagged_values(op, "mask", mask)
+            return jagged_like(self.forward(values, mask), inp)
         if inp.dim() == 0 or inp.shape[-1] != self.d_model:
             raise ValueError(
-                f"FMoETransformerMLP: inp must have size d_model = {self.d_model} in its last dimension, got "
+                f"{op}: inp must have size d_model = {self.d_model} in its last dimension, got "
                 f"{_checks.describe(inp)}. Check d_model."
             )
         x = inp if inp.dim() == 2 else inp.reshape(-1, self.d_model)  # [T, D]

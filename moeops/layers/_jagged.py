@@ -1,0 +1,31 @@
+"""Jagged nested tensors as tokens: sequences of different lengths without padding. B sequences of T tokens together."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def jagged_values(op: str, name: str, x: Tensor) -> Tensor:
+    """The entries ``[T, ...]`` of a jagged ``[B, j, ...]``, sequence after sequence."""
+    if x.layout != torch.jagged:
+        raise NotImplementedError(
+            f"{op}: {name} must have the layout torch.jagged if it is nested, got {x.layout}. "
+            "Build it with torch.nested.nested_tensor(..., layout=torch.jagged), or pass its sequences joined."
+        )
+    if x._ragged_idx != 1:  # type: ignore[attr-defined]
+        raise NotImplementedError(
+            f"{op}: {name} must have its sequences in dimension 1 ([B, j, ...]) if it is nested, got the shape "
+            f"{tuple(x.shape)}. Transpose it back."
+        )
+    if x.lengths() is not None:  # type: ignore[attr-defined]
+        raise NotImplementedError(
+            f"{op}: {name} must have no holes between its sequences if it is nested, got one with lengths (of "
+            "torch.nested.narrow). Call .contiguous() on it."
+        )
+    return x.values()
+
+
+def jagged_like(values: Tensor, x: Tensor) -> Tensor:
+    """Entries ``[T, ...]`` as a nested tensor with the offsets of ``x``, so that both can be added."""
+    return torch.nested.nested_tensor_from_jagged(values, offsets=x.offsets())  # type: ignore[attr-defined]
