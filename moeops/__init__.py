@@ -15,6 +15,7 @@ from moeops.comm import all_to_all_rows, exchange_counts  # noqa: E402
 from moeops.gates.base import auxiliary_loss, update_gates  # noqa: E402
 from moeops.gates.injected_loss import inject_auxiliary_loss  # noqa: E402
 from moeops.layers import FMoE, FMoELinear, FMoETransformerMLP  # noqa: E402
+from moeops.logits import keep_logits, take_logits  # noqa: E402
 from moeops.monitor import LayerLoad, LoadMonitor  # noqa: E402
 from moeops.ops import (  # noqa: E402
     alignment_sum,
@@ -73,6 +74,7 @@ __all__ = [
     "gates",
     "grouped_linear",
     "inject_auxiliary_loss",
+    "keep_logits",
     "layers",
     "limit_capacity",
     "losses",
@@ -84,6 +86,7 @@ __all__ = [
     "relu_route",
     "score_sums",
     "sort_tokens",
+    "take_logits",
     "topk_route",
     "topk_route_balance",
     "unpad_rows",

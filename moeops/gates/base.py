@@ -83,6 +83,8 @@ class BaseGate(nn.Module):
     _injected: Tensor | None = None
     # False in gates that hand no logits to set_loss: losses of logits are refused there.
     has_logits = True
+    # Keep the logits of the newest forward for get_logits; see moeops.keep_logits.
+    keep_logits = False
     # Buffers that stay float32 when the module is cast.
     float32_buffers: tuple[str, ...] = ()
     # Ranks that hold one expert together, each a shard of it; set by the layer. The ranks are world_size times as many.
@@ -102,6 +104,7 @@ class BaseGate(nn.Module):
         self.world_size = world_size
         self.tot_expert = num_expert * world_size
         self._newest_loss: Newest[Tensor] = Newest()
+        self._newest_logits: Newest[Tensor] = Newest()
 
     def forward(self, x: Tensor) -> Any:
         """Choose experts: ``x [T, D]`` to ``(topk_ids [T, K], topk_weights [T, K])``."""
@@ -161,8 +164,8 @@ class BaseGate(nn.Module):
 
         Args:
             loss: a scalar, or ``None`` for a gate without a loss of its own.
-            logits: ``[T, E]``, what the losses of ``add_loss`` read. A gate that passes logits and choices can be
-                given any of them.
+            logits: ``[T, E]``, what the losses of ``add_loss`` and ``get_logits`` read. A gate that passes logits and
+                choices can be given any of them; it may leave the logits out where ``reads_logits`` is false.
             topk_ids: ``[T, K]``, the choices before any token is dropped; -1 for masked tokens.
             mask: ``[T]``, the tokens that are not there, for the losses of ``add_loss``.
         """
@@ -175,6 +178,13 @@ class BaseGate(nn.Module):
             for function, weight in self.extra_losses:
                 extra = weight * function(logits, topk_ids, mask=mask)
                 loss = extra if loss is None else loss + extra
+        if self.keep_logits:
+            if logits is None:
+                raise RuntimeError(
+                    f"{type(self).__name__}: set_loss must get logits where they are kept, got none. Pass them in the "
+                    "gate's forward, or set keep_logits = False."
+                )
+            self._newest_logits.set(logits)
         if loss is None:
             return
         if self.loss_scale is not None and not exporting():
@@ -182,6 +192,11 @@ class BaseGate(nn.Module):
             return
         before = self._newest_loss.get() if self.sum_losses else None
         self._newest_loss.set(loss if before is None else before + loss)
+
+    @property
+    def reads_logits(self) -> bool:
+        """Something reads the logits that ``set_loss`` gets: a loss of ``add_loss``, or ``keep_logits``."""
+        return bool(self.extra_losses) or self.keep_logits
 
     def add_loss(self, loss: str | GateLoss, weight: float = 1.0) -> BaseGate:
         """Add a loss of the logits to the gate's own loss, in every forward from here on.
@@ -250,6 +265,20 @@ class BaseGate(nn.Module):
         loss, self._injected = self._injected, None
         return loss
 
+    def get_logits(self, clear: bool = True) -> Tensor | None:
+        """Hand over the logits ``[T, E]`` of the newest forward, with their gradient; ``None`` if none were kept.
+
+        They are what the gate chooses from, noise included, float32 (float64 for float64 tokens), and are kept where
+        ``keep_logits`` is true, as the loss is: see above.
+
+        Args:
+            clear: forget them, so that their graph can be freed.
+        """
+        logits = self._newest_logits.get()
+        if clear:
+            self._newest_logits.clear()
+        return logits
+
     @property
     def loss(self) -> Tensor | None:
         """The auxiliary loss that was not fetched yet; reading it does not fetch it."""
@@ -287,12 +316,13 @@ class BaseGate(nn.Module):
 
     def _replicate_for_data_parallel(self) -> BaseGate:
         replica = super()._replicate_for_data_parallel()
-        replica._newest_loss = Newest()
+        replica._newest_loss, replica._newest_logits = Newest(), Newest()
         return replica
 
     def __getstate__(self) -> dict[str, Any]:
-        # A loss is part of one forward's graph: deepcopy refuses it and pickle has no use for it.
-        return {**self.__dict__, "_newest_loss": Newest(), "_injected": None}
+        # They are part of one forward's graph: deepcopy refuses them and pickle has no use for them.
+        fresh = {"_newest_loss": Newest(), "_newest_logits": Newest(), "_injected": None}
+        return {**self.__dict__, **fresh}
 
 
 def with_losses(gate: Callable[..., BaseGate], **weights: float) -> Callable[..., BaseGate]:

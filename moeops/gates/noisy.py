@@ -122,7 +122,7 @@ class NoisyGate(NaiveGate):
                 clean, spread, noise, self.top_k, min_noise=self.min_noise
             )
             loss = self._fastmoe_loss(sums, load) if self.compat else loss
-            logits = self._noisy(clean, spread, noise) if self.extra_losses else None
+            logits = self._noisy(clean, spread, noise) if self.reads_logits else None
         else:
             logits = self._noisy(clean, spread, noise) if self.training else clean
             loss = None

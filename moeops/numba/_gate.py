@@ -117,8 +117,8 @@ class RuleGate(BaseGate, metaclass=_MadeClass):
         given.update({name: function(self, logits) for name, function in inputs.items()})
         weights, ids = op(*[given[item.name] for item in op.signature.inputs])
         ids = drop_masked(ids, mask)
-        if loss is not None:
-            self.set_loss(loss(self, logits, ids, weights, mask=mask))
+        own = None if loss is None else loss(self, logits, ids, weights, mask=mask)
+        self.set_loss(own, logits, ids, mask)
         if routing is None:
             return ids, weights
         return routing(self, logits, ids, weights, mask=mask)
