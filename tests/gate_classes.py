@@ -18,7 +18,7 @@ OPTIONS = {
     "ForcedBalanceGate": {"gate": moeops.gates.NaiveGate},
     "HashGate": {"key": "feature"},
     "SAMGate": {"num_groups": 2},
-    "TutelGate": {"gate_noise": 1.0, "is_gshard_loss": False},
+    "TutelGate": {"gate_noise": 1.0, "balance": "load"},
 }
 
 

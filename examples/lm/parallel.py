@@ -129,7 +129,5 @@ def balance_over_ranks(model: torch.nn.Module, ranks: Ranks) -> None:
     for gate in model.modules():
         if isinstance(gate, BaseGate):
             gate.group = dist.group.WORLD
-            if hasattr(gate, "global_balance"):
-                gate.global_balance = True
             if getattr(gate, "balance", None) is True:
                 gate.balance = "global"

@@ -33,7 +33,7 @@ class DCGate(GShardGate):
         random_routing: drop second choices at random: ``True`` in training, ``False`` never, ``"always"``.
         gate_bias: give the router a bias.
         drop_policy: ``"choice"`` or ``"position"``; see ``apply_capacity``.
-        global_balance: count ``c_e`` of the loss over all ranks too.
+        balance: set the loss; ``"global"``: ``c_e`` over all ranks too; ``False`` for no loss.
         compat: FastMoE's numbers.
         group: the ``W`` ranks that hold the experts, a process group; a layer may set it later.
 
@@ -61,7 +61,7 @@ class DCGate(GShardGate):
         gate_bias: bool = True,
         *,
         drop_policy: str = "choice",
-        global_balance: bool = False,
+        balance: bool | str = True,
         compat: bool = False,
         group: Any = None,
     ) -> None:
@@ -74,7 +74,7 @@ class DCGate(GShardGate):
             random_routing,
             gate_bias,
             drop_policy=drop_policy,
-            global_balance=global_balance,
+            balance=balance,
             compat=compat,
             group=group,
         )

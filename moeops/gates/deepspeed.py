@@ -10,6 +10,7 @@ from torch import Tensor
 from moeops import _checks
 from moeops.gates.functional import (
     apply_capacity,
+    check_capacity,
     expert_capacity,
     router_logits,
 )
@@ -19,7 +20,7 @@ from moeops.ops.balance import topk_route_balance
 from moeops.ops.routing import chosen_weights
 
 NOISE_POLICIES = (None, "Jitter", "RSample")
-DROP_POLICIES = ("probs", "position")
+DROP_POLICIES = ("priority", "position")
 _JITTER = 0.01
 
 
@@ -27,14 +28,14 @@ class DeepSpeedGate(NaiveGate):
     """Gate tokens as DeepSpeed-MoE does: top 1 with random token selection, top 2 with sampling, or top ``K``.
 
     ``p = softmax(W x)`` over all experts, no bias. Each expert takes ``C = max(ceil(factor * T * K / E),
-    min_capacity)`` pairs, with ``drop_tokens=False`` all of them.
+    min_capacity)`` pairs, with ``capacity=None`` all of them.
 
     - ``K = 1``: the expert with the largest ``p``, weight ``p``. In training ``use_rts`` (random token selection)
       chooses at random which tokens an expert keeps, else the first ones. With ``"RSample"`` the expert is a sample of
       ``p`` in training (by Gumbel-max).
     - ``K = 2``: the largest ``p`` and, in training with ``top2_2nd_expert_sampling``, a sample of the others (``p``
       without the first, scaled to 1), else the second largest. First choices come before second ones.
-    - ``K > 2``: the ``K`` largest; each expert keeps the pairs with the largest ``p`` (``drop_policy="probs"``) or
+    - ``K > 2``: the ``K`` largest; each expert keeps the pairs with the largest ``p`` (``drop_policy="priority"``) or
       those of the first tokens (``"position"``).
 
     For ``K >= 2`` the weights are ``p`` divided by the sum over the token's choices that were kept. The loss is
@@ -45,12 +46,14 @@ class DeepSpeedGate(NaiveGate):
 
     - Random token selection and the sampled second expert are for training only; DeepSpeed draws in evaluation too,
       so that its evaluation is not reproducible. ``compat=True`` draws there too.
-    - ``drop_tokens=False`` limits nothing: DeepSpeed takes the largest load of all ranks as the capacity, which drops
-      nothing either but makes buffers of that size and reduces over the ranks for it.
+    - ``capacity=None`` limits nothing: DeepSpeed, with ``drop_tokens=False``, takes the largest load of all ranks as
+      the capacity, which drops nothing either but makes buffers of that size and reduces over the ranks for it.
     - Without random token selection the first tokens are kept; DeepSpeed keeps those that a top-k over ties happens to
       pick.
     - ``T`` may be below ``min_capacity``.
     - ``"RSample"`` with ``K > 1``, which DeepSpeed ignores, is refused.
+    - The names of the arguments: ``capacity=(training, evaluation)`` for DeepSpeed's ``capacity_factor`` and
+      ``eval_capacity_factor``, and ``None`` for ``drop_tokens=False``; ``drop_policy="priority"`` for ``"probs"``.
     - ``used_token`` works for any ``K``; DeepSpeed ignores it for ``K >= 2``.
 
     Args:
@@ -58,14 +61,12 @@ class DeepSpeedGate(NaiveGate):
         num_expert: experts on this rank.
         world_size: ranks that hold different experts.
         top_k: ``K``, DeepSpeed's ``k``.
-        capacity_factor: factor in training, above 0.
-        eval_capacity_factor: factor in evaluation, above 0.
+        capacity: capacity factors (training, evaluation), one factor for both, or ``None`` for no limit.
         min_capacity: least rows per expert, at least 0.
         noisy_gate_policy: ``None``, ``"Jitter"`` or ``"RSample"``.
-        drop_tokens: limit the capacity.
         use_rts: random token selection, for ``K = 1``.
         top2_2nd_expert_sampling: sample the second expert, for ``K = 2``.
-        drop_policy: ``"probs"`` or ``"position"``, for ``K > 2``.
+        drop_policy: ``"priority"`` or ``"position"``, for ``K > 2``.
         compat: draw in evaluation too, as DeepSpeed does.
 
     Attributes:
@@ -89,27 +90,16 @@ class DeepSpeedGate(NaiveGate):
         world_size: int = 1,
         top_k: int = 1,
         *,
-        capacity_factor: float = 1.0,
-        eval_capacity_factor: float = 1.0,
+        capacity: tuple[float, float] | float | None = 1.0,
         min_capacity: int = 4,
         noisy_gate_policy: str | None = None,
-        drop_tokens: bool = True,
         use_rts: bool = True,
         top2_2nd_expert_sampling: bool = True,
-        drop_policy: str = "probs",
+        drop_policy: str = "priority",
         compat: bool = False,
     ) -> None:
         super().__init__(d_model, num_expert, world_size, top_k, gate_bias=False)
         name = type(self).__name__
-        for label, factor in (
-            ("capacity_factor", capacity_factor),
-            ("eval_capacity_factor", eval_capacity_factor),
-        ):
-            if not isinstance(factor, (int, float)) or not 0 < factor < 1e6:
-                raise ValueError(
-                    f"{name}: {label} must be above 0 and finite, got {factor!r}. "
-                    "1.0 leaves room for the average load; drop_tokens=False drops nothing."
-                )
         _checks.check_int(name, "min_capacity", min_capacity, 0, "Use 0 for none.")
         if noisy_gate_policy not in NOISE_POLICIES:
             raise ValueError(
@@ -124,11 +114,9 @@ class DeepSpeedGate(NaiveGate):
             raise ValueError(
                 f"{name}: drop_policy must be one of {DROP_POLICIES}, got {drop_policy!r}. Pick one of them."
             )
-        self.capacity_factor = float(capacity_factor)
-        self.eval_capacity_factor = float(eval_capacity_factor)
+        self.capacity = check_capacity(name, capacity)
         self.min_capacity = min_capacity
         self.noisy_gate_policy = noisy_gate_policy
-        self.drop_tokens = bool(drop_tokens)
         self.use_rts = bool(use_rts)
         self.top2_2nd_expert_sampling = bool(top2_2nd_expert_sampling)
         self.drop_policy = drop_policy
@@ -175,7 +163,7 @@ class DeepSpeedGate(NaiveGate):
             topk_ids = torch.where(used_token[:, None] == 0, -1, topk_ids)
             loss = score_balance_loss(logits, topk_ids[:, :num_counted], mask=mask)
         self.set_loss(loss, logits, topk_ids, mask)
-        if self.drop_tokens:
+        if self.capacity is not None:
             topk_ids = self._limit(topk_ids, probs, draws, mask)
         if self.top_k == 1:
             return topk_ids, probs
@@ -189,14 +177,15 @@ class DeepSpeedGate(NaiveGate):
         elif self.top_k == 2:
             policy = "choice"
         else:
-            policy = "priority" if self.drop_policy == "probs" else "position"
+            policy = self.drop_policy
         return apply_capacity(
             topk_ids, probs, self.tot_expert, self._rows, policy=policy, mask=mask
         )
 
     def _rows(self, num_tokens: Any) -> Any:
         """Pairs per expert."""
-        factor = self.capacity_factor if self.training else self.eval_capacity_factor
+        assert self.capacity is not None
+        factor = self.capacity[0 if self.training else 1]
         rows = expert_capacity(factor, num_tokens, self.top_k, self.tot_expert)
         least = self.min_capacity
         if isinstance(rows, Tensor):
@@ -207,9 +196,8 @@ class DeepSpeedGate(NaiveGate):
     def extra_repr(self) -> str:
         """Sizes and options of the gate."""
         return (
-            f"{super().extra_repr()}, capacity_factor={self.capacity_factor}, "
-            f"eval_capacity_factor={self.eval_capacity_factor}, min_capacity={self.min_capacity}, "
-            f"noisy_gate_policy={self.noisy_gate_policy!r}, drop_tokens={self.drop_tokens}, use_rts={self.use_rts}, "
+            f"{super().extra_repr()}, capacity={self.capacity}, min_capacity={self.min_capacity}, "
+            f"noisy_gate_policy={self.noisy_gate_policy!r}, use_rts={self.use_rts}, "
             f"top2_2nd_expert_sampling={self.top2_2nd_expert_sampling}, drop_policy={self.drop_policy!r}, "
             f"compat={self.compat}"
         )

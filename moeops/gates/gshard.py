@@ -11,6 +11,7 @@ from moeops.gates.functional import (
     Count,
     apply_capacity,
     balanced_route,
+    check_balance,
     check_capacity,
     check_capacity_options,
     expert_capacity,
@@ -29,7 +30,7 @@ class GShardGate(NaiveGate):
     takes ``ceil(factor * T * 2 / E)`` pairs: all first choices in token order, then second choices; ``drop_policy``
     names another order. A pair that does not fit gets id -1 and adds nothing to the output.
 
-    ``DCGate`` is this gate with one capacity for the tokens of all ranks. With ``global_balance`` ``c_e`` counts the
+    ``DCGate`` is this gate with one capacity for the tokens of all ranks. With ``balance="global"`` ``c_e`` counts the
     tokens of all ranks of ``group``; see ``moeops.losses.balance_loss``.
 
     Departures from FastMoE's gate of the same name:
@@ -55,7 +56,7 @@ class GShardGate(NaiveGate):
         gate_bias: give the router a bias.
         drop_policy: who stays when an expert overflows: ``"choice"``, ``"position"``, ``"priority"``, ``"batch"`` or
             ``"random"``; see ``apply_capacity``.
-        global_balance: count ``c_e`` over all ranks of ``group``.
+        balance: set the loss; ``"global"``: ``c_e`` over all ranks of ``group``; ``False`` for no loss.
         compat: FastMoE's numbers.
         group: the other ranks, a process group; a layer may set it later.
 
@@ -84,7 +85,7 @@ class GShardGate(NaiveGate):
         gate_bias: bool = True,
         *,
         drop_policy: str = "choice",
-        global_balance: bool = False,
+        balance: bool | str = True,
         compat: bool = False,
         group: Any = None,
     ) -> None:
@@ -97,10 +98,11 @@ class GShardGate(NaiveGate):
                 f"{name}: random_routing must be True, False or 'always', got {random_routing!r}. Pick one of them."
             )
         check_capacity_options(name, drop_policy, self.global_capacity)
+        check_balance(name, balance)
         self.capacity = check_capacity(name, capacity)
         self.random_routing = random_routing
         self.drop_policy = drop_policy
-        self.global_balance = bool(global_balance)
+        self.balance = balance
         self.compat = bool(compat)
         self.group = group
 
@@ -109,9 +111,9 @@ class GShardGate(NaiveGate):
     ) -> tuple[Tensor, Tensor]:
         """Choose two experts per token: ``inp [T, D]`` to topk_ids ``[T, 2]`` and topk_weights ``[T, 2]``."""
         logits = router_logits(inp, self.gate)  # [T, E]
-        group = self._balance_group() if self.global_balance else None
+        group = self._balance_group() if self.balance == "global" else None
         topk_weights, topk_ids, loss = balanced_route(
-            logits, 2, num_counted=1, group=group, mask=mask
+            logits, 2, balance=bool(self.balance), num_counted=1, group=group, mask=mask
         )
         if loss is not None and self.compat:
             loss = loss / self.world_size**2
@@ -158,5 +160,5 @@ class GShardGate(NaiveGate):
         """Sizes and options of the gate."""
         return (
             f"{super().extra_repr()}, capacity={self.capacity}, random_routing={self.random_routing!r}, "
-            f"drop_policy={self.drop_policy!r}, global_balance={self.global_balance}, compat={self.compat}"
+            f"drop_policy={self.drop_policy!r}, balance={self.balance!r}, compat={self.compat}"
         )

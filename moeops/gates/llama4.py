@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from moeops.gates.functional import balanced_route, router_logits
+from moeops.gates.functional import balanced_route, check_balance, router_logits
 from moeops.gates.naive import NaiveGate
 from moeops.types import Routing
 
@@ -24,7 +24,7 @@ class Llama4Gate(NaiveGate):
         num_expert: experts on this rank.
         world_size: ranks that hold different experts.
         top_k: ``K``; 1 in the published models.
-        balance: set the loss.
+        balance: set the loss; ``"global"``: over all ranks of ``gate.group``.
 
     Attributes:
         gate: the router, ``RouterLinear(D, E)`` without bias.
@@ -46,22 +46,30 @@ class Llama4Gate(NaiveGate):
         world_size: int = 1,
         top_k: int = 1,
         *,
-        balance: bool = False,
+        balance: bool | str = False,
     ) -> None:
         super().__init__(d_model, num_expert, world_size, top_k, gate_bias=False)
-        self.balance = bool(balance)
+        check_balance(type(self).__name__, balance)
+        self.balance = balance
 
     def forward(  # type: ignore[override]
         self, inp: Tensor, mask: Tensor | None = None
     ) -> Routing:
         """Choose experts: ``inp [T, D]`` to a Routing of ``[T, K]`` ids and input weights."""
         logits = router_logits(inp, self.gate)  # [T, E]
+        group = self._balance_group() if self.balance == "global" else None
         topk_weights, topk_ids, loss = balanced_route(
-            logits, self.top_k, balance=self.balance, mask=mask, score="sigmoid", renormalize=False
+            logits,
+            self.top_k,
+            balance=bool(self.balance),
+            group=group,
+            mask=mask,
+            score="sigmoid",
+            renormalize=False,
         )
         self.set_loss(loss, logits, topk_ids, mask)
         return Routing(topk_ids, topk_weights, scale_inputs=True)
 
     def extra_repr(self) -> str:
         """Sizes and options of the gate."""
-        return f"{super().extra_repr()}, balance={self.balance}"
+        return f"{super().extra_repr()}, balance={self.balance!r}"

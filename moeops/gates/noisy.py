@@ -23,7 +23,7 @@ from moeops.losses import cv_squared, importance, noisy_load
 from moeops.ops.noisy import noisy_topk_route
 from moeops.ops.routing import topk_route
 
-BALANCES = ("load", "gshard", None)
+BALANCES = ("load", "gshard", False)
 
 
 class NoisyGate(NaiveGate):
@@ -57,7 +57,7 @@ class NoisyGate(NaiveGate):
         world_size: ranks that hold different experts.
         top_k: ``K``.
         min_noise: the least ``sigma``, at least 0; above 0 with ``balance="load"``, which divides by it.
-        balance: the loss: ``"load"`` as above, ``"gshard"`` for ``moeops.losses.gshard_loss``, or ``None``.
+        balance: the loss: ``"load"`` as above, ``"gshard"`` for ``moeops.losses.gshard_loss``, or ``False``.
         capacity: capacity factors (training, evaluation), one factor for both, or ``None`` for no limit.
         compat: FastMoE's variance.
 
@@ -84,7 +84,7 @@ class NoisyGate(NaiveGate):
         top_k: int = 2,
         *,
         min_noise: float = 0.01,
-        balance: str | None = "load",
+        balance: bool | str = "load",
         capacity: tuple[float, float] | float | None = None,
         compat: bool = False,
     ) -> None:

@@ -57,7 +57,7 @@ class ReMoEGate(VariableGate):
         world_size: ranks that hold different experts.
         top_k: ``K``, experts per token on average that the loss aims at.
         balance: weigh the experts' L1 norms by their loads.
-        router_bias: give the router a bias, which the paper does not. Without one, half of the logits stay positive
+        gate_bias: give the router a bias, which the paper does not. Without one, half of the logits stay positive
             whatever ``W`` is as long as ``x`` is symmetric around 0; what trained transformers feed to an MLP is not.
         coefficient: first value of the loss's strength, above 0.
         max_k: most experts a token can get; ``None`` for ``E``.
@@ -97,12 +97,12 @@ class ReMoEGate(VariableGate):
         top_k: int = 2,
         *,
         balance: bool = True,
-        router_bias: bool = False,
+        gate_bias: bool = False,
         coefficient: float = 1e-8,
         max_k: int | None = None,
         row_budget: float | None = None,
     ) -> None:
-        super().__init__(d_model, num_expert, world_size, top_k, router_bias, row_budget)
+        super().__init__(d_model, num_expert, world_size, top_k, gate_bias, row_budget)
         name = type(self).__name__
         max_k = self.tot_expert if max_k is None else max_k
         _checks.check_int(name, "max_k", max_k, self.top_k, "It is at least top_k, the average.")

@@ -10,6 +10,7 @@ from moeops.gates._fastmoe_names import accept_fastmoe_names
 from moeops.gates.functional import (
     apply_capacity,
     balanced_route,
+    check_balance,
     check_capacity,
     check_capacity_options,
     expert_capacity,
@@ -33,8 +34,8 @@ class SwitchGate(NaiveGate):
     add nothing to the output. ``drop_policy`` names another order than that of the tokens.
 
     With ``global_capacity`` the experts count the tokens of all ranks that hold experts, earlier ranks first: what
-    one rank with all the tokens would do. With ``global_balance`` ``f_e`` counts the tokens of all ranks of ``group``;
-    see ``moeops.losses.balance_loss``.
+    one rank with all the tokens would do. With ``balance="global"`` ``f_e`` counts the tokens of all ranks of
+    ``group``; see ``moeops.losses.balance_loss``.
 
     Departures from FastMoE's gate of the same name:
 
@@ -58,7 +59,7 @@ class SwitchGate(NaiveGate):
         drop_policy: who stays when an expert overflows: ``"position"``, ``"priority"`` (the largest probabilities)
             or ``"random"``; see ``apply_capacity``.
         global_capacity: one capacity for the tokens of all ``world_size`` ranks; with ``"position"`` only.
-        global_balance: count ``f_e`` over all ranks of ``group``.
+        balance: set the loss; ``"global"``: ``f_e`` over all ranks of ``group``; ``False`` for no loss.
         compat: FastMoE's loss.
         group: the other ranks, a process group; a layer may set it later.
 
@@ -87,7 +88,7 @@ class SwitchGate(NaiveGate):
         jitter: str = "input",
         drop_policy: str = "position",
         global_capacity: bool = False,
-        global_balance: bool = False,
+        balance: bool | str = True,
         compat: bool = False,
         group: Any = None,
     ) -> None:
@@ -106,16 +107,17 @@ class SwitchGate(NaiveGate):
         check_capacity_options(
             name, drop_policy, global_capacity, ("position", "priority", "random")
         )
-        if compat and global_balance:
+        check_balance(name, balance)
+        if compat and balance == "global":
             raise ValueError(
-                f"{name}: global_balance must be False with compat, got True. FastMoE's loss is local."
+                f"{name}: balance must not be 'global' with compat, got 'global'. FastMoE's loss is local."
             )
         self.switch_eps = float(switch_eps)
         self.capacity = check_capacity(name, capacity)
         self.jitter = jitter
         self.drop_policy = drop_policy
         self.global_capacity = bool(global_capacity)
-        self.global_balance = bool(global_balance)
+        self.balance = balance
         self.compat = bool(compat)
         self.group = group
 
@@ -128,12 +130,12 @@ class SwitchGate(NaiveGate):
         logits = router_logits(inp, self.gate, jitter=jitter)  # [T, E]
         if noisy and self.jitter == "logits":
             logits = logits + uniform_like(logits, 1 - self.switch_eps, 1 + self.switch_eps)
-        group = self._balance_group() if self.global_balance else None
+        group = self._balance_group() if self.balance == "global" else None
         topk_weights, topk_ids, loss = balanced_route(
-            logits, 1, renormalize=False, group=group, mask=mask
+            logits, 1, balance=bool(self.balance), renormalize=False, group=group, mask=mask
         )
         kept_ids = self._limit(topk_ids, topk_weights, mask)
-        if self.compat:
+        if self.compat and self.balance:
             loss = _kept_loss(logits, kept_ids, mask)
         self.set_loss(loss, logits, topk_ids, mask)
         return kept_ids, topk_weights
@@ -162,7 +164,7 @@ class SwitchGate(NaiveGate):
         return (
             f"{super().extra_repr()}, switch_eps={self.switch_eps}, capacity={self.capacity}, "
             f"jitter={self.jitter!r}, drop_policy={self.drop_policy!r}, global_capacity={self.global_capacity}, "
-            f"global_balance={self.global_balance}, compat={self.compat}"
+            f"balance={self.balance!r}, compat={self.compat}"
         )
 
 

@@ -20,7 +20,7 @@ def build_gate(
     num_expert: int,
     world_size: int,
     top_k: int,
-    gate_bias: bool,
+    gate_bias: bool | None,
 ) -> nn.Module:
     """Call a gate's class or factory, or take a ready one."""
     if isinstance(gate, nn.Module):
@@ -31,7 +31,8 @@ def build_gate(
             raise ValueError(
                 f"{op}: top_k must be at most the {num_expert * world_size} experts, got {top_k}. Lower top_k."
             )
-        options = {"gate_bias": gate_bias} if _takes_gate_bias(gate) else {}
+        given = gate_bias is not None and _takes_gate_bias(gate)
+        options = {"gate_bias": gate_bias} if given else {}
         built = gate(d_model, num_expert, world_size, top_k, **options)
     else:
         built = gate

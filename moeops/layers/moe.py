@@ -84,7 +84,8 @@ class FMoE(nn.Module):
             With a SlotRouting, as ``gate_hook(dispatch_weights, combine_weights, None)``.
         mask: integers, one per token; see ``forward``. Kept as a buffer that is not saved.
         mask_dict: mask value to expert output of the tokens so masked: a number, or a tensor of one output row.
-        gate_bias: handed to the gate if its constructor takes it.
+        gate_bias: handed to the gate if its constructor takes it; ``None`` for the gate's own default, which is True in
+            all but ``ReMoEGate``.
         device_mesh: a mesh of one dimension that holds the experts, instead of ``moe_group``; ``world_size`` may then
             be left out.
         dispatch: how tokens get to other ranks: a record with its options, or a name for its defaults.
@@ -136,7 +137,7 @@ class FMoE(nn.Module):
         gate_hook: GateHook | None = None,
         mask: Tensor | None = None,
         mask_dict: dict[int, Any] | None = None,
-        gate_bias: bool = True,
+        gate_bias: bool | None = None,
         *,
         device_mesh: DeviceMesh | None = None,
         dispatch: str | DispatchOptions = "auto",
@@ -199,7 +200,7 @@ class FMoE(nn.Module):
         top_k: int,
         gate: Any,
         expert: Any,
-        gate_bias: bool,
+        gate_bias: bool | None,
         *,
         dtype: torch.dtype | None,
         device: torch.device | str | None,

@@ -82,7 +82,7 @@ class FMoETransformerMLP(FMoE):
         gate_hook: GateHook | None = None,
         mask: Tensor | None = None,
         mask_dict: dict[int, Any] | None = None,
-        gate_bias: bool = True,
+        gate_bias: bool | None = None,
         bias: bool = True,
         device_mesh: DeviceMesh | None = None,
         dispatch: str | DispatchOptions = "auto",

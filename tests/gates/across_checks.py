@@ -119,11 +119,11 @@ def check_masks(ranks):
     """Padding on one rank alone, which passes a mask: what the tokens that are there get without it."""
     ranks = Ranks(*ranks)
     for cls, top_k, options in (
-        (DCGate, 2, {"capacity": 0.8, "random_routing": False, "global_balance": True}),
+        (DCGate, 2, {"capacity": 0.8, "random_routing": False, "balance": "global"}),
         (
             SwitchGate,
             1,
-            {"capacity": 0.8, "switch_eps": 0.0, "global_capacity": True, "global_balance": True},
+            {"capacity": 0.8, "switch_eps": 0.0, "global_capacity": True, "balance": "global"},
         ),
         (TopKGate, 2, {"balance": "global"}),
         (SwipeGate, 2, {}),
@@ -187,7 +187,7 @@ def check_switch(ranks):
         return kept, weights, fast.balance_losses(probs, ids)
 
     for compiled in (False, True):
-        options = {"switch_eps": 0.0, "global_capacity": True, "global_balance": True}
+        options = {"switch_eps": 0.0, "global_capacity": True, "balance": "global"}
         ranks.check(ranks.gate(SwitchGate, 1, capacity=0.8, **options), reference, compiled)
 
 
@@ -200,7 +200,7 @@ def check_gshard_global_loss(ranks):
         firsts = [i[:, :1] for i in ids]
         return ids, weights, fast.balance_losses(probs, firsts)
 
-    options = {"random_routing": False, "capacity": None, "global_balance": True}
+    options = {"random_routing": False, "capacity": None, "balance": "global"}
     ranks.check(ranks.gate(GShardGate, 2, **options), reference, compiled=False)
 
 
@@ -329,7 +329,7 @@ def check_errors_and_copies(ranks):
         ValueError, match=rf"world_size = {ranks.size + 1} ranks .* got {ranks.size}"
     ):
         wrong(x)
-    lost = SwitchGate(D, 4, global_balance=True).double().to(ranks.device)
+    lost = SwitchGate(D, 4, balance="global").double().to(ranks.device)
     with pytest.raises(ValueError, match=r"group must be set for a loss over all ranks"):
         lost(x)
     gate = ranks.gate(SwipeGate, 2)

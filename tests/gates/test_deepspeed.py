@@ -22,18 +22,18 @@ from tolerances import assert_close
 
 OPTIONS = [
     {"top_k": 1, "use_rts": False},
-    {"top_k": 1, "capacity_factor": 0.6},
+    {"top_k": 1, "capacity": 0.6},
     {"top_k": 1, "noisy_gate_policy": "RSample"},
-    {"top_k": 1, "noisy_gate_policy": "Jitter", "drop_tokens": False},
+    {"top_k": 1, "noisy_gate_policy": "Jitter", "capacity": None},
     {"top_k": 1, "min_capacity": 1000},
     {"top_k": 2},
-    {"top_k": 2, "top2_2nd_expert_sampling": False, "capacity_factor": 0.4},
-    {"top_k": 2, "drop_tokens": False},
-    {"top_k": 3, "capacity_factor": 0.6},
-    {"top_k": 3, "capacity_factor": 0.6, "drop_policy": "position"},
-    {"top_k": E, "drop_tokens": False},
+    {"top_k": 2, "top2_2nd_expert_sampling": False, "capacity": 0.4},
+    {"top_k": 2, "capacity": None},
+    {"top_k": 3, "capacity": 0.6},
+    {"top_k": 3, "capacity": 0.6, "drop_policy": "position"},
+    {"top_k": E, "capacity": None},
     {"top_k": 2, "compat": True},
-    {"top_k": 1, "compat": True, "eval_capacity_factor": 0.5},
+    {"top_k": 1, "compat": True, "capacity": (1.0, 0.5)},
 ]
 
 
@@ -68,27 +68,29 @@ def test_values_and_gradients(options, training, dtype, device):
             first = logits.detach().argmax(-1, keepdim=True)
             others = torch.softmax(logits.detach(), -1).scatter(1, first, 0)
             chosen = torch.cat((first, sample(others, uniform(T))), dim=1)
-        order = uniform(T) if k == 1 and gate.use_rts and draws and gate.drop_tokens else None
-        factor = gate.capacity_factor if training else gate.eval_capacity_factor
-        capacity = deepspeed_capacity(T, E, k, factor, gate.min_capacity)
+        order = uniform(T) if k == 1 and gate.use_rts and draws and gate.capacity else None
+        capacity = None
+        if gate.capacity is not None:
+            factor = gate.capacity[0 if training else 1]
+            capacity = deepspeed_capacity(T, E, k, factor, gate.min_capacity)
         return deepspeed_gate(
             logits,
             k,
-            capacity if gate.drop_tokens else None,
+            capacity,
             ids=chosen,
             draws=order,
-            drop_policy=gate.drop_policy,
+            drop_policy="probs" if gate.drop_policy == "priority" else "position",
         )
 
     ids, _ = check_values(gate, wanted, dtype, device, T, router=router, seed=3)
-    if not gate.drop_tokens or gate.min_capacity > T:
+    if gate.capacity is None or gate.min_capacity > T:
         assert not bool((ids == -1).any())
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_used_token(k, device):
     T = 15
-    gate = DeepSpeedGate(D, E, 1, k, capacity_factor=0.7, min_capacity=0).to(device).eval()
+    gate = DeepSpeedGate(D, E, 1, k, capacity=(0.7, 1.0), min_capacity=0).to(device).eval()
     x = torch.randn(T, D, device=device)
     used = (torch.rand(T) < 0.6).to(device)
     ids, weights = gate(x, used)
@@ -104,7 +106,7 @@ def test_used_token(k, device):
 def test_second_expert_is_a_sample_of_the_others(device):
     """Counts are binomial: 5 sigma are crossed once in 10^6."""
     T = 20_000
-    gate = DeepSpeedGate(D, E, 1, 2, drop_tokens=False).to(device)
+    gate = DeepSpeedGate(D, E, 1, 2, capacity=None).to(device)
     x = torch.randn(1, D, device=device)
     probs = torch.softmax((x @ gate.gate.weight.t()).detach().cpu().double(), -1)[0]
     ids, _ = gate(x.expand(T, D))
@@ -120,7 +122,7 @@ def test_second_expert_is_a_sample_of_the_others(device):
 
 def test_rsample_is_a_sample_of_the_softmax(device):
     T = 20_000
-    gate = DeepSpeedGate(D, E, noisy_gate_policy="RSample", drop_tokens=False).to(device)
+    gate = DeepSpeedGate(D, E, noisy_gate_policy="RSample", capacity=None).to(device)
     x = torch.randn(1, D, device=device)
     probs = torch.softmax((x @ gate.gate.weight.t()).detach().cpu().double(), -1)[0]
     counts = gate(x.expand(T, D))[0].view(-1).bincount(minlength=E).cpu()
@@ -130,7 +132,7 @@ def test_rsample_is_a_sample_of_the_softmax(device):
 def test_random_token_selection_is_fair(device):
     """Every token of a full expert is kept with probability C / T: 5 sigma of a binomial count."""
     T, runs = 16, 2000
-    gate = DeepSpeedGate(D, 4, capacity_factor=1.0, min_capacity=0).to(device)
+    gate = DeepSpeedGate(D, 4, capacity=1.0, min_capacity=0).to(device)
     x = torch.ones(T, D, device=device)
     kept = sum((gate(x)[0][:, 0] >= 0).long() for _ in range(runs)).cpu()
     p = 1 / 4
@@ -149,7 +151,7 @@ def test_random_token_selection_is_fair(device):
     ],
 )
 def test_seed_reproduces_and_evaluation_draws_nothing(options, device):
-    gate = DeepSpeedGate(D, E, 1, capacity_factor=0.5, min_capacity=0, **options).to(device)
+    gate = DeepSpeedGate(D, E, 1, capacity=0.5, min_capacity=0, **options).to(device)
     x = torch.randn(64, D, device=device)
     torch.manual_seed(5)
     first = gate(x)
@@ -164,7 +166,7 @@ def test_seed_reproduces_and_evaluation_draws_nothing(options, device):
 
 
 def test_jitter_is_small_and_in_the_routers_type():
-    gate = DeepSpeedGate(D, E, noisy_gate_policy="Jitter", drop_tokens=False).bfloat16()
+    gate = DeepSpeedGate(D, E, noisy_gate_policy="Jitter", capacity=None).bfloat16()
     x = torch.randn(500, D).bfloat16()
     weights = gate(x)[1]
     exact = gate.eval()(x)[1]
@@ -176,7 +178,7 @@ def test_jitter_is_small_and_in_the_routers_type():
 
 
 def test_weights_of_a_token_sum_to_one_over_what_is_left():
-    gate = DeepSpeedGate(D, E, 1, 3, capacity_factor=0.5, min_capacity=0)
+    gate = DeepSpeedGate(D, E, 1, 3, capacity=0.5, min_capacity=0)
     ids, weights = gate(torch.randn(60, D))
     kept = (weights * (ids >= 0)).sum(-1)
     some = (ids >= 0).any(-1)
@@ -186,7 +188,7 @@ def test_weights_of_a_token_sum_to_one_over_what_is_left():
 
 
 def test_second_choice_takes_over_from_a_dropped_first_one_with_a_tiny_probability():
-    gate = DeepSpeedGate(3, 3, 1, 2, eval_capacity_factor=0.5, min_capacity=0).eval()
+    gate = DeepSpeedGate(3, 3, 1, 2, capacity=(1.0, 0.5), min_capacity=0).eval()
     with torch.no_grad():
         logits = [[100.0, -100.0, -200.0], [100.0, -200.0, -100.0], [100.0, -100.0, -200.0]]
         gate.gate.weight.copy_(torch.tensor(logits).t())
@@ -211,9 +213,9 @@ def test_no_tokens(device):
         assert float(gate.get_loss().detach()) == 0
 
 
-TOP1 = partial(DeepSpeedGate, noisy_gate_policy="RSample", capacity_factor=0.8, min_capacity=1)
-TOP2 = partial(DeepSpeedGate, noisy_gate_policy="Jitter", capacity_factor=0.8)
-TOP3 = partial(DeepSpeedGate, capacity_factor=0.8, eval_capacity_factor=0.7, min_capacity=1)
+TOP1 = partial(DeepSpeedGate, noisy_gate_policy="RSample", capacity=0.8, min_capacity=1)
+TOP2 = partial(DeepSpeedGate, noisy_gate_policy="Jitter", capacity=0.8)
+TOP3 = partial(DeepSpeedGate, capacity=(0.8, 0.7), min_capacity=1)
 
 
 @pytest.mark.parametrize(
@@ -242,8 +244,8 @@ def test_checkpoint():
     ("options", "match"),
     [
         ({"top_k": 5}, r"DeepSpeedGate: top_k must be at most .* got 5"),
-        ({"capacity_factor": 0.0}, r"capacity_factor must be above 0 .* got 0.0"),
-        ({"eval_capacity_factor": -1}, r"eval_capacity_factor must be above 0 .* got -1"),
+        ({"capacity": 0.0}, r"capacity must be None, .* got 0.0"),
+        ({"capacity": (1.0, -1)}, r"capacity must be None, .* got \(1\.0, -1\)"),
         ({"min_capacity": -1}, r"min_capacity must be at least 0, got -1"),
         ({"noisy_gate_policy": "x"}, r"noisy_gate_policy must be one of .* got 'x'"),
         (

@@ -132,7 +132,7 @@ def test_fastmoes_variance(training):
 
 
 def test_without_a_loss():
-    gate = NoisyGate(D, E, 1, 2, balance=None, min_noise=0)
+    gate = NoisyGate(D, E, 1, 2, balance=False, min_noise=0)
     gate(torch.randn(4, D))
     assert not gate.has_loss
 

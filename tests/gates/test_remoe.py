@@ -30,7 +30,7 @@ CASES = {
 def test_values_and_gradients(name, training, dtype, device):
     T = 13
     k, options = CASES[name]
-    gate = ReMoEGate(D, E, 1, k, router_bias=name == "balanced", **options).train(training)
+    gate = ReMoEGate(D, E, 1, k, gate_bias=name == "balanced", **options).train(training)
     found = {}
 
     def wanted(logits):
@@ -125,7 +125,7 @@ def test_update_between_forward_and_backward_does_not_reach_the_loss():
 
 
 def test_training_reaches_the_target_sparsity():
-    build = partial(ReMoEGate, coefficient=0.01, router_bias=True)
+    build = partial(ReMoEGate, coefficient=0.01, gate_bias=True)
     layer = layer_with(build, top_k=2)
     optimizer = torch.optim.Adam(layer.parameters(), lr=3e-3)
     average = []

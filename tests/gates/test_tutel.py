@@ -21,16 +21,16 @@ from moeops.gates import TutelGate
 from reference_gates.hetumoe import tutel_gate
 from tolerances import assert_close
 
-NOISY = {"gate_noise": 2.0, "is_gshard_loss": False}
+NOISY = {"gate_noise": 2.0, "balance": "load"}
 OPTIONS = [
-    {"top_k": 1, "capacity_factor": 1.0},
-    {"top_k": 2, "capacity_factor": 0.7, "gate_noise": 1.0},
-    {"top_k": 2, "capacity_factor": 0.7, "batch_prioritized_routing": True},
-    {"top_k": 3, "capacity_factor": 0.0, "normalize_gate": False},
-    {"top_k": 3, "capacity_factor": -0.7, "alignment": 4},
-    {"top_k": 2, "capacity_factor": -50.0},
-    {"top_k": E, "capacity_factor": 0.4, **NOISY},
-    {"top_k": 2, "capacity_factor": 1.0, "compat": True, **NOISY},
+    {"top_k": 1, "capacity": 1.0},
+    {"top_k": 2, "capacity": 0.7, "gate_noise": 1.0},
+    {"top_k": 2, "capacity": 0.7, "drop_policy": "batch"},
+    {"top_k": 3, "capacity": None, "renormalize": False},
+    {"top_k": 3, "capacity": -0.7, "alignment": 4},
+    {"top_k": 2, "capacity": -50.0},
+    {"top_k": E, "capacity": 0.4, **NOISY},
+    {"top_k": 2, "capacity": 1.0, "compat": True, **NOISY},
 ]
 
 
@@ -47,37 +47,44 @@ def test_values_and_gradients(options, training, dtype, device):
             clean,
             clean + gate.gate_noise / E * noise if training else clean,
             k,
-            gate.capacity_factor,
-            prioritized=gate.batch_prioritized_routing,
-            normalize=gate.normalize_gate,
+            0.0 if gate.capacity is None else gate.capacity,
+            prioritized=gate.drop_policy == "batch",
+            normalize=gate.renormalize,
             gate_noise=gate.gate_noise,
-            gshard=gate.is_gshard_loss,
+            gshard=gate.balance == "gshard",
             alignment=gate.alignment,
             compat=gate.compat,
         )
 
     x = torch.randn(T, D) + 1  # skewed, so that something is dropped
     ids, _ = check_values(gate, wanted, dtype, device, x=x, seed=3)
-    assert bool((ids == -1).any()) == (options["capacity_factor"] not in (0.0, -50.0))
+    assert bool((ids == -1).any()) == (options["capacity"] not in (None, -50.0))
 
 
 def test_sizes_per_call(device):
-    gate = TutelGate(D, E, 1, 2, capacity_factor=0.0).to(device)
+    gate = TutelGate(D, E, 1, 2, capacity=0.0).to(device)
     x = torch.randn(30, D, device=device)
     logits = (x @ gate.gate.weight.t()).detach().cpu().double()
     for top_k, factor in ((1, None), (4, 0.5), (None, -0.5), (E, 0.0)):
-        got = gate(x, top_k=top_k, capacity_factor=factor)
+        got = gate(x, top_k=top_k, capacity=factor)
         k, f = top_k or 2, 0.0 if factor is None else factor
         want_ids, want_weights, _ = tutel_gate(logits, logits, k, f)
         assert torch.equal(got[0].cpu(), want_ids)
         assert_close(got[1], want_weights, torch.float32)
-    gate.top_k, gate.capacity_factor = 3, 0.5
+    gate.top_k, gate.capacity = 3, 0.5
     assert torch.equal(gate(x)[0].cpu(), tutel_gate(logits, logits, 3, 0.5)[0])
+
+
+def test_capacity_may_differ_in_evaluation():
+    gate = TutelGate(D, E, 1, 2, capacity=(0.5, 0))
+    x = torch.randn(30, D)
+    assert bool((gate(x)[0] == -1).any())
+    assert not bool((gate.eval()(x)[0] == -1).any())
 
 
 def test_prioritized_tokens_are_those_with_the_largest_probability():
     x = torch.randn(60, D)
-    gate = TutelGate(D, E, 1, 1, capacity_factor=0.5, batch_prioritized_routing=True)
+    gate = TutelGate(D, E, 1, 1, capacity=0.5, drop_policy="batch")
     probs = torch.softmax(x @ gate.gate.weight.t(), -1).detach()
     first = probs.argmax(-1)
     kept = gate(x)[0][:, 0] >= 0
@@ -94,7 +101,7 @@ def test_prioritized_tokens_are_those_with_the_largest_probability():
 def test_noise_has_the_width_that_tutel_gives_it(device):
     """The mean square of n normal numbers is within 5 sqrt(2 / n) of 1 but for one time in 10^6."""
     T = 20_000
-    gate = TutelGate(D, E, 1, E, capacity_factor=0.0, gate_noise=3.0, normalize_gate=False)
+    gate = TutelGate(D, E, 1, E, capacity=0.0, gate_noise=3.0, renormalize=False)
     gate = gate.to(device)
     ids, weights = gate(torch.zeros(T, D, device=device))
     logits = torch.empty(T, E, device=device).scatter_(1, ids, weights.detach().log()).cpu()
@@ -118,7 +125,7 @@ def test_load_loss_is_the_expected_load():
     assert float((counts - probs.sum(0)).abs().max()) < 5 * (T / 4 / draws) ** 0.5
     importance = torch.softmax(clean, -1).sum(0)
     cv2 = [v.var(correction=0) / v.mean() ** 2 for v in (importance, probs.sum(0))]
-    assert_close(gate._load_importance_loss(clean, mark), sum(cv2) / 2, torch.float32)
+    assert_close(gate._load_importance_loss(clean, mark, None), sum(cv2) / 2, torch.float32)
 
 
 def test_one_expert_has_a_loss():
@@ -157,16 +164,14 @@ def test_gradcheck(options):
 
 
 def test_no_tokens(device):
-    for options in ({}, {"capacity_factor": -1.0}, NOISY, {"batch_prioritized_routing": True}):
+    for options in ({}, {"capacity": -1.0}, NOISY, {"drop_policy": "batch"}):
         gate = TutelGate(D, E, 1, 2, **options).to(device)
         ids, weights = gate(torch.randn(0, D, device=device))
         assert ids.shape == weights.shape == (0, 2)
         assert float(gate.get_loss().detach()) == 0
 
 
-PRIORITIZED = partial(
-    TutelGate, batch_prioritized_routing=True, capacity_factor=-0.8, alignment=2, **NOISY
-)
+PRIORITIZED = partial(TutelGate, drop_policy="batch", capacity=-0.8, alignment=2, **NOISY)
 
 
 @pytest.mark.parametrize(
@@ -187,9 +192,9 @@ def test_sizes_per_call_do_not_recompile_a_second_time(device):
     for T in (9, 30, 0):
         for top_k, factor in ((1, 0.5), (2, 0.0), (1, 0.5)):
             x = torch.randn(T, D, device=device)
-            want = gate(x, top_k=top_k, capacity_factor=factor)
+            want = gate(x, top_k=top_k, capacity=factor)
             torch._dynamo.decorators.mark_unbacked(x, 0)
-            got = compiled(x, top_k=top_k, capacity_factor=factor)
+            got = compiled(x, top_k=top_k, capacity=factor)
             assert torch.equal(got[0], want[0])
             torch.testing.assert_close(got[1], want[1])
         graphs.append(counter.frame_count)
@@ -212,15 +217,18 @@ def test_checkpoint():
     [
         (lambda: TutelGate(D, 4, 1, 5), ValueError, r"TutelGate: top_k must be .* got 5"),
         (
-            lambda: TutelGate(D, 4, capacity_factor=float("nan")),
+            lambda: TutelGate(D, 4, capacity=float("nan")),
             ValueError,
-            r"TutelGate: capacity_factor must be a finite number, got nan",
+            r"TutelGate: capacity must be None, a finite factor, .* got nan",
         ),
+        (lambda: TutelGate(D, 4, capacity=(1.0,)), ValueError, r"or a pair .* got \(1\.0,\)"),
+        (lambda: TutelGate(D, 4, drop_policy="x"), ValueError, r"drop_policy must be .* got 'x'"),
+        (lambda: TutelGate(D, 4, balance=True), ValueError, r"balance must be .* got True"),
         (lambda: TutelGate(D, 4, gate_noise=-1), ValueError, r"gate_noise must be .* got -1"),
         (
-            lambda: TutelGate(D, 4, is_gshard_loss=False),
+            lambda: TutelGate(D, 4, balance="load"),
             ValueError,
-            r"gate_noise must be above 0 with is_gshard_loss=False, got 0",
+            r"gate_noise must be above 0 with balance='load', got 0",
         ),
         (lambda: TutelGate(D, 4, alignment=0), ValueError, r"alignment must be at least 1, got 0"),
         (
