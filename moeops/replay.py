@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moeops import _checks
 from moeops.gates.recording import Newest, exporting
@@ -125,6 +126,7 @@ class RoutingReplay:
             _check_decision(f"{op}: {name}", decisions[name])
             if weights == "gate":
                 _check_weighs(f"{op}: {name}", layer.gate)
+                _gather_for_weights_at(layer.gate)
         for name, (_, tape) in self._watched.items():
             tape.mode = "replay"
             tape.from_gate = weights == "gate"
@@ -177,6 +179,13 @@ class _Tape(LayerHook):
             second = layer.gate.weights_at(x, first)  # type: ignore[operator]
         # num_rows stays: it bounds what this gate fills for this many tokens.
         return routing._replace(topk_ids=first, topk_weights=second)
+
+
+def _gather_for_weights_at(gate: nn.Module) -> None:
+    """Have FSDP2 gather the parameters of a gate that is a unit of its own for ``weights_at`` too."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None and "weights_at" not in vars(gate):
+        fsdp.register_fsdp_forward_method(gate, "weights_at")  # nothing happens to other modules
 
 
 def _check_decision(op: str, decision: Any) -> None:

@@ -22,7 +22,13 @@ from torch.distributed.fsdp import (
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
-from moeops import FMoETransformerMLP, auxiliary_loss, inject_auxiliary_loss, sort_tokens
+from moeops import (
+    FMoETransformerMLP,
+    RoutingReplay,
+    auxiliary_loss,
+    inject_auxiliary_loss,
+    sort_tokens,
+)
 from moeops.distributed import (
     DistributedGroupedDataParallel,
     clip_grad_norm_,
@@ -217,6 +223,25 @@ def check_mixed_precision_rounds_no_routing_weights(ranks: Ranks) -> None:
         gradient = part.gate.gate.weight.grad
         gradient = gradient.full_tensor() if shard is not first_version else gradient
         torch.testing.assert_close(gradient, whole.gate.gate.weight.grad)
+
+
+def check_replay_weighs_by_a_sharded_gate(ranks: Ranks) -> None:
+    """FSDP2 gathers the router's weights for the forward, and for the weights of recorded experts."""
+    torch.manual_seed(0)
+    whole = FMoETransformerMLP(4, D, 12, activation="swiglu").to(ranks.device)
+    x = torch.randn(32, D, device=ranks.device)
+    expected = whole(x)
+    for unit in ("gate", "gate.gate"):
+        part = copy.deepcopy(whole)
+        fully_shard(part.get_submodule(unit))
+        fully_shard(part)
+        replay = RoutingReplay(part)
+        replay.record()
+        part(x)
+        decisions = replay.take()
+        for _ in range(2):
+            replay.replay(decisions, weights="gate")
+            torch.testing.assert_close(part(x), expected)
 
 
 def check_experts_sharded_with_the_rest(ranks: Ranks) -> None:
