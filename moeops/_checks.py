@@ -150,16 +150,3 @@ def check_plan(op: str, plan: object, like_name: str, like: Tensor) -> None:
 def fake_check(condition: bool | torch.SymBool, message: str) -> None:
     """A shape check inside a fake kernel: holds for symbolic sizes, recorded where it cannot be decided."""
     torch._check(condition, lambda: message)
-
-
-def refuse_second_gradient(op: str) -> None:
-    """Register a gradient that raises: torch's own answer is a warning and a gradient that is silently missing."""
-
-    def backward(ctx, *grads):
-        raise NotImplementedError(
-            f"{op}: a gradient must be differentiated once only, got a second backward pass through it. "
-            "Build the layer from permute_tokens, grouped_linear and unpermute_tokens(topk_weights=None), which can "
-            "be differentiated twice."
-        )
-
-    torch.library.register_autograd(f"moeops::{op}", backward)

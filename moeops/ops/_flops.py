@@ -11,15 +11,12 @@ nearly double the time of ``import moeops``.
 
 from __future__ import annotations
 
-import importlib.abc
-import sys
-from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
 import torch
 
-_COUNTER = "torch.utils.flop_counter"
+from moeops._imports import when_imported
 
 
 def _grouped_linear_flops(rows: Any, weight: Any, *_args: Any, **_options: Any) -> int:
@@ -37,13 +34,13 @@ def _block_flops(num_rows: int, w_up: Any, w_down: Any) -> tuple[int, int]:
 
 def _moe_mlp_flops(
     x: Any,
+    row_to_pair: Any,
+    pair_to_row: Any,
+    expert_offsets: Any,
     topk_weights: Any,
     w_up: Any,
     w_down: Any,
-    b_up: Any,
-    b_down: Any,
-    row_to_pair: Any,
-    *_plan: Any,
+    *_biases: Any,
     **_options: Any,
 ) -> int:
     return sum(_block_flops(row_to_pair[0], w_up, w_down))
@@ -52,14 +49,13 @@ def _moe_mlp_flops(
 def _moe_mlp_backward_flops(
     grad_y: Any,
     x: Any,
+    row_to_pair: Any,
+    pair_to_row: Any,
+    expert_offsets: Any,
     topk_weights: Any,
     w_up: Any,
     w_down: Any,
-    b_up: Any,
-    b_down: Any,
-    pre_activation: Any,
-    row_to_pair: Any,
-    *_plan: Any,
+    *_rest: Any,
     need_x: bool = True,
     need_topk_weights: bool = True,
     need_w_up: bool = True,
@@ -85,33 +81,4 @@ def _register(counter: ModuleType) -> None:
         counter.register_flop_formula(getattr(torch.ops.moeops, name))(formula)
 
 
-class _CounterFinder(importlib.abc.MetaPathFinder):
-    """Finds the counter's module as the other finders do, and registers the formulas when the module has run."""
-
-    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> Any:
-        if fullname != _COUNTER:
-            return None
-        for finder in sys.meta_path:
-            spec = None if finder is self else finder.find_spec(fullname, path, target)
-            if spec is not None:
-                return self._registering(spec)
-        return None
-
-    def _registering(self, spec: ModuleSpec) -> ModuleSpec:
-        loader = spec.loader
-        assert loader is not None
-        run = loader.exec_module
-
-        def run_and_register(module: ModuleType) -> None:
-            run(module)
-            _register(module)
-            sys.meta_path.remove(self)
-
-        loader.exec_module = run_and_register  # type: ignore[method-assign]
-        return spec
-
-
-if _COUNTER in sys.modules:
-    _register(sys.modules[_COUNTER])
-else:
-    sys.meta_path.insert(0, _CounterFinder())
+when_imported("torch.utils.flop_counter", _register)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from moeops import _checks
 from moeops._checks import fake_check
+from moeops.ops._library import LIBRARY, refuse_second_gradient
 from moeops.ops.routing import check_route, weight_options
 from moeops.types import BalancedRoute
 
@@ -62,9 +63,12 @@ def _topk_route_balance_grad(ctx, grad_weights, grad_sums, grad_loss, _grad_ids,
 
 
 torch.library.register_autograd(
-    "moeops::topk_route_balance", _topk_route_balance_grad, setup_context=_topk_route_balance_setup
+    "moeops::topk_route_balance",
+    _topk_route_balance_grad,
+    setup_context=_topk_route_balance_setup,
+    lib=LIBRARY,
 )
-_checks.refuse_second_gradient("topk_route_balance_backward")
+refuse_second_gradient("topk_route_balance_backward")
 
 
 def topk_route_balance(
@@ -240,9 +244,12 @@ def _prototype_route_grad(ctx, grad_weights, grad_sums, grad_loss, _grad_ids, _g
 
 
 torch.library.register_autograd(
-    "moeops::prototype_route", _prototype_route_grad, setup_context=_prototype_route_setup
+    "moeops::prototype_route",
+    _prototype_route_grad,
+    setup_context=_prototype_route_setup,
+    lib=LIBRARY,
 )
-_checks.refuse_second_gradient("prototype_route_backward")
+refuse_second_gradient("prototype_route_backward")
 
 
 def prototype_route(logits: Tensor, num_prototypes: int) -> BalancedRoute:
@@ -309,9 +316,9 @@ def _relu_route_grad(ctx, grad_weights, grad_sums, grad_loss, _grad_ids, _grad_c
 
 
 torch.library.register_autograd(
-    "moeops::relu_route", _relu_route_grad, setup_context=_relu_route_setup
+    "moeops::relu_route", _relu_route_grad, setup_context=_relu_route_setup, lib=LIBRARY
 )
-_checks.refuse_second_gradient("relu_route_backward")
+refuse_second_gradient("relu_route_backward")
 
 
 def relu_route(logits: Tensor) -> BalancedRoute:

@@ -8,6 +8,7 @@ from torch import Tensor
 from moeops import _checks
 from moeops._checks import fake_check
 from moeops.ops._autocast import cast_for_autocast
+from moeops.ops._library import LIBRARY
 from moeops.ops._lora import add_lora, check_lora
 from moeops.types import LoraFactors
 
@@ -51,7 +52,7 @@ def _grouped_linear_grad(ctx, grad):
 
 
 torch.library.register_autograd(
-    "moeops::grouped_linear", _grouped_linear_grad, setup_context=_grouped_linear_setup
+    "moeops::grouped_linear", _grouped_linear_grad, setup_context=_grouped_linear_setup, lib=LIBRARY
 )
 
 
@@ -142,7 +143,10 @@ def _weight_grad_grad(ctx, grad_out):
 
 
 torch.library.register_autograd(
-    "moeops::grouped_linear_weight_grad", _weight_grad_grad, setup_context=_weight_grad_setup
+    "moeops::grouped_linear_weight_grad",
+    _weight_grad_grad,
+    setup_context=_weight_grad_setup,
+    lib=LIBRARY,
 )
 
 
@@ -165,5 +169,5 @@ def _grouped_sum_grad(ctx, grad_out):
 
 
 torch.library.register_autograd(
-    "moeops::grouped_sum", _grouped_sum_grad, setup_context=_grouped_sum_setup
+    "moeops::grouped_sum", _grouped_sum_grad, setup_context=_grouped_sum_setup, lib=LIBRARY
 )

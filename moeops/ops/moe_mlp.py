@@ -9,6 +9,7 @@ from torch import Tensor
 from moeops import _checks
 from moeops._checks import fake_check
 from moeops.ops._autocast import cast_for_autocast
+from moeops.ops._library import LIBRARY, refuse_second_gradient
 from moeops.ops._lora import check_lora
 from moeops.ops.grouped_linear import grouped_linear
 from moeops.ops.permute import check_topk_weights, permute_tokens, unpermute_tokens
@@ -114,8 +115,10 @@ def _moe_mlp_grad(ctx, grad_y, _grad_pre_activation):
     return (grad_x, None, None, None, *picked)
 
 
-torch.library.register_autograd("moeops::moe_mlp", _moe_mlp_grad, setup_context=_moe_mlp_setup)
-_checks.refuse_second_gradient("moe_mlp_backward")
+torch.library.register_autograd(
+    "moeops::moe_mlp", _moe_mlp_grad, setup_context=_moe_mlp_setup, lib=LIBRARY
+)
+refuse_second_gradient("moe_mlp_backward")
 
 
 def moe_mlp(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moeops import _checks
 from moeops._checks import fake_check
+from moeops.ops._library import LIBRARY, refuse_second_gradient
 from moeops.types import NoisyRoute
 
 
@@ -63,9 +64,12 @@ def _noisy_topk_route_grad(
 
 
 torch.library.register_autograd(
-    "moeops::noisy_topk_route", _noisy_topk_route_grad, setup_context=_noisy_topk_route_setup
+    "moeops::noisy_topk_route",
+    _noisy_topk_route_grad,
+    setup_context=_noisy_topk_route_setup,
+    lib=LIBRARY,
 )
-_checks.refuse_second_gradient("noisy_topk_route_backward")
+refuse_second_gradient("noisy_topk_route_backward")
 
 
 def noisy_topk_route(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from moeops import _checks
+from moeops.ops._library import LIBRARY
 
 
 @torch.library.register_fake("moeops::pad_rows")
@@ -24,7 +25,9 @@ def _pad_rows_grad(ctx, grad_padded):
     return torch.ops.moeops.unpad_rows(grad_padded, expert_offsets, ctx.num_rows), None, None
 
 
-torch.library.register_autograd("moeops::pad_rows", _pad_rows_grad, setup_context=_pad_rows_setup)
+torch.library.register_autograd(
+    "moeops::pad_rows", _pad_rows_grad, setup_context=_pad_rows_setup, lib=LIBRARY
+)
 
 
 def pad_rows(rows: Tensor, expert_offsets: Tensor, capacity: int) -> Tensor:
@@ -74,7 +77,7 @@ def _unpad_rows_grad(ctx, grad_rows):
 
 
 torch.library.register_autograd(
-    "moeops::unpad_rows", _unpad_rows_grad, setup_context=_unpad_rows_setup
+    "moeops::unpad_rows", _unpad_rows_grad, setup_context=_unpad_rows_setup, lib=LIBRARY
 )
 
 

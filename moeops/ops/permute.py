@@ -7,6 +7,7 @@ from torch import Tensor
 
 from moeops import _checks
 from moeops._checks import fake_check
+from moeops.ops._library import LIBRARY, refuse_second_gradient
 from moeops.types import TokenPlan
 
 
@@ -29,7 +30,7 @@ def _permute_tokens_grad(ctx, grad_rows):
 
 
 torch.library.register_autograd(
-    "moeops::permute_tokens", _permute_tokens_grad, setup_context=_permute_tokens_setup
+    "moeops::permute_tokens", _permute_tokens_grad, setup_context=_permute_tokens_setup, lib=LIBRARY
 )
 
 
@@ -96,9 +97,12 @@ def _unpermute_tokens_grad(ctx, grad_y):
 
 
 torch.library.register_autograd(
-    "moeops::unpermute_tokens", _unpermute_tokens_grad, setup_context=_unpermute_tokens_setup
+    "moeops::unpermute_tokens",
+    _unpermute_tokens_grad,
+    setup_context=_unpermute_tokens_setup,
+    lib=LIBRARY,
 )
-_checks.refuse_second_gradient("unpermute_tokens_backward")
+refuse_second_gradient("unpermute_tokens_backward")
 
 
 def unpermute_tokens(rows: Tensor, plan: TokenPlan, topk_weights: Tensor | None = None) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from moeops import _checks
 from moeops._checks import fake_check
+from moeops.ops._library import LIBRARY, refuse_second_gradient
 from moeops.types import Route
 
 SCORES = ("softmax", "sigmoid")
@@ -50,9 +51,9 @@ def _topk_route_grad(ctx, grad_topk_weights, _grad_ids):
 
 
 torch.library.register_autograd(
-    "moeops::topk_route", _topk_route_grad, setup_context=_topk_route_setup
+    "moeops::topk_route", _topk_route_grad, setup_context=_topk_route_setup, lib=LIBRARY
 )
-_checks.refuse_second_gradient("topk_route_backward")
+refuse_second_gradient("topk_route_backward")
 
 
 def topk_route(
@@ -178,7 +179,7 @@ def _chosen_weights_grad(ctx, grad_weights):
 
 
 torch.library.register_autograd(
-    "moeops::chosen_weights", _chosen_weights_grad, setup_context=_chosen_weights_setup
+    "moeops::chosen_weights", _chosen_weights_grad, setup_context=_chosen_weights_setup, lib=LIBRARY
 )
 
 

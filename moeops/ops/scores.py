@@ -7,6 +7,7 @@ from torch import Tensor
 
 from moeops import _checks
 from moeops._checks import fake_check
+from moeops.ops._library import LIBRARY, refuse_second_gradient
 from moeops.ops.routing import SCORES
 
 
@@ -34,9 +35,9 @@ def _score_sums_grad(ctx, grad_sums):
 
 
 torch.library.register_autograd(
-    "moeops::score_sums", _score_sums_grad, setup_context=_score_sums_setup
+    "moeops::score_sums", _score_sums_grad, setup_context=_score_sums_setup, lib=LIBRARY
 )
-_checks.refuse_second_gradient("score_sums_backward")
+refuse_second_gradient("score_sums_backward")
 
 
 def score_sums(logits: Tensor, *, score: str = "softmax") -> Tensor:
@@ -105,9 +106,9 @@ def _alignment_sum_grad(ctx, grad_sum):
 
 
 torch.library.register_autograd(
-    "moeops::alignment_sum", _alignment_sum_grad, setup_context=_alignment_sum_setup
+    "moeops::alignment_sum", _alignment_sum_grad, setup_context=_alignment_sum_setup, lib=LIBRARY
 )
-_checks.refuse_second_gradient("alignment_sum_backward")
+refuse_second_gradient("alignment_sum_backward")
 
 
 def alignment_sum(logits: Tensor, topk_ids: Tensor, group_size: int) -> Tensor:

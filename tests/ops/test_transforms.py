@@ -1,0 +1,157 @@
+"""Forward-mode AD, torch.func's transforms and higher derivatives, by way of the ATen ops that an op is made of."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.autograd.forward_ad as fwAD
+from torch import nn
+
+import moeops
+from moeops.ops._decompositions import DECOMPOSITIONS
+from samples import OP_CASES, SAMPLES, op_cases
+
+SIZED = tuple(s for s in SAMPLES if s.name not in ("wide", "long"))
+FEW = tuple(s for s in SAMPLES if s.name in ("plain", "dropped", "few_rows"))
+
+
+def as_tuple(outputs):
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def test_every_op_of_a_forward_has_a_decomposition():
+    forward = {op for op in OP_CASES if not op.endswith("_backward")}
+    assert set(DECOMPOSITIONS) == forward
+
+
+@pytest.mark.parametrize("op", DECOMPOSITIONS)
+def test_decomposition_equals_the_kernel(op):
+    for sample in SIZED:
+        for case in op_cases(op, sample, torch.float64):
+            got = as_tuple(DECOMPOSITIONS[op](*case.positional, **case.keywords))
+            for mine, kernel in zip(got, as_tuple(case.run()), strict=True):
+                torch.testing.assert_close(mine, kernel, msg=lambda text, s=sample: f"{s}: {text}")
+
+
+DIFFERENTIABLE = [
+    pytest.param(op, index, id=f"{op}_{index}")
+    for op in DECOMPOSITIONS
+    for index, case in enumerate(op_cases(op, FEW[0], torch.float64))
+    if case.differentiable
+]
+
+
+def split(case):
+    """The differentiable arguments, and a function of them that returns the float outputs."""
+    places = case.differentiable
+    floats = [i for i, out in enumerate(as_tuple(case.run())) if out.is_floating_point()]
+    if case.op == "moe_mlp":
+        floats = floats[:1]  # the pre-activation is for the backward, and has no gradient
+
+    def function(*values):
+        args = list(case.positional)
+        for place, value in zip(places, values, strict=True):
+            args[place] = value
+        outputs = as_tuple(case.overload(*args, **case.keywords))
+        return tuple(outputs[i] for i in floats)
+
+    return [case.args[i] for i in places], function
+
+
+def directional(how, function, inputs, tangents):
+    if how == "func":
+        return torch.func.jvp(function, tuple(inputs), tuple(tangents))[1]
+    with fwAD.dual_level():
+        duals = [fwAD.make_dual(x, t) for x, t in zip(inputs, tangents, strict=True)]
+        parts = [fwAD.unpack_dual(out) for out in function(*duals)]
+    # torch leaves out the tangent of what is constant, such as the load where every expert is chosen.
+    return [torch.zeros_like(p.primal) if p.tangent is None else p.tangent for p in parts]
+
+
+@pytest.mark.parametrize("how", ["func", "dual"])
+@pytest.mark.parametrize(("op", "index"), DIFFERENTIABLE)
+def test_tangents_are_the_transposes_of_the_kernels_gradients(op, index, how):
+    """``u . J v`` of forward mode is ``v . J^T u`` of the kernel's own backward, for random ``u`` and ``v``."""
+    for sample in FEW:
+        inputs, function = split(op_cases(op, sample, torch.float64)[index])
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        outputs = function(*leaves)
+        us, vs = [torch.randn_like(out) for out in outputs], [torch.randn_like(x) for x in inputs]
+        grads = torch.autograd.grad(outputs, leaves, us)
+        tangents = directional(how, function, inputs, vs)
+        forward = sum((u * t).sum() for u, t in zip(us, tangents, strict=True))
+        backward = sum((v * g).sum() for v, g in zip(vs, grads, strict=True))
+        torch.testing.assert_close(forward, backward)
+        assert backward != 0 or sample is not FEW[0]  # six groups of one expert have no gradient
+        # The same where the backward is wanted too, as inside of a model with parameters.
+        again = directional(how, function, leaves, vs)
+        torch.testing.assert_close(tuple(again), tuple(tangents))
+
+
+@pytest.mark.parametrize(("op", "index"), DIFFERENTIABLE)
+def test_grad_and_vmap(op, index):
+    inputs, function = split(op_cases(op, FEW[1], torch.float64)[index])
+
+    def loss(*values):
+        return sum(out.square().sum() for out in function(*values))
+
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    want = torch.autograd.grad(loss(*leaves), leaves)
+    got = torch.func.grad(loss, argnums=tuple(range(len(inputs))))(*inputs)
+    torch.testing.assert_close(got, want)
+    stacked = [torch.stack([x, x + 0.1 * torch.randn_like(x)]) for x in inputs]
+    batched = torch.func.vmap(function)(*stacked)
+    for item in range(2):
+        one = function(*(x[item] for x in stacked))
+        torch.testing.assert_close(tuple(out[item] for out in batched), one)
+
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mlp = moeops.FMoETransformerMLP(4, 6, 5, activation="gelu", dtype=torch.float64)
+
+    def forward(self, x):
+        return self.mlp(x).square().sum()
+
+
+def test_second_derivatives_of_a_layer():
+    """Hessian times vector, forward over reverse and reverse over reverse, against differences of first gradients."""
+    layer, x = Layer(), torch.randn(7, 6, dtype=torch.float64)
+    v = torch.randn_like(x)
+
+    def gradient(x):
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(layer(x), x)[0]
+
+    want = (gradient(x + 1e-6 * v) - gradient(x - 1e-6 * v)) / 2e-6
+    forward = torch.func.jvp(torch.func.grad(layer), (x,), (v,))[1]
+    reverse = torch.func.grad(lambda x: (torch.func.grad(layer)(x) * v).sum())(x)
+    torch.testing.assert_close(forward, want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(reverse, want, rtol=1e-5, atol=1e-6)
+
+
+def test_per_sample_gradients_of_parameters():
+    layer = moeops.FMoETransformerMLP(4, 6, 5)
+    params = {name: p.detach() for name, p in layer.named_parameters()}
+    x = torch.randn(3, 7, 6)
+
+    def loss(params, x):
+        return torch.func.functional_call(layer, params, (x,)).square().sum()
+
+    got = torch.func.vmap(torch.func.grad(loss), (None, 0))(params, x)
+    for item in range(3):
+        layer.zero_grad(set_to_none=True)
+        layer(x[item]).square().sum().backward()
+        for name, parameter in layer.named_parameters():
+            torch.testing.assert_close(got[name][item], parameter.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_a_backward_op_refuses_tangents():
+    case = op_cases("moe_mlp_backward", FEW[0], torch.float64)[0]
+    with fwAD.dual_level():
+        dual = fwAD.make_dual(case.args[0], torch.ones_like(case.args[0]))
+        with pytest.raises(
+            NotImplementedError, match="moe_mlp_backward: arguments must have no tan"
+        ):
+            case.overload(dual, *case.positional[1:], **case.keywords)
