@@ -8,8 +8,9 @@ forward calls, refuse a tangent.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any
 
 import torch
@@ -42,7 +43,12 @@ def _decomposing(op: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
             return decomposition(*args, **options)
         if decomposition is not None and _goes_to_onnx(args[0]):
             return decomposition(*args, **options)
-        return kernel(keyset, *args, **options)
+        try:
+            return kernel(keyset, *args, **options)
+        except RuntimeError:
+            if decomposition is None or not _runs_for_metadata():
+                raise
+            return decomposition(*args, **options)
 
     return run
 
@@ -55,6 +61,20 @@ def _goes_to_onnx(first: Any) -> bool:
     """Whether ``torch.onnx.export`` traces: with tensors that are none, so that others need not ask for it."""
     plain = type(first) is Tensor or type(first) is torch.nn.Parameter
     return not plain and exporting_to_onnx()
+
+
+def _runs_for_metadata() -> bool:
+    """Whether torch runs a region on uninitialised tensors, to learn what it returns.
+
+    It does so for ``torch.compiler.nested_compile_region`` with ``backend="eager"``. A kernel that checks values fails
+    there for whatever is in memory; ATen does not, and its outputs are as good. Asked after a failure only.
+    """
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "_get_output_metadata_by_execution":
+            return True
+        frame = frame.f_back
+    return False
 
 
 LIBRARY = _Library("moeops", "FRAGMENT")

@@ -189,6 +189,39 @@ def test_aot_compile(kind):
     torch.testing.assert_close(compiled(layer, x), layer(x), **CLOSE)
 
 
+class Regions(nn.Module):
+    """Equal layers that are compiled once."""
+
+    def __init__(self, kind, gate):
+        super().__init__()
+        self.layers = nn.ModuleList(make_layer(kind, gate) for _ in range(3))
+
+    @torch.compiler.nested_compile_region
+    def block(self, layer, x):
+        return layer(x)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + self.block(layer, x)
+        return x
+
+
+@pytest.fixture
+def nan_in_new_memory():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "composed"])
+def test_nested_regions_that_torch_runs_on_uninitialised_memory(kind, nan_in_new_memory):
+    model, x = Regions(kind, "naive"), torch.randn(6, D)
+    y = torch.compile(model, fullgraph=True, backend="eager")(x)
+    torch.testing.assert_close(y, model(x))
+    with pytest.raises(RuntimeError, match="topk_route: logits must be finite"):
+        model(x * float("nan"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "gate"), [("mlp", "switch"), ("composed", "naive"), ("modules", "gshard")]
