@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moeops import _checks
+from moeops.layers._weights import check_no_dtensor
 from moeops.types import Routing, SlotRouting
 
 
@@ -23,6 +24,7 @@ def check_leaves(op: str, leaves: list[Any]) -> None:
                 f"{op}: moe_inp must be a tensor or a nest of tensors, got {_checks.describe(leaf)} in it. "
                 "Pass other values to the expert's constructor."
             )
+        check_no_dtensor(op, "moe_inp", leaf)
         if leaf.is_nested:
             raise NotImplementedError(
                 f"{op}: moe_inp must hold tensors [T, ...], got a nested tensor of shape {tuple(leaf.shape)}. Pass its "

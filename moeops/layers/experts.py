@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from moeops import _checks
 from moeops.dispatch.shards import ShardSpan, take_shard
+from moeops.layers._weights import plain_weight
 from moeops.layers.linear import init_linear_
 from moeops.ops.grouped_linear import grouped_linear
 from moeops.ops.moe_mlp import ACTIVATIONS, moe_mlp, up_width
@@ -297,25 +298,30 @@ class FusedExperts(nn.Module):
             x,
             plan,  # type: ignore[arg-type]
             topk_weights,  # type: ignore[arg-type]
-            self.w_up,
-            self.w_down,
-            b_up=self.b_up,
+            self._weight("w_up"),  # type: ignore[arg-type]
+            self._weight("w_down"),  # type: ignore[arg-type]
+            b_up=self._weight("b_up"),
             b_down=self._whole_b_down(),
             activation=self.fused_activation,
         )
 
+    def _weight(self, name: str) -> Tensor | None:
+        return plain_weight("FusedExperts", name, getattr(self, name))
+
     def _whole_b_down(self) -> Tensor | None:
         """``b_down [E, D]``, in a shard with zeros where other shards have theirs."""
-        if self.b_down is None or self.num_shards == 1:
-            return self.b_down
+        b_down = self._weight("b_down")
+        if b_down is None or self.num_shards == 1:
+            return b_down
         start, length = self._outputs(self.shard)
-        return F.pad(self.b_down, (start, self.d_model - start - length))
+        return F.pad(b_down, (start, self.d_model - start - length))
 
     def _rows(self, rows: Tensor, expert_offsets: Tensor) -> Tensor:
         """Rows ``[R, D]`` through an activation without a fused kernel."""
-        hidden = grouped_linear(rows, self.w_up, expert_offsets, bias=self.b_up)  # [R, H]
-        hidden = self.activation(hidden)  # type: ignore[operator]
-        return grouped_linear(hidden, self.w_down, expert_offsets, bias=self.b_down)
+        w_up, w_down = self._weight("w_up"), self._weight("w_down")
+        hidden = grouped_linear(rows, w_up, expert_offsets, bias=self._weight("b_up"))  # type: ignore[arg-type]
+        hidden = self.activation(hidden)  # type: ignore[operator]  # [R, H]
+        return grouped_linear(hidden, w_down, expert_offsets, bias=self._weight("b_down"))  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
         """Sizes and options of the experts."""

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moeops import _checks
+from moeops.layers._weights import plain_weight
 from moeops.ops.grouped_linear import grouped_linear
 
 
@@ -105,7 +106,9 @@ class FMoELinear(nn.Module):
             self._check(inp, fwd_expert_count)
         counts = fwd_expert_count.to(device=inp.device, non_blocking=True)
         expert_offsets = F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))  # [E + 1]
-        return grouped_linear(inp, self.weight, expert_offsets, bias=self.bias)
+        weight = plain_weight("FMoELinear", "weight", self.weight)
+        bias = plain_weight("FMoELinear", "bias", self.bias)
+        return grouped_linear(inp, weight, expert_offsets, bias=bias)
 
     def _check(self, inp: Tensor, counts: Tensor) -> None:
         op = "FMoELinear"
