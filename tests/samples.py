@@ -5,11 +5,9 @@ T tokens, K experts per token, N = T * K pairs, R rows, E experts, D model width
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -111,38 +109,6 @@ SAMPLES = (
 SMALL = tuple(
     s for s in SAMPLES if s.name in ("plain", "dropped", "empty_experts", "strided", "few_rows")
 )
-
-
-def every_pair(*axes: Sequence) -> list:
-    """Cases for ``parametrize`` in which any two values of different axes meet, by far fewer than the full product.
-
-    For options that do not interact in threes. The two longest axes come first.
-    """
-    places = [range(len(axis)) for axis in axes]
-
-    def pairs(case: tuple[int, ...]) -> set:
-        return set(itertools.combinations(enumerate(case), 2))
-
-    product = list(itertools.product(*places))
-    missing = set().union(*map(pairs, product))
-    cases = []
-    # First a case for every pair of the two longest axes, then what is still missing.
-    starts = [
-        [case for case in product if case[:2] == pair] for pair in itertools.product(*places[:2])
-    ]
-    while missing:
-        best = max(
-            starts.pop(0) if starts else product, key=lambda case: len(pairs(case) & missing)
-        )
-        missing -= pairs(best)
-        cases.append([axis[place] for axis, place in zip(axes, best, strict=True)])
-    return [pytest.param(*case, id="-".join(map(_name, case))) for case in cases]
-
-
-def _name(value: object) -> str:
-    if isinstance(value, tuple):  # of the fixture values_dtype
-        return _name(value[0]) + ("_nan_filled" if value[1] else "")
-    return str(value).removeprefix("torch.")
 
 
 def assert_matches_reference(

@@ -9,6 +9,7 @@ import torch
 from torch._dynamo.utils import counters
 
 import moeops
+from cases import each
 from moeops import auxiliary_loss
 from moeops.gates import NaiveGate
 from moeops.losses import (
@@ -80,7 +81,7 @@ def choose(num_tokens=T, device="cpu"):
     return torch.rand(num_tokens, E, device=device).argsort(-1)[:, :K]
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@each("name", LOSSES)
 def test_values_and_gradients(name, dtype, device):
     function, reference = LOSSES[name]
     logits = (2 * torch.randn(T, E, device=device)).to(dtype).requires_grad_()
@@ -158,7 +159,7 @@ def test_masked_tokens_keep_their_places_in_sequences(device):
     assert_close(short, want, torch.float64)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@each("name", LOSSES)
 def test_no_tokens(name, device):
     logits = torch.randn(0, E, device=device, requires_grad=True)
     loss = LOSSES[name][0](logits, choose(0, device))
@@ -179,7 +180,7 @@ def test_known_values():
     assert float(z_loss(certain)) == 1e6
 
 
-@pytest.mark.parametrize("ids_type", [torch.int32, torch.int64])
+@each("ids_type", [torch.int32, torch.int64])
 def test_importance(ids_type, dtype, device):
     ids = choose(device=device).to(ids_type)
     ids[2, 0] = ids[2, 2] = ids[5, 1] = -1
@@ -278,7 +279,7 @@ def test_old_import_paths():
     assert moeops.gates.auxiliary_loss is auxiliary_loss
 
 
-@pytest.mark.parametrize(
+@each(
     ("call", "error", "match"),
     [
         (lambda: z_loss(torch.ones(3)), ValueError, r"z_loss: logits must have 2 dimensions"),

@@ -16,6 +16,7 @@ from gate_checks import (
     parameters_float64,
 )
 
+from cases import each
 from moeops import FMoETransformerMLP
 from moeops.gates import BASEGate, balanced_assignment, expert_loads
 from reference_gates import hetumoe as reference
@@ -67,8 +68,8 @@ def test_the_reference_is_the_best_of_all_assignments(T, num_experts):
     assert abs(total(scores, ids) - best) < 1e-9
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("T", "num_experts"), [(24, 4), (33, 8), (48, 6), (5, 8)])
+@each("kind", KINDS)
+@each(("T", "num_experts"), [(24, 4), (33, 8), (48, 6), (5, 8)])
 def test_total_is_near_the_exact_one(kind, T, num_experts, device):
     for seed in range(4):
         torch.manual_seed(seed)
@@ -82,7 +83,7 @@ def test_total_is_near_the_exact_one(kind, T, num_experts, device):
         assert -1e-5 * T * spread <= exact - total(scores, ids) <= bound * T * spread
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@each("kind", KINDS)
 def test_total_is_near_an_upper_bound_for_many_tokens(kind, device):
     """By duality, for any prices v: every balanced total is at most sum_t max_e (s - v) + the dearest rooms' prices."""
     T, num_experts = 1000, 16
@@ -103,7 +104,7 @@ def test_total_is_near_an_upper_bound_for_many_tokens(kind, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("T", "num_experts"), [(0, 3), (1, 1), (7, 1), (2, 5), (65, 8), (64, 8)])
+@each(("T", "num_experts"), [(0, 3), (1, 1), (7, 1), (2, 5), (65, 8), (64, 8)])
 def test_loads_are_exact(T, num_experts, dtype, device):
     for scores in (torch.randn(T, num_experts), torch.zeros(T, num_experts)):
         ids = balanced_assignment(scores.to(device, dtype))

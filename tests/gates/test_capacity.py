@@ -9,6 +9,7 @@ import torch
 from gate_checks import E, check_compile, check_export
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from cases import each
 from moeops.gates import GShardGate, SwitchGate, apply_capacity, expert_capacity
 from moeops.gates.functional import queue_positions
 from reference_gates import fastmoe as fast
@@ -22,8 +23,8 @@ def pairs(T, K, device="cpu"):
     return ids.to(device), weights.to(device)
 
 
-@pytest.mark.parametrize("policy", ["position", "choice", "priority", "batch"])
-@pytest.mark.parametrize(("T", "K"), [(0, 2), (1, 1), (17, 1), (17, 2), (40, E)])
+@each("policy", ["position", "choice", "priority", "batch"])
+@each(("T", "K"), [(0, 2), (1, 1), (17, 1), (17, 2), (40, E)])
 def test_policies(policy, T, K, device):
     ids, weights = pairs(T, K, device)
     for ids_type in (torch.int64, torch.int32):
@@ -162,8 +163,8 @@ def test_errors(call, match):
         call(*pairs(3, 2))
 
 
-@pytest.mark.parametrize("policy", ["position", "choice", "priority", "batch"])
-@pytest.mark.parametrize("compat", [False, True], ids=["ours", "fastmoe"])
+@each("policy", ["position", "choice", "priority", "batch"])
+@each("compat", [False, True], ids=["ours", "fastmoe"])
 def test_gshard(policy, compat, device):
     T = 40
     gate = GShardGate(4, 3, 2, capacity=(0.7, 1.1), drop_policy=policy, compat=compat).double()

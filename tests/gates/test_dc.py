@@ -8,12 +8,13 @@ import pytest
 import torch
 from gate_checks import D, E, check_compile, gradcheck
 
+from cases import each
 from moeops.gates import DCGate, GShardGate
 from reference_gates import fastmoe as fast
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("policy", ["choice", "position"])
+@each("training", [True, False], ids=["train", "eval"])
+@each("policy", ["choice", "position"])
 def test_on_one_rank_it_is_gshard(policy, training, device):
     gate = DCGate(D, E, capacity=(0.8, 1.1), drop_policy=policy).to(device).train(training)
     other = GShardGate(D, E, capacity=(0.8, 1.1), drop_policy=policy).to(device).train(training)

@@ -19,6 +19,7 @@ from gate_checks import (
 )
 from torch._dynamo.utils import counters
 
+from cases import each
 from moeops.gates import DeepSeekV3Gate, expert_loads
 from tolerances import assert_close
 
@@ -67,8 +68,8 @@ GATES = {
 }
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("name", GATES)
+@each("training", [True, False], ids=["train", "eval"])
+@each("name", GATES)
 def test_values_and_gradients(name, training, dtype, device):
     num_experts = 12
     gate = DeepSeekV3Gate(D, num_experts, **GATES[name]).train(training)
@@ -331,7 +332,7 @@ def test_checkpoint(compile_it):
     check_checkpoint(GROUPED, compile_it)
 
 
-@pytest.mark.parametrize(
+@each(
     ("options", "error", "match"),
     [
         ({"num_groups": 4}, ValueError, r"num_groups must divide the 6 experts, got 4"),

@@ -16,6 +16,7 @@ from gate_checks import (
     gradcheck,
 )
 
+from cases import each
 from moeops.gates import DeepSpeedGate
 from reference_gates.hetumoe import deepspeed_capacity, deepspeed_gate
 from tolerances import assert_close
@@ -43,8 +44,8 @@ def sample(probs, uniform):
     return (mass <= uniform[:, None] * mass[:, -1:]).sum(-1, keepdim=True)
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
+@each("training", [True, False], ids=["train", "eval"])
+@each("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
 def test_values_and_gradients(options, training, dtype, device):
     T, k = 23, options["top_k"]
     gate = DeepSpeedGate(D, E, 1, **{"min_capacity": 2, **options}).train(training)
@@ -141,7 +142,7 @@ def test_random_token_selection_is_fair(device):
     assert gate.eval()(x)[0][:, 0].tolist() == [int(gate(x)[0][0, 0])] * 4 + [-1] * 12
 
 
-@pytest.mark.parametrize(
+@each(
     "options",
     [
         {"top_k": 1},

@@ -17,13 +17,14 @@ from gate_checks import (
 )
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from cases import each
 from moeops.gates import DenseToSparseGate
 from moeops.gates.dense_to_sparse import add_gumbel
 from reference_gates.hetumoe import dense_to_sparse_gate
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize(
+@each("training", [True, False], ids=["train", "eval"])
+@each(
     ("k", "temperature", "threshold"),
     [(E, 5.0, 0.0), (E, 1.0, 0.1), (3, 1.0, 0.2), (1, 0.5, 0.02), (E, 0.2, 0.3)],
 )
@@ -180,7 +181,7 @@ def test_layer_uses_as_many_experts_as_the_gate_says(device):
     torch.testing.assert_close(layer(x), y)
 
 
-@pytest.mark.parametrize(
+@each(
     ("call", "match"),
     [
         (lambda: DenseToSparseGate(D, 4, 1, 5), r"DenseToSparseGate: top_k must be .* got 5"),

@@ -9,13 +9,14 @@ import torch
 from choice_checks import check_values, refuses_nan
 from gate_checks import D, E, check_checkpoint, check_compile, check_export, gradcheck, layer_with
 
+from cases import each
 from moeops.gates import ExpertChoiceGate, NaiveGate, expert_loads
 from reference_gates import variable as reference
 
 CASES = [(2, 1.0), (1, 0.5), (3, 1.25), (E, 1.0), (5, 1.2), (4, 9.0), (1, 0.01)]
 
 
-@pytest.mark.parametrize(("k", "capacity"), CASES)
+@each(("k", "capacity"), CASES)
 def test_values_and_gradients(k, capacity, dtype, device):
     T = 13
     gate = ExpertChoiceGate(D, E, 1, k, capacity=capacity)
@@ -31,7 +32,7 @@ def test_values_and_gradients(k, capacity, dtype, device):
     assert not routing.scale_inputs
 
 
-@pytest.mark.parametrize("T", [0, 1, 5, 64])
+@each("T", [0, 1, 5, 64])
 def test_every_expert_has_the_same_load(T, device):
     gate = ExpertChoiceGate(D, E, top_k=2, capacity=(1.5, 3.0)).to(device)
     for training, factor in ((True, 1.5), (False, 3.0)):

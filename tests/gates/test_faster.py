@@ -17,6 +17,7 @@ from gate_checks import (
     parameters_float64,
 )
 
+from cases import each
 from moeops.gates import FasterGate, NaiveGate, gen_faster_gate
 from reference_gates import fastmoe as fast
 from tolerances import assert_close
@@ -24,9 +25,9 @@ from tolerances import assert_close
 T = 50
 
 
-@pytest.mark.parametrize("compat", [False, True], ids=["ours", "fastmoe"])
-@pytest.mark.parametrize("fraction", [0.0, 0.14, 0.6, 1.0])
-@pytest.mark.parametrize(("node", "k"), [(0, 2), (1, 1), (1, 4), (2, 2)])
+@each("compat", [False, True], ids=["ours", "fastmoe"])
+@each("fraction", [0.0, 0.14, 0.6, 1.0])
+@each(("node", "k"), [(0, 2), (1, 1), (1, 4), (2, 2)])
 def test_values_and_gradients(node, k, fraction, compat, device):
     # 2 experts on each of 5 ranks, nodes of 2: experts 0-3, 4-7, 8-9.
     gate = FasterGate(

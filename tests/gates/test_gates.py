@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from cases import each
 from moeops.gates import (
     BaseGate,
     DCGate,
@@ -98,9 +99,9 @@ GATES = {
 }
 
 
-@pytest.mark.parametrize("T", [0, 1, 7, 64])
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("name", GATES)
+@each("T", [0, 1, 7, 64])
+@each("training", [True, False], ids=["train", "eval"])
+@each("name", GATES)
 def test_values_and_gradients(name, training, T, dtype, device):
     build, reference = GATES[name]
     gate = build().to(device, dtype).train(training)
@@ -272,7 +273,7 @@ def test_naive_returns_logits_on_request(device):
     assert weights.shape == (4, 2)
 
 
-@pytest.mark.parametrize("name", GATES)
+@each("name", GATES)
 def test_router_stays_in_float32_under_autocast(name, device):
     gate = GATES[name][0]().to(device)
     x = torch.randn(32, D, device=device, requires_grad=True)
@@ -374,7 +375,7 @@ def test_base_gate_has_no_forward():
         BaseGate(4)(torch.randn(2, 3))
 
 
-@pytest.mark.parametrize(
+@each(
     ("build", "error", "match"),
     [
         (

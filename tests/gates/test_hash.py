@@ -13,6 +13,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
+from cases import each
 from moeops import FMoE, FMoETransformerMLP
 from moeops.gates import HashGate, token_ids
 
@@ -276,7 +277,7 @@ def test_experts_learn():
     assert bool(layer.experts.w_down.grad.abs().sum() > 0)
 
 
-@pytest.mark.parametrize(
+@each(
     ("call", "error", "match"),
     [
         (lambda: HashGate(D, 4, 1, 5), ValueError, r"HashGate: top_k must be at most .* got 5"),

@@ -14,12 +14,13 @@ from gate_checks import (
     gradcheck,
 )
 
+from cases import each
 from moeops.gates import KTop1Gate
 from reference_gates.hetumoe import ktop1_gate
 from tolerances import assert_close
 
 
-@pytest.mark.parametrize("k", [1, 2, 3, E])
+@each("k", [1, 2, 3, E])
 def test_values_and_gradients(k, dtype, device):
     T = 17
     gate = KTop1Gate(D, E, 1, k, capacity=0.5)

@@ -9,14 +9,15 @@ import torch
 from choice_checks import check_values, refuses_nan
 from gate_checks import D, E, check_checkpoint, check_compile, check_export, gradcheck
 
+from cases import each
 from moeops import FMoETransformerMLP, Routing
 from moeops.gates import Llama4Gate
 from reference_gates import variable as reference
 from tolerances import assert_close
 
 
-@pytest.mark.parametrize("balance", [True, False], ids=["balance", "plain"])
-@pytest.mark.parametrize("k", [1, 3, E])
+@each("balance", [True, False], ids=["balance", "plain"])
+@each("k", [1, 3, E])
 def test_values_and_gradients(k, balance, dtype, device):
     gate = Llama4Gate(D, E, 1, k, balance=balance)
 

@@ -19,6 +19,7 @@ from gate_checks import (
     parameters_float64,
 )
 
+from cases import each
 from moeops.gates import NoisyGate, expert_capacity
 from reference_gates import fastmoe as fast
 from tolerances import assert_close
@@ -59,8 +60,8 @@ def reference(x, w, w_noise, k, noise):
     return ids, weights, cv2(sums) + cv2(load)
 
 
-@pytest.mark.parametrize("k", [1, 2, 4, E])
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@each("k", [1, 2, 4, E])
+@each("training", [True, False], ids=["train", "eval"])
 def test_values_and_gradients(training, k, dtype, device):
     T = 19
     gate = NoisyGate(D, E, 1, k).train(training)
@@ -76,8 +77,8 @@ def test_values_and_gradients(training, k, dtype, device):
     assert (gate.noise.weight.grad is None) == (not training)
 
 
-@pytest.mark.parametrize("k", [1, 2, 4])
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@each("k", [1, 2, 4])
+@each("training", [True, False], ids=["train", "eval"])
 def test_fsmoes_gshard_gate(training, k, device):
     T = 40
     gate = NoisyGate(D, E, 1, k, min_noise=0, balance="gshard", capacity=(0.8, 1.1))

@@ -12,6 +12,7 @@ from gate_checks import D, E, check_checkpoint, check_compile, check_export, gra
 from torch import nn
 from torch._dynamo.utils import counters
 
+from cases import each
 from moeops.gates import ReMoEGate, update_coefficients
 from reference_gates import variable as reference
 from tolerances import assert_close
@@ -25,8 +26,8 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("name", CASES)
+@each("training", [True, False], ids=["train", "eval"])
+@each("name", CASES)
 def test_values_and_gradients(name, training, dtype, device):
     T = 13
     k, options = CASES[name]

@@ -14,13 +14,14 @@ from gate_checks import (
     gradcheck,
 )
 
+from cases import each
 from moeops.gates import SAMGate
 from moeops.losses import alignment_loss
 from reference_gates.hetumoe import _keep, by_choice, sam_gate
 from tolerances import assert_close
 
 
-@pytest.mark.parametrize(
+@each(
     ("experts", "k", "groups", "alignment", "compat"),
     [
         (12, 2, 3, 1.0, False),

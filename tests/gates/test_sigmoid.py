@@ -7,12 +7,13 @@ import torch
 from choice_checks import check_values
 from gate_checks import D, E, check_compile, gradcheck
 
+from cases import each
 from moeops.gates import SigmoidGate
 from reference_gates import fastmoe as fast
 
 
-@pytest.mark.parametrize("k", [1, 3, E])
-@pytest.mark.parametrize("balance", [True, False], ids=["loss", "no_loss"])
+@each("k", [1, 3, E])
+@each("balance", [True, False], ids=["loss", "no_loss"])
 def test_values_and_gradients(k, balance, dtype, device):
     gate = SigmoidGate(D, E, 1, k, balance=balance)
 

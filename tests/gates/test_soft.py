@@ -18,6 +18,7 @@ from gate_checks import (
     parameters_float64,
 )
 
+from cases import each
 from moeops import FMoETransformerMLP, SlotRouting
 from moeops.gates import SoftMoEGate
 from reference_gates import variable as reference
@@ -31,8 +32,8 @@ def make(slots=2, length=None):
     return gate
 
 
-@pytest.mark.parametrize("length", [None, 5, 13, 20, 1])
-@pytest.mark.parametrize("slots", [1, 2])
+@each("length", [None, 5, 13, 20, 1])
+@each("slots", [1, 2])
 def test_values_and_gradients(slots, length, dtype, device):
     gate = make(slots, length).to(device, dtype)
     x = torch.randn(13, D, device=device).to(dtype).requires_grad_()

@@ -6,12 +6,13 @@ import pytest
 import torch
 from gate_checks import D, E, gradcheck
 
+from cases import each
 from moeops.gates import NaiveGate, SwipeGate
 from reference_gates import fastmoe as fast
 
 
-@pytest.mark.parametrize("k", [1, 2, E])
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@each("k", [1, 2, E])
+@each("training", [True, False], ids=["train", "eval"])
 def test_on_one_rank_it_is_the_naive_gate(training, k, dtype, device):
     gate = SwipeGate(D, E, 1, k).to(device, dtype).train(training)
     naive = NaiveGate(D, E, 1, k).to(device, dtype)

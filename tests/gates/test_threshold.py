@@ -9,6 +9,7 @@ import torch
 from choice_checks import check_values, refuses_nan
 from gate_checks import D, E, check_checkpoint, check_compile, check_export, gradcheck, layer_with
 
+from cases import each
 from moeops.gates import ThresholdGate
 from reference_gates import variable as reference
 from tolerances import assert_close
@@ -25,7 +26,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@each("name", CASES)
 def test_values_and_gradients(name, dtype, device):
     T = 13
     k, options = CASES[name]

@@ -17,6 +17,7 @@ from gate_checks import (
     gradcheck,
 )
 
+from cases import each
 from moeops.gates import GptOssGate, MixtralGate, NaiveGate, Qwen3Gate, TopKGate
 from tolerances import assert_close
 
@@ -55,9 +56,9 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
-@pytest.mark.parametrize("k", [1, 2, E])
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
+@each("bias", [True, False], ids=["bias", "no_bias"])
+@each("k", [1, 2, E])
+@each("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
 def test_values_and_gradients(options, k, bias, dtype, device):
     gate = TopKGate(D, E, 1, k, bias, balance=True, **options)
     seen = []
@@ -105,8 +106,8 @@ def test_loss_survives_scores_that_are_all_zero():
     assert bool(gate.gate.bias.grad.isfinite().all())
 
 
-@pytest.mark.parametrize("k", [2, 4])
-@pytest.mark.parametrize(("cls", "bias"), [(MixtralGate, False), (GptOssGate, True)])
+@each("k", [2, 4])
+@each(("cls", "bias"), [(MixtralGate, False), (GptOssGate, True)])
 def test_mixtral_and_gpt_oss(cls, bias, k, device):
     gate = cls(D, E, 1, k).to(device)
     assert (gate.gate.bias is not None) == bias
@@ -203,7 +204,7 @@ def test_checkpoint(compile_it):
     check_checkpoint(SIGMOID, compile_it)
 
 
-@pytest.mark.parametrize(
+@each(
     ("build", "error", "match"),
     [
         (lambda: TopKGate(D, 4, 1, 5), ValueError, r"TopKGate: top_k must be at most .* got 5"),

@@ -17,6 +17,7 @@ from gate_checks import (
 )
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from cases import each
 from moeops.gates import TutelGate
 from reference_gates.hetumoe import tutel_gate
 from tolerances import assert_close
@@ -34,8 +35,8 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
+@each("training", [True, False], ids=["train", "eval"])
+@each("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
 def test_values_and_gradients(options, training, dtype, device):
     T, k = 19, options["top_k"]
     gate = TutelGate(D, E, 1, **options).train(training)
@@ -212,7 +213,7 @@ def test_checkpoint():
     check_checkpoint(PRIORITIZED, compile_it=False)
 
 
-@pytest.mark.parametrize(
+@each(
     ("call", "error", "match"),
     [
         (lambda: TutelGate(D, 4, 1, 5), ValueError, r"TutelGate: top_k must be .* got 5"),

@@ -16,6 +16,7 @@ from gate_checks import (
     gradcheck,
 )
 
+from cases import each
 from moeops.gates import XMoEGate
 from reference_gates import fastmoe as fast
 from tolerances import assert_close
@@ -30,8 +31,8 @@ def logits_of(gate, params, x):
     )
 
 
-@pytest.mark.parametrize("k", [1, 2, E])
-@pytest.mark.parametrize(
+@each("k", [1, 2, E])
+@each(
     ("score", "renormalize", "bias"),
     [("softmax", False, True), ("softmax", True, False), ("sigmoid", False, False)],
 )

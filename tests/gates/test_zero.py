@@ -6,12 +6,13 @@ import pytest
 import torch
 from gate_checks import D, check_compile, check_export
 
+from cases import each
 from moeops import FMoE, FMoETransformerMLP
 from moeops.gates import ZeroGate
 
 
-@pytest.mark.parametrize("k", [1, 2, 5])
-@pytest.mark.parametrize("T", [0, 1, 7])
+@each("k", [1, 2, 5])
+@each("T", [0, 1, 7])
 def test_shape_and_values(T, k, dtype, device):
     gate = ZeroGate(D, 3, 2, k).to(device)
     ids, weights = gate(torch.randn(T, D, device=device).to(dtype))

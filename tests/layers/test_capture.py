@@ -14,9 +14,9 @@ from torch._dynamo.utils import counters
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
+from cases import every_pair
 from moeops import FMoE, FMoETransformerMLP
 from moeops.gates import BaseGate, NaiveGate, RouterLinear, balance_loss, router_logits
-from samples import every_pair
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo", "same_random_numbers")
 

@@ -7,6 +7,7 @@ import torch
 from layer_cases import D, H, make_layer
 from torch import nn
 
+from cases import each
 from moeops import FMoE, FMoETransformerMLP
 from moeops.distributed import Exact, Static
 from moeops.gates import NaiveGate
@@ -33,7 +34,7 @@ def weights(x, K=2):
     return torch.ones(x.shape[0], K)
 
 
-@pytest.mark.parametrize(
+@each(
     ("result", "error", "match"),
     [
         (
@@ -70,7 +71,7 @@ def weights(x, K=2):
     ],
     ids=["swapped", "int_weights", "flat_ids", "other_k", "fewer_tokens", "list", "out_of_range"],
 )
-@pytest.mark.parametrize("kind", ["mlp", "modules"])
+@each("kind", ["mlp", "modules"])
 def test_gates_that_return_something_else(kind, result, error, match):
     layer = make_layer(kind, gate_of(result))
     with pytest.raises(error, match=match):
@@ -152,7 +153,7 @@ def linear(d_model):
     return nn.Linear(d_model, d_model)
 
 
-@pytest.mark.parametrize(
+@each(
     ("build", "error", "match"),
     [
         (lambda: FMoE(0, D, expert=linear), ValueError, r"FMoE: num_expert must be at least 1, got 0"),

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from cases import each
 from moeops import FMoELinear
 from tolerances import assert_close
 
@@ -20,10 +21,10 @@ def loop(layer, x, counts):
     return torch.cat(parts)
 
 
-@pytest.mark.parametrize("counts_type", [torch.int64, torch.int32, torch.uint8])
-@pytest.mark.parametrize("counts_device", ["same", "cpu"])
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
-@pytest.mark.parametrize("counts", [[3, 0, 4], [0, 0, 0], [7, 0, 0], [1, 1, 1]], ids=str)
+@each("counts_type", [torch.int64, torch.int32, torch.uint8])
+@each("counts_device", ["same", "cpu"])
+@each("bias", [True, False], ids=["bias", "no_bias"])
+@each("counts", [[3, 0, 4], [0, 0, 0], [7, 0, 0], [1, 1, 1]], ids=str)
 def test_values_and_gradients(counts, bias, counts_device, counts_type, device):
     layer = FMoELinear(3, 5, 4, bias, dtype=torch.float64, device=device)
     x = torch.randn(7, 5, dtype=torch.float64, device=device, requires_grad=True)
@@ -72,7 +73,7 @@ def test_compile(backend, fresh_dynamo, device):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
 
 
-@pytest.mark.parametrize(
+@each(
     ("x", "counts", "error", "match"),
     [
         (torch.randn(4, 6), [2, 2], ValueError, r"FMoELinear: inp must have size 5 .*\[4, 6\]"),

@@ -12,11 +12,12 @@ from layer_cases import GATES, LAYERS, D, E, H, ScaledTanh, assert_same, make_la
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from cases import each
 from moeops import FMoETransformerMLP
 from tolerances import assert_close
 
 BOTH = pytest.mark.parametrize("kind", LAYERS)
-EVERY_GATE = pytest.mark.parametrize("gate", GATES)
+EVERY_GATE = each("gate", GATES)
 
 
 @BOTH
@@ -46,7 +47,7 @@ def test_autocast(kind, gate, device):
 
 @BOTH
 @EVERY_GATE
-@pytest.mark.parametrize("reentrant", [False, True])
+@each("reentrant", [False, True])
 def test_activation_checkpointing(kind, gate, reentrant, device):
     layer = make_layer(kind, gate, device)
     x = torch.randn(20, D, device=device)
@@ -103,7 +104,7 @@ def copies(layer):
     yield torch.load(buffer, weights_only=False)
 
 
-@pytest.mark.parametrize("kind", ["mlp", "composed"])
+@each("kind", ["mlp", "composed"])
 @EVERY_GATE
 def test_deepcopy_and_pickle_after_training(kind, gate, device):
     layer = make_layer(kind, gate, device, mask_dict={1: 0.5})

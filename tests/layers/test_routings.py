@@ -10,6 +10,7 @@ from layer_cases import LAYERS, D, E, make_layer
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from cases import each
 from moeops import FMoE, FMoELinear, Routing, SlotRouting
 from moeops.dispatch.local import Dispatcher, LocalDispatcher
 from moeops.gates import ExpertChoiceGate, Llama4Gate, ReMoEGate, SoftMoEGate, ThresholdGate
@@ -102,8 +103,8 @@ def layer_for(kind, name, device, **options):
     return make_layer(kind, lambda *args: gate, device, **options).double()
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("kind", LAYERS)
+@each("name", NAMES)
+@each("kind", LAYERS)
 def test_values_and_gradients(kind, name, device):
     layer = layer_for(kind, name, device)
     x = torch.randn(T, D, dtype=torch.float64, device=device, requires_grad=True)
@@ -118,8 +119,8 @@ def test_values_and_gradients(kind, name, device):
         assert_close(grad, expected, torch.float64)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("kind", LAYERS)
+@each("name", NAMES)
+@each("kind", LAYERS)
 def test_masks(kind, name, device):
     row = torch.randn(D, dtype=torch.float64, device=device)
     layer = layer_for(kind, name, device, mask_dict={1: 0.5, 2: row})
@@ -149,7 +150,7 @@ def test_masks(kind, name, device):
     assert_close(layer(x, mask), want, torch.float64)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@each("name", NAMES)
 def test_gate_hook(name):
     seen = []
     layer = layer_for("mlp", name, "cpu", gate_hook=lambda *args: seen.append(args))
@@ -169,7 +170,7 @@ class Fused(FMoE):
         self.experts = FMoELinear(self.num_expert, self.d_model, D, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@each("name", NAMES)
 def test_subclass_with_fused_experts(name, device):
     layer = Fused(num_expert=E, d_model=D, gate=Fixed(record_of(name, "cpu"))).to(device)
     layer.gate.record = record_of(name, device)
@@ -192,8 +193,8 @@ class Nested(nn.Module):
         return hidden, {"image": image + hidden.mean(1)[:, None, None]}
 
 
-@pytest.mark.parametrize("number", [torch.float64, torch.int64])
-@pytest.mark.parametrize("name", NAMES)
+@each("number", [torch.float64, torch.int64])
+@each("name", NAMES)
 def test_nests(name, number, device):
     layer = FMoE(E, D, gate=Fixed(record_of(name, device)), expert=Nested).to(device, torch.float64)
     inp = {
@@ -239,7 +240,7 @@ def test_nests(name, number, device):
     assert_close(rest["image"], want[:, D:].reshape(T, 2, 3), torch.float64)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@each("name", NAMES)
 def test_experts_work_on_the_rows_they_need(name):
     record = record_of(name, "cpu")
     if isinstance(record, Routing):
@@ -273,8 +274,8 @@ class Backwards(Dispatcher):
         return self.local.combine(out, record["mine"])
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("kind", LAYERS)
+@each("name", NAMES)
+@each("kind", LAYERS)
 def test_layers_take_other_dispatchers(kind, name):
     layer = layer_for(kind, name, "cpu")
     x = torch.randn(T, D, dtype=torch.float64, requires_grad=True)
@@ -295,7 +296,7 @@ def test_dispatcher_without_methods():
             call(Dispatcher())
 
 
-@pytest.mark.parametrize("activation", ["swiglu", torch.sin], ids=["fused", "composed"])
+@each("activation", ["swiglu", torch.sin], ids=["fused", "composed"])
 def test_fused_experts_on_rows(activation, dtype, device):
     experts = FusedExperts(E, D, 12, activation, dtype=dtype, device=device)
     rows = torch.randn(9, D, device=device).to(dtype)
@@ -351,8 +352,8 @@ def test_one_graph_for_all_token_counts(kind, gate, device):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("kind", ["mlp", "composed"])
+@each("gate", GATES)
+@each("kind", ["mlp", "composed"])
 def test_no_host_sync(kind, gate, cuda_device):
     layer = make_layer(kind, GATES[gate], cuda_device, mask_dict={1: 0.5})
     x = torch.randn(32, D, device=cuda_device, requires_grad=True)
@@ -367,7 +368,7 @@ def test_no_host_sync(kind, gate, cuda_device):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize(
+@each(
     ("output", "error", "match"),
     [
         (lambda i, w: i, TypeError, r"must return \(topk_ids, topk_weights\), a moeops\.Routing .* got Tensor"),
@@ -388,7 +389,7 @@ def test_no_host_sync(kind, gate, cuda_device):
         ),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("kind", ["mlp", "modules"])
+@each("kind", ["mlp", "modules"])
 def test_records_that_do_not_fit(kind, output, error, match):
     ids, weights = torch.zeros(6, 3, dtype=torch.int64), torch.ones(6, 3)
 

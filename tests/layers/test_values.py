@@ -9,6 +9,7 @@ from layer_cases import GATES, D, E, H, ScaledTanh, different_experts, make_laye
 from torch import nn
 
 import moeops
+from cases import each
 from moeops import FMoE, FMoELinear, FMoETransformerMLP, reference
 from moeops.gates import NaiveGate
 from tolerances import assert_close
@@ -75,8 +76,8 @@ def check_against(layer, gate_of, experts_of, T=23, seed=7):
         assert_close(actual[name], parameter.grad, torch.float64, f"gradient of {name}")
 
 
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@each("bias", [True, False], ids=["bias", "no_bias"])
+@each("activation", ACTIVATIONS)
 def test_transformer_mlp(activation, bias, device):
     given, function = ACTIVATIONS[activation]
     layer = FMoETransformerMLP(
@@ -125,7 +126,7 @@ def test_fused_layer_equals_the_op_reference():
     assert_close(layer(x), expected, torch.float64)
 
 
-@pytest.mark.parametrize("kind", ["mlp", "composed", "modules"])
+@each("kind", ["mlp", "composed", "modules"])
 def test_types(kind, dtype, device):
     layer = make_layer(kind, "naive", device).double()
     x = torch.randn(40, D, dtype=torch.float64, device=device).to(dtype)
@@ -137,8 +138,8 @@ def test_types(kind, dtype, device):
     assert_close(y, expected, dtype)
 
 
-@pytest.mark.parametrize("shape", [(0, D), (1, D), (2, 3, D), (2, 0, D), (D,), (2, 3, 2, D)])
-@pytest.mark.parametrize("activation", ["gelu", torch.sin], ids=["fused", "composed"])
+@each("shape", [(0, D), (1, D), (2, 3, D), (2, 0, D), (D,), (2, 3, 2, D)])
+@each("activation", ["gelu", torch.sin], ids=["fused", "composed"])
 def test_transformer_mlp_keeps_the_shape(shape, activation, device):
     layer = FMoETransformerMLP(E, D, H, activation=activation, device=device)
     x = torch.randn(shape, device=device, requires_grad=True)
@@ -247,8 +248,8 @@ def test_gate_that_reads_the_whole_nest():
     assert_close(layer((a, b)), expected, torch.float64)
 
 
-@pytest.mark.parametrize("where", ["constructor", "call"])
-@pytest.mark.parametrize("kind", ["mlp", "modules"])
+@each("where", ["constructor", "call"])
+@each("kind", ["mlp", "modules"])
 def test_masked_tokens_skip_the_experts(kind, where, device):
     T = 9
     row = torch.randn(D, dtype=torch.float64, device=device)

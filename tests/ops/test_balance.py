@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import moeops
+from cases import each
 from moeops import reference
 from samples import accumulate_dtype
 from tolerances import TOLERANCES, assert_close
@@ -25,7 +26,7 @@ SIZES = [
     (6001, 6, 2),
 ]
 SIZE_IDS = [f"T{T}_E{E}_K{K}" for T, E, K in SIZES]
-scores = pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+scores = each("score", ["softmax", "sigmoid"])
 
 
 def check(logits, K, **options):
@@ -55,8 +56,8 @@ def check(logits, K, **options):
     return got
 
 
-@pytest.mark.parametrize(("T", "E", "K"), SIZES, ids=SIZE_IDS)
-@pytest.mark.parametrize("renormalize", [True, False], ids=["renormalized", "as_scored"])
+@each(("T", "E", "K"), SIZES, ids=SIZE_IDS)
+@each("renormalize", [True, False], ids=["renormalized", "as_scored"])
 @scores
 def test_outputs_and_gradients(T, E, K, score, renormalize, values_dtype, device):
     logits = (2 * torch.randn(T, E)).to(device, values_dtype)
@@ -64,9 +65,9 @@ def test_outputs_and_gradients(T, E, K, score, renormalize, values_dtype, device
     assert int(route.tokens_per_expert.sum()) == T
 
 
-@pytest.mark.parametrize("num_groups", [2, 4, 3, 12])
-@pytest.mark.parametrize("group_score", ["top2", "sum"])
-@pytest.mark.parametrize("with_bias", [False, True], ids=["no_bias", "bias"])
+@each("num_groups", [2, 4, 3, 12])
+@each("group_score", ["top2", "sum"])
+@each("with_bias", [False, True], ids=["no_bias", "bias"])
 @scores
 def test_groups(num_groups, group_score, with_bias, score, device):
     logits = torch.randn(33, 12, dtype=torch.float64, device=device)
@@ -84,11 +85,9 @@ def test_wide_groups_by_sum(group_size, device):
     assert torch.equal(route.topk_ids // group_size, sums.argmax(-1, keepdim=True).expand(50, 4))
 
 
-@pytest.mark.parametrize(
-    "options", [{"top_p": 0.5}, {"min_score": 0.1}, {"top_p": 0.9, "min_score": 0.02}]
-)
-@pytest.mark.parametrize("renormalize", [True, False], ids=["renormalized", "as_scored"])
-@pytest.mark.parametrize("K", [1, 4, 40])
+@each("options", [{"top_p": 0.5}, {"min_score": 0.1}, {"top_p": 0.9, "min_score": 0.02}])
+@each("renormalize", [True, False], ids=["renormalized", "as_scored"])
+@each("K", [1, 4, 40])
 @scores
 def test_fewer_experts(options, renormalize, K, score, device):
     logits = 2 * torch.randn(60, 40, dtype=torch.float64, device=device)
@@ -118,8 +117,8 @@ def test_mass_and_least_score_by_hand(device):
         assert_close(route.topk_weights, want, torch.float64)
 
 
-@pytest.mark.parametrize(("E", "K"), [(6, 1), (6, 2), (6, 6), (70, 3), (300, 2)])
-@pytest.mark.parametrize("renormalize", [True, False], ids=["renormalized", "as_scored"])
+@each(("E", "K"), [(6, 1), (6, 2), (6, 6), (70, 3), (300, 2)])
+@each("renormalize", [True, False], ids=["renormalized", "as_scored"])
 def test_sampled_last_choice(E, K, renormalize, device):
     T = 200
     logits = 2 * torch.randn(T, E, dtype=torch.float64, device=device)
@@ -159,7 +158,7 @@ def test_is_the_three_ops_it_replaces(device):
     assert_close(route.score_sums, moeops.score_sums(logits).double(), torch.float32)
 
 
-@pytest.mark.parametrize("renormalize", [True, False], ids=["renormalized", "as_scored"])
+@each("renormalize", [True, False], ids=["renormalized", "as_scored"])
 @scores
 def test_temperature(score, renormalize, device):
     logits = 2 * torch.randn(40, 12, dtype=torch.float64, device=device)
@@ -171,7 +170,7 @@ def test_temperature(score, renormalize, device):
     assert bfloat.topk_weights.dtype == torch.float32
 
 
-@pytest.mark.parametrize("output", ["topk_weights", "score_sums", "balance_loss"])
+@each("output", ["topk_weights", "score_sums", "balance_loss"])
 @scores
 def test_gradient_of_one_output_alone(output, score, device):
     logits = torch.randn(9, 7, dtype=torch.float64, device=device, requires_grad=True)
@@ -256,7 +255,7 @@ def check_route(got, want, leaf, z):
     return got
 
 
-@pytest.mark.parametrize(("T", "E", "K"), PROTOTYPES, ids=lambda n: str(n))
+@each(("T", "E", "K"), PROTOTYPES, ids=lambda n: str(n))
 def test_prototype_route(T, E, K, values_dtype, device):
     logits = (2 * torch.randn(T, E)).to(device, values_dtype)
     leaf, z = logits.clone().requires_grad_(), logits.cpu().double().requires_grad_()
@@ -265,7 +264,7 @@ def test_prototype_route(T, E, K, values_dtype, device):
     assert_close(got.score_sums.sum(), torch.tensor(float(T * K)).double(), torch.float32)
 
 
-@pytest.mark.parametrize(("T", "E"), [(13, 4), (0, 4), (40, 128), (9, 512), (5, 2048), (6001, 6)])
+@each(("T", "E"), [(13, 4), (0, 4), (40, 128), (9, 512), (5, 2048), (6001, 6)])
 def test_relu_route(T, E, values_dtype, device):
     logits = torch.randn(T, E).to(device, values_dtype)
     leaf, z = logits.clone().requires_grad_(), logits.cpu().double().requires_grad_()
@@ -284,8 +283,8 @@ def test_gradcheck_of_other_routes(output, device):
         assert torch.autograd.gradcheck(lambda z, r=route: getattr(r(z), output), (logits,))
 
 
-@pytest.mark.parametrize("renormalize", [True, False], ids=["renormalized", "as_scored"])
-@pytest.mark.parametrize(("T", "E", "K"), SIZES, ids=SIZE_IDS)
+@each("renormalize", [True, False], ids=["renormalized", "as_scored"])
+@each(("T", "E", "K"), SIZES, ids=SIZE_IDS)
 @scores
 def test_chosen_weights(T, E, K, score, renormalize, values_dtype, device):
     logits = torch.randn(T, E).to(device, values_dtype)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import moeops
+from cases import each
 from moeops import TokenPlan
 from samples import Sample, mlp_tensors, op_cases
 
@@ -137,8 +138,8 @@ def test_the_sync_guard_sees_a_copy_to_the_host(cuda_device, no_host_sync):
 
 
 @capture_dtypes
-@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
-@pytest.mark.parametrize("with_bias", [False, True], ids=["no_bias", "bias"])
+@each("activation", ["swiglu", "gelu"])
+@each("with_bias", [False, True], ids=["no_bias", "bias"])
 def test_moe_mlp_never_waits_for_the_device(
     capture_dtype, activation, with_bias, cuda_device, no_host_sync
 ):

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 import moeops
+from cases import each
 from moeops import TokenPlan, reference
 from samples import SAMPLES, SMALL, Sample, assert_matches_reference, mlp_tensors
 
 ACTIVATIONS = ("swiglu", "gelu", "relu", "silu", "relu_squared")
-bias_options = pytest.mark.parametrize("with_bias", [False, True], ids=["no_bias", "bias"])
+bias_options = each("with_bias", [False, True], ids=["no_bias", "bias"])
 
 
 def call(function, plan, activation):
@@ -21,9 +22,9 @@ def call(function, plan, activation):
     )
 
 
-@pytest.mark.parametrize("sample", SAMPLES, ids=str)
+@each("sample", SAMPLES, ids=str)
 @bias_options
-@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+@each("activation", ["swiglu", "gelu"])
 def test_moe_mlp(sample, activation, with_bias, values_dtype, device):
     plan = sample.plan(device)
     cpu_plan = TokenPlan(*(t.cpu() for t in plan))
@@ -35,7 +36,7 @@ def test_moe_mlp(sample, activation, with_bias, values_dtype, device):
     )
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@each("activation", ACTIVATIONS)
 @bias_options
 def test_activations(activation, with_bias, dtype, device):
     sample = Sample("dropped", T=37, D=9, H=11, dropped=0.2)
@@ -49,8 +50,8 @@ def test_activations(activation, with_bias, dtype, device):
     )
 
 
-@pytest.mark.parametrize("sample", SMALL, ids=str)
-@pytest.mark.parametrize("activation", ["swiglu", "gelu", "silu"])
+@each("sample", SMALL, ids=str)
+@each("activation", ["swiglu", "gelu", "silu"])
 @bias_options
 def test_gradcheck(sample, activation, with_bias, device):
     plan = sample.plan(device)
@@ -93,7 +94,7 @@ def test_other_output_width(device):
     assert y.shape == (sample.T, 3)
 
 
-@pytest.mark.parametrize("needed", list(itertools.product([False, True], repeat=4))[1:], ids=str)
+@each("needed", list(itertools.product([False, True], repeat=4))[1:], ids=str)
 def test_only_needed_gradients_are_computed(needed, device):
     sample = Sample("dropped", dropped=0.2)
     plan = sample.plan(device)
@@ -119,7 +120,7 @@ def test_only_needed_gradients_are_computed(needed, device):
 NEEDS = ("need_x", "need_topk_weights", "need_w_up", "need_w_down")
 
 
-@pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=4)), ids=str)
+@each("needs", list(itertools.product([False, True], repeat=4)), ids=str)
 def test_backward_returns_empty_tensors_for_what_is_not_needed(needs, device):
     sample = Sample("plain")
     t = mlp_tensors(sample, torch.float32, device, "swiglu", with_bias=True)
@@ -202,7 +203,7 @@ def uneven_plan(rows_per_expert, top_k):
 
 
 @bias_options
-@pytest.mark.parametrize("threads", [1, 2, 5])
+@each("threads", [1, 2, 5])
 def test_experts_of_several_blocks(with_bias, threads, values_dtype):
     plan, num_tokens = uneven_plan([700, 0, 257, 256, 1, 514], 2)
     sample = Sample("uneven", T=num_tokens, E=6, D=40, H=300)
@@ -354,7 +355,7 @@ def test_bare_op_refuses_what_would_corrupt_memory():
         torch.ops.moeops.moe_mlp_backward(t["x"], *good, pre)
 
 
-@pytest.mark.parametrize("activation", ["swiglu", "gelu", "relu", "silu", "relu_squared"])
+@each("activation", ["swiglu", "gelu", "relu", "silu", "relu_squared"])
 def test_activations_far_out(activation, device):
     x = torch.cat([torch.linspace(-120, 120, 2003), torch.tensor([0.0, -0.0, 1e-30, 3e4, -3e4])])
     x = x.float()[:, None]

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import moeops
+from cases import each
 from moeops import reference
 from moeops.losses import cv_squared, importance, noisy_load
 from samples import accumulate_dtype
@@ -26,7 +27,7 @@ SIZES = [
 ]
 
 
-@pytest.mark.parametrize(("T", "E", "K"), SIZES, ids=lambda n: str(n))
+@each(("T", "E", "K"), SIZES, ids=lambda n: str(n))
 def test_outputs_and_gradients(T, E, K, values_dtype, device):
     tensors = [torch.randn(T, E).to(values_dtype) for _ in range(3)]
     mine = [t.to(device).requires_grad_(i < 2) for i, t in enumerate(t.clone() for t in tensors)]
@@ -50,8 +51,8 @@ def test_outputs_and_gradients(T, E, K, values_dtype, device):
             assert error <= TOLERANCES[values_dtype] * max(0.1, float(z.grad.abs().max()))
 
 
-@pytest.mark.parametrize("output", ["topk_weights", "importance", "load", "loss"])
-@pytest.mark.parametrize("K", [1, 3])
+@each("output", ["topk_weights", "importance", "load", "loss"])
+@each("K", [1, 3])
 def test_gradient_of_one_output_alone(output, K, device):
     tensors = [torch.randn(6, 5, dtype=torch.float64, device=device) for _ in range(3)]
     clean, spread, noise = (t.requires_grad_(i < 2) for i, t in enumerate(tensors))

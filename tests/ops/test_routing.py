@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import moeops
+from cases import each
 from moeops import reference
 from samples import assert_matches_reference
 from tolerances import assert_close
@@ -21,14 +22,12 @@ SIZES = [
 ]
 SIZE_IDS = [f"T{T}_E{E}_K{K}" for T, E, K in SIZES]
 
-score_options = pytest.mark.parametrize("score", ["softmax", "sigmoid"])
-renormalize_options = pytest.mark.parametrize(
-    "renormalize", [True, False], ids=["renormalized", "as_scored"]
-)
+score_options = each("score", ["softmax", "sigmoid"])
+renormalize_options = each("renormalize", [True, False], ids=["renormalized", "as_scored"])
 
 
-@pytest.mark.parametrize(("T", "E", "K"), SIZES, ids=SIZE_IDS)
-@pytest.mark.parametrize("with_bias", [False, True], ids=["no_bias", "bias"])
+@each(("T", "E", "K"), SIZES, ids=SIZE_IDS)
+@each("with_bias", [False, True], ids=["no_bias", "bias"])
 @score_options
 @renormalize_options
 def test_topk_route(T, E, K, with_bias, score, renormalize, values_dtype, device):
@@ -52,8 +51,8 @@ def test_topk_route(T, E, K, with_bias, score, renormalize, values_dtype, device
     assert torch.equal(chosen["op"].cpu(), chosen["truth"])
 
 
-@pytest.mark.parametrize(("num_groups", "top_groups"), [(2, 1), (4, 2), (8, 3), (4, 4)])
-@pytest.mark.parametrize("with_bias", [False, True], ids=["no_bias", "bias"])
+@each(("num_groups", "top_groups"), [(2, 1), (4, 2), (8, 3), (4, 4)])
+@each("with_bias", [False, True], ids=["no_bias", "bias"])
 @score_options
 def test_expert_groups(num_groups, top_groups, with_bias, score, device):
     T, E, K = 33, 8, 2
@@ -128,7 +127,7 @@ def test_weights_sum_to_the_scale(device):
 
 @score_options
 @renormalize_options
-@pytest.mark.parametrize("K", [1, 3, 5])
+@each("K", [1, 3, 5])
 def test_gradcheck(score, renormalize, K, device):
     logits = torch.randn(7, 5, dtype=torch.float64, device=device, requires_grad=True)
     assert torch.autograd.gradcheck(
@@ -182,7 +181,7 @@ def test_public_errors(device):
         moeops.topk_route(None, 2)
 
 
-@pytest.mark.parametrize("bad", ["nan", "inf", "-inf"])
+@each("bad", ["nan", "inf", "-inf"])
 def test_logits_must_be_finite(bad, dtype):
     logits = torch.randn(9, 5).to(dtype)
     logits[4, 3] = logits[7, 0] = float(bad)
@@ -218,8 +217,8 @@ def test_bare_ops_refuse_bad_arguments():
         backward(torch.ones(5, 2), logits, ids)
 
 
-@pytest.mark.parametrize("num_experts", [5, 64, 257])
-@pytest.mark.parametrize("spread", [1.0, 30.0])
+@each("num_experts", [5, 64, 257])
+@each("spread", [1.0, 30.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_softmax_is_as_exact_as_torch(num_experts, spread, dtype):
     logits = torch.randn(400, num_experts, dtype=torch.float64).mul(spread).to(dtype)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import moeops
+from cases import each
 from moeops import reference
 from samples import assert_matches_reference
 from tolerances import assert_close
@@ -17,7 +18,7 @@ SIZE_IDS = [f"T{T}_E{E}" for T, E in SIZES]
 scores = pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 
 
-@pytest.mark.parametrize(("T", "E"), SIZES, ids=SIZE_IDS)
+@each(("T", "E"), SIZES, ids=SIZE_IDS)
 @scores
 def test_score_sums(T, E, score, values_dtype, device):
     logits = (2 * torch.randn(T, E)).to(device, values_dtype)
@@ -56,7 +57,7 @@ def test_hand_worked(device):
         torch.testing.assert_close(sums.cpu(), torch.tensor(want))
 
 
-@pytest.mark.parametrize("value", [-1e4, -3e38, 0.0, 1e4, 3e38])
+@each("value", [-1e4, -3e38, 0.0, 1e4, 3e38])
 @scores
 def test_extreme_logits_share_alike(value, score, device):
     """Sigmoids that all round to 0, or all to 1, have equal shares."""
@@ -123,7 +124,7 @@ def test_bare_ops_refuse_bad_arguments(device):
         backward(torch.ones(6, dtype=torch.float64, device=device), logits)
 
 
-@pytest.mark.parametrize(
+@each(
     ("T", "E", "K", "size"),
     [(13, 12, 2, 4), (0, 4, 2, 2), (7, 33, 5, 11), (5, 128, 8, 32), (3, 512, 1, 64), (9, 6, 6, 6)],
 )

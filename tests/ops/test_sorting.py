@@ -4,17 +4,15 @@ import pytest
 import torch
 
 import moeops
+from cases import each, every_pair
 from moeops import reference
-from samples import SAMPLES, Sample, every_pair
+from samples import SAMPLES, Sample
 
 INTS = [torch.int32, torch.int64]
 ID_DTYPES = pytest.mark.parametrize("id_dtype", INTS, ids=["int32", "int64"])
-FILLED = [False, True]  # of the fixture
 
 
-@pytest.mark.parametrize(
-    ("sample", "id_dtype", "filled"), every_pair(SAMPLES, INTS, FILLED), indirect=["filled"]
-)
+@each("sample, id_dtype", every_pair(SAMPLES, INTS))
 def test_sort_tokens(sample, id_dtype, device, filled):
     ids = sample.ids(device, id_dtype)
     plan = moeops.sort_tokens(ids, sample.E, sample.num_rows)
@@ -26,7 +24,7 @@ def test_sort_tokens(sample, id_dtype, device, filled):
         assert torch.equal(got.cpu(), want), name
 
 
-@pytest.mark.parametrize("sample", SAMPLES, ids=str)
+@each("sample", SAMPLES, ids=str)
 def test_maps_are_inverse_permutations(sample, device):
     ids = sample.ids(device)
     row_to_pair, pair_to_row, offsets = moeops.sort_tokens(ids, sample.E)
@@ -50,7 +48,7 @@ BY_ROWS = {
 }
 
 
-@pytest.mark.parametrize("num_rows", BY_ROWS)
+@each("num_rows", BY_ROWS)
 def test_number_of_rows_by_hand(num_rows, device, filled):
     plan = moeops.sort_tokens(FULL.to(device), 2, num_rows)
     assert tuple(t.tolist() for t in plan) == BY_ROWS[num_rows]
@@ -97,9 +95,7 @@ COUNTED = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("sample", "id_dtype", "filled"), every_pair(COUNTED, INTS, FILLED), indirect=["filled"]
-)
+@each("sample, id_dtype", every_pair(COUNTED, INTS))
 def test_count_tokens(sample, id_dtype, device, filled):
     ids = sample.ids(device, id_dtype)
     counts = moeops.count_tokens(ids, sample.E)
@@ -109,7 +105,7 @@ def test_count_tokens(sample, id_dtype, device, filled):
 
 
 @ID_DTYPES
-@pytest.mark.parametrize("shape", [(), (0,), (7,), (2, 0, 3), (3, 4, 5)], ids=str)
+@each("shape", [(), (0,), (7,), (2, 0, 3), (3, 4, 5)], ids=str)
 def test_count_tokens_of_any_shape(shape, id_dtype, device):
     ids = torch.randint(-1, 4, shape).to(device, id_dtype)
     want = [int((ids == e).sum()) for e in range(4)]
@@ -135,10 +131,9 @@ def test_drop_out_of_range(id_dtype, device):
         assert torch.equal(got.cpu(), expected)
 
 
-@pytest.mark.parametrize(
-    ("sample", "capacity", "priority_dtype", "id_dtype", "filled"),
-    every_pair(SAMPLES, [0, 3, 10**6], [None, torch.float32, torch.bfloat16], INTS, FILLED),
-    indirect=["filled"],
+@each(
+    "sample, capacity, priority_dtype, id_dtype",
+    every_pair(SAMPLES, [0, 3, 10**6], [None, torch.float32, torch.bfloat16], INTS),
 )
 def test_limit_capacity(sample, capacity, priority_dtype, id_dtype, device, filled):
     ids = sample.ids(device, id_dtype)
@@ -154,11 +149,7 @@ def test_limit_capacity(sample, capacity, priority_dtype, id_dtype, device, fill
     assert torch.equal(kept.cpu(), want)
 
 
-@pytest.mark.parametrize(
-    ("sample", "capacity", "id_dtype", "filled"),
-    every_pair(SAMPLES, [0, 3], INTS, FILLED),
-    indirect=["filled"],
-)
+@each("sample, capacity, id_dtype", every_pair(SAMPLES, [0, 3], INTS))
 def test_limit_capacity_by_choice(sample, capacity, id_dtype, device, filled):
     ids = sample.ids(device, id_dtype)
     kept = moeops.limit_capacity(ids, sample.E, capacity, by_choice=True)
@@ -169,8 +160,8 @@ def test_limit_capacity_by_choice(sample, capacity, id_dtype, device, filled):
     assert torch.equal(kept, turned.t())
 
 
-@pytest.mark.parametrize("sample", SAMPLES, ids=str)
-@pytest.mark.parametrize("by_priority", [False, True], ids=["by_position", "by_priority"])
+@each("sample", SAMPLES, ids=str)
+@each("by_priority", [False, True], ids=["by_position", "by_priority"])
 def test_capacity_keeps_the_right_pairs(sample, by_priority, device):
     capacity = 2
     ids = sample.ids(device)
