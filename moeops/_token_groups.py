@@ -6,17 +6,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def split_groups(t: Tensor, group_size: int | None, fill: float = 0.0) -> Tensor:
+def split_token_groups(t: Tensor, tokens_per_group: int | None, fill: float = 0.0) -> Tensor:
     """View ``[T, F]`` as ``[G, L, F]``, the last group filled up; ``None`` makes one group of all."""
-    if group_size is None:
+    if tokens_per_group is None:
         return t.unsqueeze(0)
-    num_groups = (t.shape[0] + group_size - 1) // group_size
-    missing = num_groups * group_size - t.shape[0]
-    return F.pad(t, (0, 0, 0, missing), value=fill).view(num_groups, group_size, t.shape[1])
+    num_groups = (t.shape[0] + tokens_per_group - 1) // tokens_per_group
+    missing = num_groups * tokens_per_group - t.shape[0]
+    return F.pad(t, (0, 0, 0, missing), value=fill).view(num_groups, tokens_per_group, t.shape[1])
 
 
-def join_groups(t: Tensor, group_size: int | None, num_tokens: int) -> Tensor:
+def join_token_groups(t: Tensor, tokens_per_group: int | None, num_tokens: int) -> Tensor:
     """The inverse: ``[G, L, F]`` to ``[T, F]``, what was filled up cut off."""
-    if group_size is None:
+    if tokens_per_group is None:
         return t.squeeze(0)
     return t.flatten(0, 1)[:num_tokens]

@@ -447,7 +447,7 @@ def importance(topk_weights: Tensor, topk_ids: Tensor, num_experts: int) -> Tens
 
 
 def alignment_loss(
-    router_probs: Tensor, topk_ids: Tensor, group_size: int, *, mask: Tensor | None = None
+    router_probs: Tensor, topk_ids: Tensor, experts_per_group: int, *, mask: Tensor | None = None
 ) -> Tensor:
     """Compute the alignment loss of switch-and-mixture: how much better experts outside the chosen group are.
 
@@ -457,7 +457,7 @@ def alignment_loss(
     Args:
         router_probs: ``[T, E]`` float, each row sums to 1.
         topk_ids: ``[T, K]`` integers in ``[0, E)``, best first, all of a row in one group, before any token is dropped.
-        group_size: experts per group; expert ``e`` is in group ``e // group_size``.
+        experts_per_group: a plain int; expert ``e`` is in group ``e // experts_per_group``.
         mask: ``[T]``, tokens to leave out.
 
     Returns:
@@ -477,12 +477,14 @@ def alignment_loss(
         _checks.check_tensor(op, "router_probs", router_probs, 2)
         _checks.check_float(op, "router_probs", router_probs)
         _check_ids(op, topk_ids, router_probs.shape[0])
-        _checks.check_int(op, "group_size", group_size, 1, "Pass the experts per group.")
+        _checks.check_int(
+            op, "experts_per_group", experts_per_group, 1, "Pass the experts per group."
+        )
     topk_ids = topk_ids.to(torch.int64)
     if mask is not None:
         topk_ids = topk_ids.clamp_min(0)  # those of masked tokens may be -1
     experts = torch.arange(router_probs.shape[1], device=topk_ids.device)
-    outside = experts // group_size != topk_ids[:, :1] // group_size  # [T, E]
+    outside = experts // experts_per_group != topk_ids[:, :1] // experts_per_group  # [T, E]
     # Inside, 0 exceeds no probability.
     excess = torch.where(outside, router_probs, 0) - router_probs.gather(1, topk_ids[:, -1:])
     num_tokens = num_unmasked(router_probs, mask, router_probs.dtype)

@@ -125,15 +125,15 @@ class SlotRouting(NamedTuple):
     Expert ``e`` owns slots ``e * S`` to ``(e + 1) * S``; the input of slot ``s`` is
     ``sum_t dispatch_weights[t, s] * x[t]``, and token ``t`` gets ``sum_s combine_weights[t, s] * output[s]``.
 
-    With ``group_size`` that many tokens in a row are a group (a sequence, say; the last one may be shorter), the sums
-    stay within a group, and every group has ``E * S`` slots of its own.
+    With ``tokens_per_group`` that many tokens in a row are a group (a sequence, say; the last one may be shorter), the
+    sums stay within a group, and every group has ``E * S`` slots of its own.
 
     Attributes:
         dispatch_weights: ``[T, E * S]`` float.
         combine_weights: ``[T, E * S]`` float.
-        group_size: tokens per group, a plain int; ``None`` for one group of all tokens.
+        tokens_per_group: a plain int; ``None`` for one group of all tokens.
     """
 
     dispatch_weights: Tensor
     combine_weights: Tensor
-    group_size: int | None = None
+    tokens_per_group: int | None = None

@@ -158,13 +158,14 @@ inline void check_ids_of_logits(const char* op, const Tensor& logits, const Tens
 }
 
 inline void check_alignment(const char* op, const Tensor& logits, const Tensor& topk_ids,
-                            int64_t group_size) {
+                            int64_t experts_per_group) {
   check_ids_of_logits(op, logits, topk_ids);
   STD_TORCH_CHECK(topk_ids.size(1) >= 1, op, ": topk_ids must have at least 1 column, got shape ",
                   shape_string(topk_ids), ". Pass the choices.");
-  STD_TORCH_CHECK(group_size >= 1 && group_size <= std::numeric_limits<int32_t>::max(), op,
-                  ": group_size must be from 1 to 2^31 - 1, got ", group_size,
-                  ". Pass the experts per group.");
+  STD_TORCH_CHECK(
+      experts_per_group >= 1 && experts_per_group <= std::numeric_limits<int32_t>::max(), op,
+      ": experts_per_group must be from 1 to 2^31 - 1, got ", experts_per_group,
+      ". Pass the experts per group.");
 }
 
 // The gradient of a scalar that was computed from the logits.

@@ -25,9 +25,10 @@ STABLE_TORCH_LIBRARY(moeops, m) {
   // scores: logits [T, E] -> sums over the tokens of score / sum of the token's scores, [E]
   m.def("score_sums(Tensor logits, *, str score='softmax') -> Tensor");
   m.def("score_sums_backward(Tensor grad_sums, Tensor logits, *, str score='softmax') -> Tensor");
-  m.def("alignment_sum(Tensor logits, Tensor topk_ids, SymInt group_size) -> Tensor");
+  m.def("alignment_sum(Tensor logits, Tensor topk_ids, SymInt experts_per_group) -> Tensor");
   m.def(
-      "alignment_sum_backward(Tensor grad_sum, Tensor logits, Tensor topk_ids, SymInt group_size) "
+      "alignment_sum_backward(Tensor grad_sum, Tensor logits, Tensor topk_ids, SymInt "
+      "experts_per_group) "
       "-> Tensor");
 
   // balance: topk_route, and what losses read of it: score_sums [E], balance_loss [], counts [E]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moeops import _checks, _nests
-from moeops._token_groups import join_groups, split_groups
+from moeops._token_groups import join_token_groups, split_token_groups
 from moeops.dispatch.base import Block, Dispatcher, Experts, as_rows, combine_leaf, permute_leaf
 from moeops.ops.sorting import sort_tokens
 from moeops.types import Routing, SlotRouting, TokenPlan
@@ -31,11 +31,11 @@ class Mixed(NamedTuple):
 
     Attributes:
         combine_weights: ``[T, E * S]``.
-        group_size: tokens that are mixed with each other; ``None`` for all.
+        tokens_per_group: tokens that are mixed with each other; ``None`` for all.
     """
 
     combine_weights: Tensor
-    group_size: int | None
+    tokens_per_group: int | None
 
 
 Record = Chosen | Mixed
@@ -80,13 +80,15 @@ class LocalDispatcher(Dispatcher):
             plan = self._plan(routing)
             rows = _nests.map_leaves(lambda leaf: permute_leaf(leaf, plan), inp)
             return rows, plan.expert_offsets, Chosen(plan, routing.topk_weights)
-        weights = split_groups(routing.dispatch_weights, routing.group_size)  # [G, L, E * S]
+        weights = split_token_groups(
+            routing.dispatch_weights, routing.tokens_per_group
+        )  # [G, L, E * S]
         rows = _nests.map_leaves(
-            lambda leaf: self._mix_leaf(leaf, weights, routing.group_size), inp
+            lambda leaf: self._mix_leaf(leaf, weights, routing.tokens_per_group), inp
         )
         rows_per_expert = weights.shape[0] * (weights.shape[2] // self.num_experts)  # G * S
         ends = torch.arange(self.num_experts + 1, dtype=torch.int32, device=weights.device)
-        record = Mixed(routing.combine_weights, routing.group_size)
+        record = Mixed(routing.combine_weights, routing.tokens_per_group)
         return rows, ends * rows_per_expert, record
 
     def combine(self, out: Any, record: Record) -> Any:
@@ -96,14 +98,14 @@ class LocalDispatcher(Dispatcher):
         plan, topk_weights = record
         return _nests.map_leaves(lambda leaf: combine_leaf(leaf, plan, topk_weights), out)
 
-    def _mix_leaf(self, leaf: Tensor, weights: Tensor, group_size: int | None) -> Tensor:
+    def _mix_leaf(self, leaf: Tensor, weights: Tensor, tokens_per_group: int | None) -> Tensor:
         """Mix ``[T, ...]`` by weights ``[G, L, E * S]`` into rows ``[E * G * S, ...]``."""
         if leaf.dtype not in _checks.FLOAT_DTYPES:
             raise TypeError(
                 f"LocalDispatcher: moe_inp must hold float tensors where a gate mixes tokens, got "
                 f"{_checks.describe(leaf)}. Pass such values to a gate that chooses experts."
             )
-        tokens = split_groups(as_rows(leaf), group_size)  # [G, L, row]
+        tokens = split_token_groups(as_rows(leaf), tokens_per_group)  # [G, L, row]
         slots = torch.bmm(weights.transpose(1, 2).to(leaf.dtype), tokens)  # [G, E * S, row]
         num_groups, num_slots, row = slots.shape
         by_expert = slots.unflatten(1, (self.num_experts, num_slots // self.num_experts))
@@ -113,12 +115,14 @@ class LocalDispatcher(Dispatcher):
     def _unmix_leaf(self, leaf: Tensor, record: Mixed) -> Tensor:
         """Mix rows ``[E * G * S, ...]`` back into ``[T, ...]``."""
         num_tokens, num_slots = record.combine_weights.shape
-        weights = split_groups(record.combine_weights, record.group_size)  # [G, L, E * S]
+        weights = split_token_groups(
+            record.combine_weights, record.tokens_per_group
+        )  # [G, L, E * S]
         num_groups, per_expert = weights.shape[0], num_slots // self.num_experts
         flat = as_rows(leaf)
         row = flat.shape[1]
         slots = flat.reshape(self.num_experts, num_groups, per_expert, row).transpose(0, 1)
         slots = slots.reshape(num_groups, num_slots, row)
         y = torch.bmm(weights.to(leaf.dtype), slots)  # [G, L, row]
-        y = join_groups(y, record.group_size, num_tokens)
+        y = join_token_groups(y, record.tokens_per_group, num_tokens)
         return y.reshape(num_tokens, *leaf.shape[1:])

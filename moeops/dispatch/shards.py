@@ -47,7 +47,7 @@ def route_to_shards(
         [0.5, 0.5, 2.0, 2.0]
     """
     if isinstance(routing, SlotRouting):
-        dispatch, combine, group_size = routing
+        dispatch, combine, tokens_per_group = routing
 
         def repeat(weights: Tensor) -> Tensor:
             num_tokens, num_slots = weights.shape
@@ -55,7 +55,7 @@ def route_to_shards(
             shards = by_rank.expand(-1, -1, num_shards, -1)
             return shards.reshape(num_tokens, num_slots * num_shards)
 
-        return SlotRouting(repeat(dispatch), repeat(combine), group_size)
+        return SlotRouting(repeat(dispatch), repeat(combine), tokens_per_group)
     ids, weights, num_rows, scales = routing
     num_tokens, top_k = ids.shape
     first = ids + (num_shards - 1) * (ids - ids % num_expert)  # [T, K], number of shard 0

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from moeops import _checks
 from moeops._masks import hide_masked
-from moeops._token_groups import join_groups, split_groups
+from moeops._token_groups import join_token_groups, split_token_groups
 from moeops.gates._variable_k import check_finite
 from moeops.gates.base import BaseGate
 from moeops.types import SlotRouting
@@ -103,8 +103,8 @@ class SoftMoEGate(BaseGate):
             # A row of its own keeps the softmax from being over no tokens, which Inductor of torch 2.11 refuses.
             logits = F.pad(logits, (0, 0, 0, 1), value=-math.inf)
         # What fills up the last sequence takes no part.
-        sequences = split_groups(logits, length, fill=-math.inf)
-        dispatch = join_groups(torch.softmax(sequences, dim=1), length, inp.shape[0])
+        sequences = split_token_groups(logits, length, fill=-math.inf)
+        dispatch = join_token_groups(torch.softmax(sequences, dim=1), length, inp.shape[0])
         return SlotRouting(hide_masked(dispatch[: inp.shape[0]], mask), combine, length)
 
     def _logits(self, inp: Tensor) -> Tensor:

@@ -90,8 +90,10 @@ def check_routing(
             f"{op} must return a multiple of the {num_experts} experts as the number of slots, got "
             f"{_checks.describe(routing.dispatch_weights)}. Give every expert as many slots."
         )
-    if routing.group_size is not None:
-        _checks.check_int(op, "group_size", routing.group_size, 1, "Use None for one group.")
+    if routing.tokens_per_group is not None:
+        _checks.check_int(
+            op, "tokens_per_group", routing.tokens_per_group, 1, "Use None for one group."
+        )
 
 
 def check_expert_output(op: str, index: int, leaves: list[Any], count: int) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moeops import _nests
 from moeops._masks import drop_masked
-from moeops._token_groups import join_groups, split_groups
+from moeops._token_groups import join_token_groups, split_token_groups
 from moeops.types import Routing, SlotRouting
 
 
@@ -55,15 +55,15 @@ def without_masked(routing: Routing | SlotRouting, mask: Tensor) -> Routing | Sl
     """Take the tokens with a mask other than 0 out: the experts see nothing of them, and they get nothing."""
     if isinstance(routing, Routing):
         return routing._replace(topk_ids=drop_masked(routing.topk_ids, mask))
-    dispatch, combine, group_size = routing
+    dispatch, combine, tokens_per_group = routing
     masked = (mask != 0)[:, None]  # [T, 1]
-    every = split_groups(dispatch, group_size)  # [G, L, E * S]
-    kept = split_groups(dispatch.masked_fill(masked, 0), group_size)
+    every = split_token_groups(dispatch, tokens_per_group)  # [G, L, E * S]
+    kept = split_token_groups(dispatch.masked_fill(masked, 0), tokens_per_group)
     # The other tokens take over, so that a slot's weights keep their sum: what a softmax over them alone gives.
     kept_sum = kept.sum(1, keepdim=True)
     factor = every.sum(1, keepdim=True) / torch.where(kept_sum == 0, 1, kept_sum)
-    dispatch = join_groups(kept * factor, group_size, mask.shape[0])
-    return SlotRouting(dispatch, combine.masked_fill(masked, 0), group_size)
+    dispatch = join_token_groups(kept * factor, tokens_per_group, mask.shape[0])
+    return SlotRouting(dispatch, combine.masked_fill(masked, 0), tokens_per_group)
 
 
 def output_weights(routing: Routing | SlotRouting) -> Tensor:

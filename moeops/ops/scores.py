@@ -77,7 +77,7 @@ def score_sums(logits: Tensor, *, score: str = "softmax") -> Tensor:
 
 
 @torch.library.register_fake("moeops::alignment_sum")
-def _alignment_sum_fake(logits, topk_ids, group_size):
+def _alignment_sum_fake(logits, topk_ids, experts_per_group):
     fake_check(
         logits.shape[0] == topk_ids.shape[0],
         "alignment_sum: topk_ids must have one row per token. Pass those of the logits.",
@@ -86,12 +86,12 @@ def _alignment_sum_fake(logits, topk_ids, group_size):
 
 
 @torch.library.register_fake("moeops::alignment_sum_backward")
-def _alignment_sum_backward_fake(grad_sum, logits, topk_ids, group_size):
+def _alignment_sum_backward_fake(grad_sum, logits, topk_ids, experts_per_group):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
 def _alignment_sum_setup(ctx, inputs, output):
-    logits, topk_ids, ctx.group_size = inputs
+    logits, topk_ids, ctx.experts_per_group = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(logits, topk_ids)
 
@@ -100,7 +100,7 @@ def _alignment_sum_grad(ctx, grad_sum):
     if grad_sum is None:
         return None, None, None
     grad_logits = torch.ops.moeops.alignment_sum_backward(
-        grad_sum, *ctx.saved_tensors, ctx.group_size
+        grad_sum, *ctx.saved_tensors, ctx.experts_per_group
     )
     return grad_logits, None, None
 
@@ -111,7 +111,7 @@ torch.library.register_autograd(
 refuse_second_gradient("alignment_sum_backward")
 
 
-def alignment_sum(logits: Tensor, topk_ids: Tensor, group_size: int) -> Tensor:
+def alignment_sum(logits: Tensor, topk_ids: Tensor, experts_per_group: int) -> Tensor:
     """Sum over the tokens by how much experts outside the chosen group beat the last choice.
 
     ``sum_t sum over the experts e outside the group of max(0, p_te - p_t,last)`` with ``p = softmax(logits)``, which is
@@ -122,14 +122,14 @@ def alignment_sum(logits: Tensor, topk_ids: Tensor, group_size: int) -> Tensor:
             at most 2048.
         topk_ids: ``[T, K]`` int32 or int64, best first, all of a row in one group; -1 in the first or the last column
             leaves the token out.
-        group_size: experts per group; expert ``e`` is in group ``e // group_size``.
+        experts_per_group: a plain int; expert ``e`` is in group ``e // experts_per_group``.
 
     Returns:
         A float32 scalar (float64 for float64 logits); 0 for no tokens.
 
     Raises:
-        ValueError: a shape or ``group_size`` does not fit.  TypeError: a dtype is wrong.  RuntimeError: an id is out of
-        range (checked on CPU; on CUDA such a token is left out).
+        ValueError: a shape or ``experts_per_group`` does not fit.  TypeError: a dtype is wrong.  RuntimeError: an id is
+        out of range (checked on CPU; on CUDA such a token is left out).
     Gradients: ``logits``.  Host sync: none.  Deterministic: yes.  Cost: reads the logits once.
     Source: Switch and Mixture, arXiv:2110.07431.
 
@@ -143,5 +143,7 @@ def alignment_sum(logits: Tensor, topk_ids: Tensor, group_size: int) -> Tensor:
         _checks.check_float(op, "logits", logits)
         _checks.check_ids(op, "topk_ids", topk_ids)
         _checks.check_size(op, "topk_ids", topk_ids, 0, logits.shape[0], "one row per token")
-        _checks.check_int(op, "group_size", group_size, 1, "Pass the experts per group.")
-    return torch.ops.moeops.alignment_sum(logits, topk_ids.to(torch.int64), group_size)
+        _checks.check_int(
+            op, "experts_per_group", experts_per_group, 1, "Pass the experts per group."
+        )
+    return torch.ops.moeops.alignment_sum(logits, topk_ids.to(torch.int64), experts_per_group)

@@ -191,7 +191,7 @@ def noisy_topk_route(
     return NoisyRoute(weights, importance, loads, variation(importance) + variation(loads), ids)
 
 
-def alignment_sum(logits: Tensor, topk_ids: Tensor, group_size: int) -> Tensor:
+def alignment_sum(logits: Tensor, topk_ids: Tensor, experts_per_group: int) -> Tensor:
     """Token by token: what probabilities outside the group exceed the last choice's by."""
     probs = torch.softmax(logits.to(_accumulate_dtype(logits.dtype)), dim=-1)
     total = probs.sum() * 0
@@ -199,7 +199,7 @@ def alignment_sum(logits: Tensor, topk_ids: Tensor, group_size: int) -> Tensor:
         if ids[0] < 0 or ids[-1] < 0:
             continue
         for e, own in enumerate(p):
-            if e // group_size != ids[0] // group_size:
+            if e // experts_per_group != ids[0] // experts_per_group:
                 total = total + torch.relu(own - p[ids[-1]])
     return total
 

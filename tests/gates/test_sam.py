@@ -72,7 +72,9 @@ def test_alignment_loss_by_hand():
     ids = torch.tensor([[3, 2], [0, 1]])
     assert_close(alignment_loss(probs, ids, 2), torch.tensor(0.05), torch.float32)
     assert float(alignment_loss(probs[:0], ids[:0], 2)) == 0
-    with pytest.raises(ValueError, match=r"alignment_loss: group_size must be at least 1, got 0"):
+    with pytest.raises(
+        ValueError, match=r"alignment_loss: experts_per_group must be at least 1, got 0"
+    ):
         alignment_loss(probs, ids, 0)
     with pytest.raises(TypeError, match=r"alignment_loss: topk_ids must be int32 or int64"):
         alignment_loss(probs, ids.float(), 2)

@@ -40,7 +40,7 @@ def test_values_and_gradients(slots, length, dtype, device):
     router_type = torch.float64 if dtype == torch.float64 else torch.float32
     routing = gate(x)
     assert isinstance(routing, SlotRouting)
-    assert routing.group_size == length
+    assert routing.tokens_per_group == length
     params = parameters_float64(gate)
     x64 = x.detach().cpu().double().requires_grad_()
     want = reference.soft_moe(x64, params["phi"], params["scale"], length)

@@ -87,7 +87,7 @@ def expert_of(layer, kind, e):
 def mixture(record, experts, x):
     """What the record means, without a dispatch."""
     if isinstance(record, SlotRouting):
-        return reference.soft_mixture(x, record[0], record[1], experts, record.group_size)
+        return reference.soft_mixture(x, record[0], record[1], experts, record.tokens_per_group)
     y = torch.zeros_like(x)
     for e, expert in enumerate(experts):
         for k in range(record.topk_ids.shape[1]):
@@ -130,12 +130,12 @@ def test_masks(kind, name, device):
     kept = (mask == 0)[:, None]
     if isinstance(record, SlotRouting):
         # The rest of a slot's tokens, in its group, keep the sum of its weights.
-        size = record.group_size or T
+        size = record.tokens_per_group or T
         dispatch = torch.where(kept, record[0], 0)
         for begin in range(0, T, size):
             rows = slice(begin, begin + size)
             dispatch[rows] *= record[0][rows].sum(0) / dispatch[rows].sum(0)
-        plain = SlotRouting(dispatch, record[1], record.group_size)
+        plain = SlotRouting(dispatch, record[1], record.tokens_per_group)
         total = record[1].sum(1, keepdim=True)
     else:
         plain = record._replace(topk_ids=torch.where(kept, record[0], -1))
@@ -224,7 +224,9 @@ def test_nests(name, number, device):
 
     experts = [flat(expert) for expert in layer.experts]
     if isinstance(record, SlotRouting):
-        want = reference.soft_mixture(columns, record[0], record[1], experts, record.group_size)
+        want = reference.soft_mixture(
+            columns, record[0], record[1], experts, record.tokens_per_group
+        )
     else:
         want = 0
         for e, expert in enumerate(experts):
@@ -247,7 +249,7 @@ def test_experts_work_on_the_rows_they_need(name):
         record = record._replace(scale_inputs=False)
         want = record.topk_ids.numel() if record.num_rows is None else record.num_rows
     else:
-        want = {None: 1, 4: 3, 20: 1}[record.group_size] * E * S
+        want = {None: 1, 4: 3, 20: 1}[record.tokens_per_group] * E * S
     dispatcher = LocalDispatcher(E)
     x = torch.randn(T, D, dtype=torch.float64)
     rows, offsets, kept = dispatcher.dispatch(record, x)
@@ -385,7 +387,7 @@ def test_no_host_sync(kind, gate, cuda_device):
         (
             lambda i, w: SlotRouting(w.repeat(1, 4), w.repeat(1, 4), 0),
             ValueError,
-            r"group_size must be at least 1, got 0",
+            r"tokens_per_group must be at least 1, got 0",
         ),
     ],
 )  # fmt: skip

@@ -76,13 +76,15 @@ def test_groups(num_groups, group_score, with_bias, score, device):
     check(logits, 2, score=score, bias=bias, **options)
 
 
-@pytest.mark.parametrize("group_size", [16, 24, 64])
-def test_wide_groups_by_sum(group_size, device):
+@pytest.mark.parametrize("experts_per_group", [16, 24, 64])
+def test_wide_groups_by_sum(experts_per_group, device):
     logits = torch.randn(50, 192, dtype=torch.float64, device=device)
-    groups = 192 // group_size
+    groups = 192 // experts_per_group
     route = check(logits, 4, num_groups=groups, top_groups=1, group_score="sum", renormalize=False)
-    sums = torch.softmax(logits, -1).view(50, groups, group_size).sum(-1)
-    assert torch.equal(route.topk_ids // group_size, sums.argmax(-1, keepdim=True).expand(50, 4))
+    sums = torch.softmax(logits, -1).view(50, groups, experts_per_group).sum(-1)
+    assert torch.equal(
+        route.topk_ids // experts_per_group, sums.argmax(-1, keepdim=True).expand(50, 4)
+    )
 
 
 @each("options", [{"top_p": 0.5}, {"min_score": 0.1}, {"top_p": 0.9, "min_score": 0.02}])

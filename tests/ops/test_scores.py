@@ -150,7 +150,9 @@ def test_alignment_sum_gradcheck(device):
 def test_alignment_sum_errors(device):
     logits = torch.randn(5, 6, device=device)
     ids = torch.zeros(5, 2, dtype=torch.int64, device=device)
-    with pytest.raises(ValueError, match=r"alignment_sum: group_size must be at least 1, got 0"):
+    with pytest.raises(
+        ValueError, match=r"alignment_sum: experts_per_group must be at least 1, got 0"
+    ):
         moeops.alignment_sum(logits, ids, 0)
     with pytest.raises(ValueError, match=r"alignment_sum: topk_ids must have size 5.*\[4, 2\]"):
         moeops.alignment_sum(logits, ids[:4], 3)

@@ -65,11 +65,13 @@ def soft_moe(
     return torch.cat(dispatch), torch.cat(combine)
 
 
-def soft_mixture(x: Tensor, dispatch: Tensor, combine: Tensor, experts, group_size=None) -> Tensor:
+def soft_mixture(
+    x: Tensor, dispatch: Tensor, combine: Tensor, experts, tokens_per_group=None
+) -> Tensor:
     """Run experts on their slots, group by group: ``[T, D]``."""
     T, slots = x.shape[0], dispatch.shape[1] // len(experts)
     y = []
-    length = group_size or T
+    length = tokens_per_group or T
     for begin in range(0, T, length):
         rows = slice(begin, begin + length)
         inputs = dispatch[rows].t() @ x[rows]

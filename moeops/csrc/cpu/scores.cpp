@@ -116,7 +116,7 @@ struct Excess {
   acc_t sum = 0;
   int64_t above = 0;
   int64_t first = -1, last = -1;  // -1: dropped
-  int64_t group_size = 1;
+  int64_t experts_per_group = 1;
   int64_t group_begin = 0, group_end = 0;  // of the first choice
 
   bool has(const acc_t* probs, int64_t e) const {
@@ -133,8 +133,8 @@ struct Excess {
     sum = 0;
     above = 0;
     if (first < 0 || last < 0) return;
-    group_begin = first / group_size * group_size;
-    group_end = group_begin + group_size;
+    group_begin = first / experts_per_group * experts_per_group;
+    group_end = group_begin + experts_per_group;
     const int64_t begin = std::min(group_begin, num_experts),
                   end = std::min(group_end, num_experts);
     sum = excess_of(probs, begin, probs[last], above) +
@@ -153,9 +153,9 @@ void refuse_marks(const char* op, const FirstError& bad_token, int64_t num_exper
                   "), got others for token ", bad_token.position(), ". Drop a pair with -1.");
 }
 
-Tensor alignment_sum(const Tensor& logits, const Tensor& topk_ids, int64_t group_size) {
+Tensor alignment_sum(const Tensor& logits, const Tensor& topk_ids, int64_t experts_per_group) {
   constexpr const char* kOp = "alignment_sum";
-  check_alignment(kOp, logits, topk_ids, group_size);
+  check_alignment(kOp, logits, topk_ids, experts_per_group);
   const int64_t num_tokens = logits.size(0), num_experts = logits.size(1);
   const int64_t top_k = topk_ids.size(1);
   const Tensor source = as_contiguous(logits), ids = as_contiguous(topk_ids);
@@ -172,7 +172,7 @@ Tensor alignment_sum(const Tensor& logits, const Tensor& topk_ids, int64_t group
     ranges.run([&](int64_t range, int64_t begin, int64_t end) {
       acc_t* z = values.data() + range * num_experts * 2;
       Excess<acc_t> excess;
-      excess.group_size = group_size;
+      excess.experts_per_group = experts_per_group;
       for (int64_t t = begin * kTokensPerSum; t < std::min(num_tokens, end * kTokensPerSum); ++t) {
         if (!valid_marks(id_data + t * top_k, top_k, num_experts)) {
           bad_token.report(t);
@@ -192,9 +192,9 @@ Tensor alignment_sum(const Tensor& logits, const Tensor& topk_ids, int64_t group
 }
 
 Tensor alignment_sum_backward(const Tensor& grad_sum, const Tensor& logits, const Tensor& topk_ids,
-                              int64_t group_size) {
+                              int64_t experts_per_group) {
   constexpr const char* kOp = "alignment_sum_backward";
-  check_alignment(kOp, logits, topk_ids, group_size);
+  check_alignment(kOp, logits, topk_ids, experts_per_group);
   check_scalar_grad(kOp, "grad_sum", grad_sum, logits);
   const int64_t num_tokens = logits.size(0), num_experts = logits.size(1);
   const int64_t top_k = topk_ids.size(1);
@@ -213,7 +213,7 @@ Tensor alignment_sum_backward(const Tensor& grad_sum, const Tensor& logits, cons
       acc_t* z = values.data() + range * num_experts * 2;
       acc_t* probs = z + num_experts;
       Excess<acc_t> excess;
-      excess.group_size = group_size;
+      excess.experts_per_group = experts_per_group;
       for (int64_t t = begin; t < end; ++t) {
         scalar_t* row = target + t * num_experts;
         if (!valid_marks(id_data + t * top_k, top_k, num_experts)) {

@@ -88,9 +88,9 @@ Tensor score_sums_backward(const Tensor& grad_sums, const Tensor& logits,
   return grad_logits;
 }
 
-Tensor alignment_sum(const Tensor& logits, const Tensor& topk_ids, int64_t group_size) {
+Tensor alignment_sum(const Tensor& logits, const Tensor& topk_ids, int64_t experts_per_group) {
   constexpr auto kOp = "alignment_sum";
-  check_alignment(kOp, logits, topk_ids, group_size);
+  check_alignment(kOp, logits, topk_ids, experts_per_group);
   check_register_experts(kOp, logits.size(1));
   DeviceGuard guard(logits.get_device_index());
   const int64_t num_tokens = logits.size(0);
@@ -108,7 +108,7 @@ Tensor alignment_sum(const Tensor& logits, const Tensor& topk_ids, int64_t group
       alignment_sum_kernel<scalar_t, kSlots><<<blocks, kThreads, 0, stream>>>(
           static_cast<const scalar_t*>(z.data_ptr()), static_cast<const int64_t*>(ids.data_ptr()),
           num_tokens, static_cast<int>(ids.size(1)), static_cast<int>(z.size(1)),
-          static_cast<int>(group_size), static_cast<Acc*>(partial.data_ptr()));
+          static_cast<int>(experts_per_group), static_cast<Acc*>(partial.data_ptr()));
       STD_CUDA_KERNEL_LAUNCH_CHECK();
     });
     add_block_sums_kernel<Acc><<<1, 1024, 0, stream>>>(static_cast<const Acc*>(partial.data_ptr()),
@@ -119,9 +119,9 @@ Tensor alignment_sum(const Tensor& logits, const Tensor& topk_ids, int64_t group
 }
 
 Tensor alignment_sum_backward(const Tensor& grad_sum, const Tensor& logits, const Tensor& topk_ids,
-                              int64_t group_size) {
+                              int64_t experts_per_group) {
   constexpr auto kOp = "alignment_sum_backward";
-  check_alignment(kOp, logits, topk_ids, group_size);
+  check_alignment(kOp, logits, topk_ids, experts_per_group);
   check_register_experts(kOp, logits.size(1));
   check_scalar_grad(kOp, "grad_sum", grad_sum, logits);
   DeviceGuard guard(logits.get_device_index());
@@ -138,7 +138,7 @@ Tensor alignment_sum_backward(const Tensor& grad_sum, const Tensor& logits, cons
               static_cast<const scalar_t*>(z.data_ptr()),
               static_cast<const int64_t*>(ids.data_ptr()), num_tokens,
               static_cast<int>(ids.size(1)), static_cast<int>(z.size(1)),
-              static_cast<int>(group_size), static_cast<scalar_t*>(grad_logits.data_ptr()));
+              static_cast<int>(experts_per_group), static_cast<scalar_t*>(grad_logits.data_ptr()));
       STD_CUDA_KERNEL_LAUNCH_CHECK();
     });
   });
