@@ -129,9 +129,10 @@ def make_parser() -> Parser:
     )
     run.add_argument(
         "--dispatch",
-        choices=("exact", "static"),
+        choices=("exact", "gather", "static"),
         default="exact",
-        help="static: a fixed number of rows per expert, what does not fit is dropped [exact]",
+        help="gather: all tokens to all ranks; static: a fixed number of rows per expert, what does not fit is dropped "
+        "[exact]",
     )
     run.add_argument(
         "--capacity",

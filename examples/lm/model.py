@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import moeops
 from lm.gates import GATES, Sizes
 from moeops import gates
-from moeops.distributed import Exact, Static
+from moeops.distributed import Exact, Gather, Static
 from moeops.layers import FMoETransformerMLP
 
 VOCABULARY = 256  # bytes
@@ -32,7 +32,7 @@ class ModelConfig:
         layers: number of blocks.
         heads: attention heads per block.
         context: longest sequence in bytes.
-        dispatch: how tokens get to experts: "exact", or "static" with room for ``capacity`` rows.
+        dispatch: how tokens get to experts: "exact", "gather", or "static" with room for ``capacity`` rows.
         capacity: of the static dispatcher: a factor on ``T * K / E``.
     """
 
@@ -55,8 +55,10 @@ def make_gate(config: ModelConfig) -> Callable[..., nn.Module]:
     return partial(getattr(gates, spec.cls), **spec.options(sizes))
 
 
-def make_dispatch(config: ModelConfig) -> Exact | Static:
+def make_dispatch(config: ModelConfig) -> Exact | Gather | Static:
     """How tokens get to experts, with its options."""
+    if config.dispatch == "gather":
+        return Gather()
     if config.dispatch == "static":
         assert config.capacity is not None
         return Static(config.capacity)

@@ -219,7 +219,7 @@ def pack_choices(ids: Tensor, weights: Tensor) -> Tensor:
 def unpack_choices(packed: Tensor) -> tuple[Tensor, Tensor]:
     """Undo ``pack_choices``: ids, weights."""
     weights, bits = packed.chunk(2, 1)
-    return bits.detach().contiguous().view(_id_dtype(packed.dtype)), weights
+    return bits.detach().view(_id_dtype(packed.dtype)), weights
 
 
 def own_ids(ids: Tensor, rank: int, num_expert: int) -> Tensor:

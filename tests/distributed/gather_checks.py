@@ -43,12 +43,12 @@ EVERY_PAIR = ({"rows": 4.0}, {"rows": 1.999}, {"rows": 3.999, "max_tokens": 11})
 def check_collectives(ranks: Ranks) -> None:
     """Gathered rows and scattered sums, and the gradient of one is the other's."""
     group = rank_group(dist.group.WORLD)
-    everyone = torch.randn(ranks.size, 3, 2, dtype=torch.float64)
+    everyone = torch.randn(ranks.size, 3, 2, dtype=torch.float64, device=ranks.device)
     dist.broadcast(everyone, 0)
     x = everyone[ranks.rank].clone().requires_grad_()
     y = all_gather_rows(x, group)
     assert torch.equal(y, everyone.flatten(0, 1))
-    weights = torch.arange(1.0, y.numel() + 1, dtype=torch.float64).view_as(y)
+    weights = torch.arange(1.0, y.numel() + 1, dtype=torch.float64, device=ranks.device).view_as(y)
     (grad,) = torch.autograd.grad((y * weights).sum() * (1 + ranks.rank), x, create_graph=True)
     share = weights.view_as(everyone)[ranks.rank]
     torch.testing.assert_close(grad, share * sum(range(1, ranks.size + 1)))
@@ -57,7 +57,7 @@ def check_collectives(ranks: Ranks) -> None:
     torch.testing.assert_close(y, share * sum(range(1, ranks.size + 1)))
     (grad,) = torch.autograd.grad((y * everyone[ranks.rank]).sum(), x)
     assert torch.equal(grad, everyone.flatten(0, 1))
-    flags = torch.tensor([[ranks.rank]], dtype=torch.int16)
+    flags = torch.tensor([[ranks.rank]], dtype=torch.int16, device=ranks.device)
     assert all_gather_rows(flags, group).flatten().tolist() == list(range(ranks.size))
 
 
@@ -95,7 +95,7 @@ def check_lost_pairs(ranks: Ranks) -> None:
             continue
         # The last expert has room for the first 12 tokens of all.
         whole.gate.set_routing(all_to_one)
-        kept = torch.arange(6) + 6 * ranks.rank < 12
+        kept = torch.arange(6, device=ranks.device) + 6 * ranks.rank < 12
         expected = torch.where(kept[:, None], whole(x).split(6)[ranks.rank], 0)
         torch.testing.assert_close(y, expected)
         with pytest.raises(RuntimeError, match=rf"got {lost} pairs without a row .* Raise rows"):
@@ -132,7 +132,7 @@ def check_refusals(ranks: Ranks) -> None:
 
 
 def check_numbers_of_tokens_that_differ(ranks: Ranks) -> None:
-    part, whole = make_pair("mlp", ranks, dispatch="gather")
+    part, whole = make_pair("mlp", ranks, dispatch="gather", rows=4.0)
     x = batch(4, ranks.device)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MOEOPS_DEBUG_CHECKS", "1")

@@ -173,7 +173,8 @@ def check_order_of_exchanges(ranks: Ranks) -> None:
     counts = ["wait", "send", "wait"]  # gathered for the decision, exchanged for the sizes
     # Two weights and two biases, each in two stages.
     begun = ["send"] * 4 + ["wait"] * 4 + ["send"] * 4
-    shadow = [*counts, "send", *begun, "wait", "experts", "send", *["wait"] * 4, "experts", "wait"]
+    there = [*counts, *["send"] * 2, *begun]  # tokens, and what the gate chose for them
+    shadow = [*there, *["wait"] * 2, "experts", "send", *["wait"] * 4, "experts", "wait"]
     back = ["send", "experts", *["send"] * 4]
     for options, forward_order in (({"shadowing": FREE}, shadow), (few(ranks), None)):
         part, _ = make_pair("mlp", ranks, **options)

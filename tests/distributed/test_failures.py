@@ -21,14 +21,15 @@ pytestmark = pytest.mark.distributed
 
 TIMEOUT = 6  # seconds
 COMPILED_TIMEOUT = 60  # seconds; ranks compile before they meet, and not all at the same speed
-DISPATCH = {"counts": {"dispatch": "exact"}, "backward": {"dispatch": "static", "capacity": 4}}
+COMPILED = {"counts": {"dispatch": "exact"}, "backward": {"dispatch": "static", "capacity": 4}}
+EAGER = {"tokens": {"dispatch": "gather", "rows": 3.0}}
 
 
 class Case(NamedTuple):
     """How the last rank goes, where, and what the others do there."""
 
     how: str  # "killed" or "hangs"
-    where: str  # "building", "counts", "rows" or "backward"
+    where: str  # "building", "counts", "rows", "tokens" or "backward"
     backend: str | None = None  # of torch.compile, None for eager mode
 
     @property
@@ -55,7 +56,7 @@ def worker(rank: int, case: Case, folder: str) -> None:
     last = rank == case.ranks - 1
     try:
         start_rank(rank, case.ranks, "gloo", folder, case.timeout)
-        options = DISPATCH[case.where] if case.backend else {}
+        options = COMPILED[case.where] if case.backend else EAGER.get(case.where, {})
         run = make("mlp", 2, "cpu", world_size=case.ranks, **options)
         if case.backend:
             run = torch.compile(run, fullgraph=True, backend=case.backend)
@@ -65,7 +66,7 @@ def worker(rank: int, case: Case, folder: str) -> None:
         y = run(x)
         if torch.is_grad_enabled():
             y.sum().backward()
-        if last and case.where in ("building", "counts"):
+        if last and case.where in ("building", "counts", "tokens"):
             vanish(case, folder)
         if last and case.where == "rows":  # after the counts are exchanged, before the rows are
             exchange.Exchange.__init__ = lambda *args: vanish(case, folder)
@@ -108,12 +109,14 @@ def assert_all_others_fail(op: str, case: Case, folder: Path) -> None:
         ("killed", "building"),
         ("killed", "counts"),
         ("killed", "rows"),
+        ("killed", "tokens"),
         ("killed", "backward"),
         ("hangs", "rows"),
     ],
 )
 def test_every_other_rank_ends_with_an_error(how, where, tmp_path):
     ops = {"building": "FMoETransformerMLP", "counts": "exchange_counts"}
+    ops["tokens"] = "all_gather_rows"
     op = ops.get(where, "all_to_all_rows")
     assert_all_others_fail(op, Case(how, where), tmp_path)
 

@@ -93,11 +93,11 @@ def test_two_ranks_stop_and_resume_and_train_what_one_rank_trains(text, quick, t
     [
         # Room for every token, so that no rank drops.
         (4, ("--eager", "--expert-parallel", "--dispatch", "static", "--capacity", "2")),
-        (2, ("--expert-parallel", "--layers", "1")),
+        (2, ("--expert-parallel", "--layers", "1", "--dispatch", "gather")),
         (2, ("--eager",)),
         (4, ("--eager", "--expert-parallel", "--expert-tensor-parallel", "2", "--layers", "1")),
     ],
-    ids=["4-static", "2-compiled", "2-copies", "4-shards"],
+    ids=["4-static", "2-gather-compiled", "2-copies", "4-shards"],
 )
 def test_ranks_train_what_one_rank_trains(text, quick, tmp_path, num_ranks, options):
     run = ("--gate", "qwen3", "--steps", "20", "--sample-bytes", "4", *options)
