@@ -321,7 +321,11 @@ class BaseGate(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # They are part of one forward's graph: deepcopy refuses them and pickle has no use for them.
-        fresh = {"_newest_loss": Newest(), "_newest_logits": Newest(), "_injected": None}
+        fresh: dict[str, Any] = {
+            "_newest_loss": Newest(),
+            "_newest_logits": Newest(),
+            "_injected": None,
+        }
         return {**self.__dict__, **fresh}
 
 
