@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import copyreg
 import importlib
-import pickle
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -51,7 +50,7 @@ def _reduce_class(cls: _MadeClass) -> str | tuple[Any, ...]:
         for name, value in vars(sys.modules[module]).items():
             if value is cls:
                 return _load_class, (module, name)
-    raise pickle.PicklingError(
+    raise TypeError(
         f"as_gate: the class {cls.__name__} must be a variable of the module {places[0]} to be pickled, got none there "
         "that holds it. Assign what as_gate returns to a variable outside of functions."
     )

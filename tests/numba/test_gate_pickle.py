@@ -45,5 +45,5 @@ def test_a_layer_comes_back(gate):
 
 def test_a_class_that_no_variable_holds():
     layer = moeops.FMoETransformerMLP(4, 8, 16, gate=prototype.as_gate(top_p, mass=0.5))
-    with pytest.raises(pickle.PicklingError, match=r"TopPGate must be a variable of the module"):
+    with pytest.raises(TypeError, match=r"TopPGate must be a variable of the module"):
         pickle.dumps(layer)
