@@ -58,8 +58,10 @@ class CommonSize:
         """
         name = self.group.name
         number = _rounds[name] = _rounds.get(name, 0) + 1
-        if self.size is None or _is_fake(self.group):
+        if self.size is None:
             self.size = max(everywhere(self.op, self.group, lambda: wanted, device))
+        elif wanted != self.size and _is_fake(self.group):
+            self.size = wanted
         elif wanted != self.size:
             self.changed, self._wanted, self._key = True, wanted, str(number)
             store = self._store()
@@ -104,6 +106,7 @@ class CommonSize:
 
 
 def _is_fake(group: RankGroup) -> bool:
+    """The group is torch's stand-in for one, whose other ranks do not exist."""
     return torch.distributed.get_backend(process_group(group.name)) == "fake"
 
 
