@@ -8,6 +8,9 @@ import census
 import pytest
 import torch
 
+from moeops.layers import _weights
+from tensor_kinds import Quantised, Wrapped, wrap
+
 if census.installed() is None:
     pytest.skip("transformers is not installed", allow_module_level=True)
 
@@ -172,3 +175,22 @@ def test_compiles_in_one_graph(model, fresh_dynamo):
                 {"y": y, "x": leaf.grad} | {n: p.grad for n, p in experts.named_parameters()}
             )
         assert distance(*({n: v.detach().clone() for n, v in r.items()} for r in results)) < 1e-12
+
+
+@pytest.mark.parametrize("model", ["qwen3_moe", "gpt_oss"])
+def test_quantised_weights(model, monkeypatch):
+    """Weights that can be dequantised are, in every call, with one warning; others are refused by name."""
+    monkeypatch.setattr(_weights, "_warned", set())
+    (name,) = (name for name in NAMES if name.startswith(f"{model}."))
+    experts, (x, ids, weights) = census.tiny_experts(name, "moeops"), inputs()
+    plain = copy.deepcopy(experts)
+    for weight in ("gate_up_proj", "down_proj"):
+        setattr(plain, weight, torch.nn.Parameter(wrap(experts, weight, Quantised).dequantize()))
+    with pytest.warns(UserWarning, match=r"gate_up_proj has the type Quantised") as caught:
+        y = experts(x, ids, weights)
+    assert torch.equal(experts(x, ids, weights), y)
+    assert len(caught) == 1
+    assert torch.equal(y, plain(x, ids, weights))
+    wrap(plain, "down_proj", Wrapped)
+    with pytest.raises(TypeError, match=r"Experts: down_proj must be .*dequantize.*, got Wrapped"):
+        plain(x, ids, weights)

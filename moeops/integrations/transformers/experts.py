@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import activations
 from transformers.integrations import moe
 
+from moeops.layers._weights import plain_weight
 from moeops.ops import grouped_linear, moe_mlp, permute_tokens, sort_tokens, unpermute_tokens
 from moeops.types import LoraFactors, TokenPlan
 
@@ -65,8 +66,10 @@ def moeops_experts(
 def run_module(experts: Any, x: Tensor, plan: TokenPlan, topk_weights: Tensor) -> Tensor:
     """Run an experts module of transformers on tokens ``[T, D]`` whose plan is known; result as ``moeops_experts``."""
     gated = experts.has_gate
-    w_up = getattr(experts, up_name(experts))
-    w_down = experts.down_proj
+    w_up, w_down = (
+        plain_weight(type(experts).__name__, name, getattr(experts, name))
+        for name in (up_name(experts), "down_proj")
+    )
     b_up = b_down = None
     if experts.has_bias:
         b_up = experts.gate_up_proj_bias if gated else experts.up_proj_bias
