@@ -1,4 +1,4 @@
-"""Expert-parallel layers on 2 and 4 processes; the checks are in layer_checks.py, static_checks.py and gather_checks.py."""
+"""Expert-parallel layers on 2 and 4 processes; the checks are in layer_, static_ and gather_checks.py."""
 
 from __future__ import annotations
 
