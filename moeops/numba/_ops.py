@@ -15,6 +15,7 @@ from moeops._checks import fake_check
 from moeops.numba import _launch, _loops
 from moeops.numba._rules import Rule
 from moeops.numba._signature import KINDS, ScalarArg, Signature, TensorArg
+from moeops.ops._library import has_tangent
 
 _MAX_PLANS = 256  # per op
 _KIND_TEXT = {
@@ -28,6 +29,27 @@ GradientFunction = Callable[
     [Mapping[str, Tensor | None], Mapping[str, Any], Mapping[str, Tensor]],
     Mapping[str, Tensor | None],
 ]
+
+
+class _Library(torch.library.Library):
+    """A library whose gradients refuse tangents, which torch would drop without an error."""
+
+    def impl(self, op_name: str, fn: Any, dispatch_key: str = "", **options: Any) -> Any:
+        """Register a kernel, the gradient's with the refusal around it."""
+        if dispatch_key == "Autograd":
+            fn = self._without_tangents(f"{self.ns}::{op_name}", fn)
+        return super().impl(op_name, fn, dispatch_key, **options)
+
+    def _without_tangents(self, op: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+        def run(keyset: Any, *args: Any, **options: Any) -> Any:
+            if has_tangent(args):
+                raise NotImplementedError(
+                    f"{op}: arguments must have no tangent of forward-mode AD (torch.func.jvp), got one. A prototype "
+                    "has a backward only: use torch.autograd.grad."
+                )
+            return kernel(keyset, *args, **options)
+
+        return run
 
 
 def registered(name: str) -> Op:
@@ -206,7 +228,7 @@ class Op:
                 f"{self.name}: an op name must be free, got one {where}, and now {self.rule.where}. Rename one, or "
                 "pass replace=True to run a notebook cell again."
             )
-        library = torch.library.Library(namespace, "FRAGMENT")
+        library = _Library(namespace, "FRAGMENT")
         library.define(self.signature.schema(name), tags=(torch.Tag.pt2_compliant_tag,))
         library.impl(name, self._run_cpu, "CPU")
         library.impl(name, self._run_cuda, "CUDA")

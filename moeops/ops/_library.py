@@ -9,7 +9,7 @@ forward calls, refuse a tangent.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType, ModuleType
 from typing import Any
 
@@ -34,7 +34,7 @@ def _decomposing(op: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
     decomposition = DECOMPOSITIONS.get(op)
 
     def run(keyset: Any, *args: Any, **options: Any) -> Any:
-        if forward_ad._current_level >= 0 and any(map(_has_tangent, args)):
+        if has_tangent(args):
             if decomposition is None:
                 raise NotImplementedError(
                     f"{op}: arguments must have no tangent of forward-mode AD, got one. Differentiate the op whose "
@@ -53,8 +53,12 @@ def _decomposing(op: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _has_tangent(value: Any) -> bool:
-    return isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None
+def has_tangent(args: Sequence[Any]) -> bool:
+    """Whether forward-mode AD is at work and one of an op's arguments has a tangent."""
+    if forward_ad._current_level < 0:
+        return False
+    tensors = (value for value in args if isinstance(value, Tensor))
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
 def _goes_to_onnx(first: Any) -> bool:

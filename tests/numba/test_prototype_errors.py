@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from numba_prototypes import require_numba
 
 require_numba()
@@ -321,3 +322,13 @@ def test_gates():
         gate(4, 3, 1, top_k=4)
     with pytest.raises(ValueError, match="samples must be given for an op with other tensors"):
         prototype.check(pair, gates_prototypes.top_p)
+
+
+def test_tangents_are_refused_and_not_dropped():
+    def weights(logits):
+        return naive_topk(logits, top_k=2)[0]
+
+    with pytest.raises(NotImplementedError, match=r"naive_topk: arguments must have no tangent"):
+        torch.func.jvp(weights, (LOGITS,), (torch.ones_like(LOGITS),))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="no tangent"):
+        weights(forward_ad.make_dual(LOGITS, torch.ones_like(LOGITS)))
