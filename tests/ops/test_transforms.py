@@ -131,6 +131,19 @@ def test_second_derivatives_of_a_layer():
     torch.testing.assert_close(reverse, want, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("transform", ["grad", "jvp"])
+def test_transforms_compile(transform, fresh_dynamo):
+    layer, x = Layer(), torch.randn(7, 6, dtype=torch.float64)
+
+    def function(x):
+        if transform == "grad":
+            return torch.func.grad(layer)(x)
+        return torch.func.jvp(layer, (x,), (torch.ones_like(x),))[1]
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), function(x))
+
+
 def test_per_sample_gradients_of_parameters():
     layer = moeops.FMoETransformerMLP(4, 6, 5)
     params = {name: p.detach() for name, p in layer.named_parameters()}
