@@ -11,6 +11,7 @@ from gate_checks import D, E
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from cases import each
 from moeops import FMoE, FMoETransformerMLP, LoadMonitor
 from moeops.gates import BaseGate, GShardGate, NaiveGate, SwitchGate
 
@@ -83,8 +84,8 @@ def add_losses(layer):
             layer.gate.add_loss(name, 0.1)
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@each("training", [True, False], ids=["train", "eval"])
+@each("layout", LAYOUTS)
 @pytest.mark.parametrize("name", GATES)
 def test_as_if_alone(name, layout, training, device):
     _, _, draws, places = GATES[name]

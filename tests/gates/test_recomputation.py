@@ -17,6 +17,7 @@ from torch.utils.checkpoint import (
 )
 
 import gate_classes
+from cases import each
 from moeops import FMoETransformerMLP, LoadMonitor, RoutingReplay
 
 
@@ -85,7 +86,7 @@ def step(call, block, x, keep_gradient):
 
 
 @pytest.mark.filterwarnings("ignore:.*requires_grad=True.*:UserWarning")
-@pytest.mark.parametrize("way", WAYS)
+@each("way", WAYS)
 @pytest.mark.parametrize("name", GATES)
 def test_every_gate(name, way):
     block = Block(name)

@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import moeops
+from cases import each
 from moeops import LoraFactors, TokenPlan, reference
 from samples import SAMPLES, SMALL, Sample, assert_matches_reference, mlp_tensors
 
@@ -68,7 +69,7 @@ def on_weights(plan, activation):
     return call
 
 
-@pytest.mark.parametrize("sample", SAMPLES, ids=str)
+@each("sample", SAMPLES)
 def test_grouped_linear(sample, values_dtype, device):
     offsets = sample.plan(device).expert_offsets
     out = assert_matches_reference(
@@ -85,8 +86,8 @@ def test_grouped_linear(sample, values_dtype, device):
     assert torch.equal(tail, torch.zeros_like(tail))
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("adapted", [("up", "down"), ("up",), ("down",)], ids="-".join)
+@each("activation", ACTIVATIONS)
+@each("adapted", [("up", "down"), ("up",), ("down",)], ids="-".join)
 def test_moe_mlp(activation, adapted, dtype, device):
     sample = Sample("dropped", T=37, D=9, H=11, dropped=0.2)
     plan = sample.plan(device)
