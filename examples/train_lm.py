@@ -58,21 +58,19 @@ def make_parser() -> Parser:
     )
     model = parser.add_argument_group("model")
     model.add_argument(
-        "--gate", choices=tuple(GATES), default="gshard", help=f"[gshard] {help_text()}"
+        "--gate", choices=tuple(GATES), default="qwen3", help=f"[%(default)s] {help_text()}"
     )
     model.add_argument(
-        "--experts", type=positive_int, default=8, help="experts per layer [%(default)s]"
+        "--experts", type=positive_int, default=16, help="experts per layer [%(default)s]"
     )
     model.add_argument(
         "--top-k", type=positive_int, help="experts per token [1 for switch and base, else 2]"
     )
+    model.add_argument("--d-model", type=positive_int, default=64, help="model width [%(default)s]")
     model.add_argument(
-        "--d-model", type=positive_int, default=128, help="model width [%(default)s]"
+        "--d-hidden", type=positive_int, default=64, help="width of one expert [%(default)s]"
     )
-    model.add_argument(
-        "--d-hidden", type=positive_int, default=128, help="width of one expert [%(default)s]"
-    )
-    model.add_argument("--layers", type=positive_int, default=4, help="[%(default)s]")
+    model.add_argument("--layers", type=positive_int, default=2, help="[%(default)s]")
     model.add_argument(
         "--heads", type=positive_int, default=4, help="attention heads [%(default)s]"
     )
@@ -88,11 +86,11 @@ def make_parser() -> Parser:
 
     training = parser.add_argument_group("training")
     training.add_argument(
-        "--batch", type=positive_int, default=8, help="sequences per step [%(default)s]"
+        "--batch", type=positive_int, default=16, help="sequences per step [%(default)s]"
     )
-    training.add_argument("--steps", type=positive_int, default=1000, help="[%(default)s]")
+    training.add_argument("--steps", type=positive_int, default=1600, help="[%(default)s]")
     training.add_argument(
-        "--lr", type=positive_float, default=3e-3, help="peak learning rate [%(default)s]"
+        "--lr", type=positive_float, default=1e-2, help="peak learning rate [%(default)s]"
     )
     training.add_argument(
         "--weight-decay", type=factor, default=0.1, help="of matrices [%(default)s]"
@@ -106,7 +104,7 @@ def make_parser() -> Parser:
     training.add_argument(
         "--eval-every",
         type=positive_int,
-        default=100,
+        default=200,
         help="steps between validations [%(default)s]",
     )
     training.add_argument(

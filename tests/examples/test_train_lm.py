@@ -149,7 +149,7 @@ def test_every_gate_trains(quick, tmp_path, gate):
     assert ("is not causal" in stdout) is (GATES[gate].causal == "no")
 
 
-# Those with a state, an input or a shape of their own; the others compile as gshard does above.
+# Those with a state, an input or a shape of their own; the others compile as qwen3 does above.
 @pytest.mark.parametrize(
     "gate",
     ["hash", "soft", "expert-choice", "remoe", "dense-to-sparse", "deepseek", "base", "llama4"],
