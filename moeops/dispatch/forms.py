@@ -172,10 +172,12 @@ class ByRank(Form):
         ids, weights = routing.topk_ids, routing.topk_weights
         owners = torch.where(ids < 0, -1, ids // self.num_expert)  # [T, K]
         num_pairs = count_tokens(owners, self.num_ranks)
-        # Each rank once: among the sorted ones, the first of those that are equal.
-        owners = owners.sort(1).values
-        is_first = F.pad(owners[:, 1:] != owners[:, :-1], (1, 0), value=True)
-        plan = sort_tokens(torch.where(is_first, owners, -1), self.num_ranks)
+        if owners.shape[1] > 1:
+            # Each rank once: among the sorted ones, the first of those that are equal.
+            owners = owners.sort(1).values
+            is_first = F.pad(owners[:, 1:] != owners[:, :-1], (1, 0), value=True)
+            owners = torch.where(is_first, owners, -1)
+        plan = sort_tokens(owners, self.num_ranks)
         counts = torch.stack((plan.expert_offsets.diff(), num_pairs), 1)
         choices = pack_choices(ids, weights)  # [T, 2 K]
         return Load(tokens, Chosen(plan, weights), counts, choices)
