@@ -104,4 +104,4 @@ def test_each_dispatcher_has_its_own_time(tmp_path):
     assert result.returncode == 1, result.stderr
     assert "PROBLEM tiny static: killed after 5 s" in result.stdout
     last = result.stdout.rpartition("layer")[2]
-    assert re.search(r"tiny gather +eager( +[\d.]+){6}", last), result.stdout
+    assert re.search(r"tiny gather +eager( +[\d.e-]+){6}", last), result.stdout
