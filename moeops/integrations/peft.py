@@ -16,6 +16,8 @@ import copy
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
+from inspect import signature
 from typing import Any
 
 import torch
@@ -29,7 +31,7 @@ try:
     from peft.tuners.lora.layer import ParamWrapper
 except ImportError as error:
     raise ImportError(
-        "moeops.integrations.peft: peft must be installed with LoRA for parameters (0.18 or newer), got "
+        "moeops.integrations.peft: peft must be installed with LoRA for parameters (0.19 or newer), got "
         f'{error}. Install it with pip install "moeops[peft]".'
     ) from error
 
@@ -47,10 +49,14 @@ def enable() -> None:
     Raises:
         RuntimeError: this PEFT adds the factors in another way than those that moeops knows.
     """
-    if not hasattr(ParamWrapper, "_activate_lora"):
+    known = (
+        hasattr(ParamWrapper, "_activate_lora")
+        and "config" in signature(ParamWrapper.update_layer).parameters
+    )
+    if not known:
         raise RuntimeError(
-            "moeops.integrations.peft: peft's ParamWrapper must have _activate_lora, got a version without it. "
-            "Install a peft between 0.18 and 0.21, or report the version."
+            "moeops.integrations.peft: peft's ParamWrapper must have _activate_lora and update_layer(..., config), as "
+            f"peft 0.19 to 0.21 have, got peft {version('peft')} without. Install one of these."
         )
     if getattr(ParamWrapper._activate_lora, "is_moeops", False):
         return

@@ -228,6 +228,20 @@ def test_enabling_twice_changes_nothing():
     assert dict(vars(ParamWrapper)) == before
 
 
+def test_another_peft_is_refused(monkeypatch):
+    from peft.tuners.lora.layer import ParamWrapper
+
+    from moeops.integrations.peft import enable
+
+    with monkeypatch.context() as patched:
+        patched.delattr(ParamWrapper, "_activate_lora")
+        with pytest.raises(RuntimeError, match=r"peft 0.19 to 0.21 have, got peft \d"):
+            enable()
+    monkeypatch.setattr(ParamWrapper, "update_layer", lambda self, adapter_name, r: None)
+    with pytest.raises(RuntimeError, match=r"ParamWrapper must have"):
+        enable()
+
+
 def test_other_experts_stay_with_peft():
     """The name of the implementation decides, also after a change of it, and so does the parameter."""
     from moeops.integrations.peft import takes_factors
