@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--text", type=Path, default=PROSE, help="what the adapter learns")
     parser.add_argument("--out", type=Path, default=Path("runs/finetune_lora"))
-    parser.add_argument("--steps", type=int, default=200, help="of the model, and of the adapter")
+    parser.add_argument("--steps", type=int, default=150, help="of the model, and of the adapter")
     parser.add_argument("--rank", type=int, default=16, help="of the adapter")
     args = parser.parse_args(argv)
     begin = time.perf_counter()
