@@ -12,7 +12,7 @@ import torch.distributed as dist
 from parallel_cases import D, batch, make, share
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     FullyShardedDataParallel,
     MixedPrecision,
@@ -165,7 +165,6 @@ def check_fully_sharded(ranks: Ranks) -> None:
     half = ranks.size // 2
     kind = ranks.device.partition(":")[0]
     mesh = init_device_mesh(kind, (2, half), mesh_dim_names=("data", "experts"))
-    everyone = init_device_mesh(kind, (ranks.size,))
     place = ranks.rank % half
     group = mesh.get_group("experts") if half > 1 else None
     whole, part = whole_and_part(ranks, half, place, moe_group=group)
@@ -173,8 +172,8 @@ def check_fully_sharded(ranks: Ranks) -> None:
     fully_shard(part.moe.experts, mesh=mesh["data"])
     for module in part.modules():
         if isinstance(module, nn.Linear):
-            fully_shard(module, mesh=everyone)
-    fully_shard(part, mesh=everyone)
+            fully_shard(module, mesh=everyone(ranks))
+    fully_shard(part, mesh=everyone(ranks))
     scale_expert_gradients(part)
     x = batch(TOKENS * ranks.size, ranks.device)
     norms = train(whole, whole, x)
@@ -182,6 +181,11 @@ def check_fully_sharded(ranks: Ranks) -> None:
     torch.testing.assert_close(actual, norms)
     for name, parameter in part.named_parameters():
         torch.testing.assert_close(parameter.full_tensor(), wanted[name])
+
+
+def everyone(ranks: Ranks) -> DeviceMesh:
+    """A mesh of all ranks on their own kind of device, where FSDP2 would take a GPU that is there."""
+    return init_device_mesh(ranks.device.partition(":")[0], (ranks.size,))
 
 
 def check_mixed_precision_rounds_no_routing_weights(ranks: Ranks) -> None:
@@ -196,9 +200,12 @@ def check_mixed_precision_rounds_no_routing_weights(ranks: Ranks) -> None:
     expected.square().sum().backward()
     assert not torch.equal(expected, half(x, weights.bfloat16(), sort_tokens(ids, 4)))
 
+    mesh = everyone(ranks)
+
     def of_experts(layer):
-        fully_shard(layer.experts, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
-        fully_shard(layer)
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+        fully_shard(layer.experts, mp_policy=policy, mesh=mesh)
+        fully_shard(layer, mesh=mesh)
 
     def of_wrapped_experts(layer):
         layer.experts = checkpoint_wrapper(layer.experts)
@@ -233,8 +240,8 @@ def check_replay_weighs_by_a_sharded_gate(ranks: Ranks) -> None:
     expected = whole(x)
     for unit in ("gate", "gate.gate"):
         part = copy.deepcopy(whole)
-        fully_shard(part.get_submodule(unit))
-        fully_shard(part)
+        fully_shard(part.get_submodule(unit), mesh=everyone(ranks))
+        fully_shard(part, mesh=everyone(ranks))
         replay = RoutingReplay(part)
         replay.record()
         part(x)
@@ -246,7 +253,7 @@ def check_replay_weighs_by_a_sharded_gate(ranks: Ranks) -> None:
 
 def check_experts_sharded_with_the_rest(ranks: Ranks) -> None:
     _, part = whole_and_part(ranks, ranks.size, ranks.rank)
-    fully_shard(part)
+    fully_shard(part, mesh=everyone(ranks))
     with pytest.raises(ValueError, match="experts must be sharded by themselves, got w_up"):
         scale_expert_gradients(part)
 

@@ -185,6 +185,8 @@ def test_aot_compile(kind):
     layer = make_layer(kind, "gshard").eval()
     x = torch.randn(6, D)
     forward = torch.compile(layer.forward, fullgraph=True, backend="aot_eager")
+    if not hasattr(forward, "aot_compile"):
+        pytest.skip(f"torch {torch.__version__} has no aot_compile of a compiled function")
     compiled = forward.aot_compile(((x,), {}))
     torch.testing.assert_close(compiled(layer, x), layer(x), **CLOSE)
 
