@@ -293,7 +293,7 @@ class _Counter(LayerHook):
         torch._dynamo.mark_static_address(self.totals)
 
     def __call__(
-        self, layer: FMoE, x: Tensor, routing: Routing | SlotRouting, mask: Tensor | None = None
+        self, layer: FMoE, x: Any, routing: Routing | SlotRouting, mask: Tensor | None = None
     ) -> None:
         if self.training not in (None, layer.training):
             return

@@ -157,7 +157,7 @@ class _Tape(LayerHook):
         self.given: Decision | None = None
 
     def __call__(
-        self, layer: FMoE, x: Tensor, routing: Routing | SlotRouting, mask: Tensor | None = None
+        self, layer: FMoE, x: Any, routing: Routing | SlotRouting, mask: Tensor | None = None
     ) -> Routing | SlotRouting | None:
         if self.mode == "record":
             self.recorded.set((routing[0].detach(), routing[1].detach()))
@@ -171,8 +171,8 @@ class _Tape(LayerHook):
             )
         first, second = self.given
         if not torch.compiler.is_compiling():
-            _check_fits(first, x, routing)
-        torch._check(first.shape[0] == x.shape[0])
+            _check_fits(first, routing)
+        torch._check(first.shape[0] == routing[0].shape[0])
         if isinstance(routing, SlotRouting):
             return routing._replace(dispatch_weights=first, combine_weights=second)
         if self.from_gate:
@@ -202,12 +202,13 @@ def _check_decision(op: str, decision: Any) -> None:
         )
 
 
-def _check_fits(first: Tensor, x: Tensor, routing: Routing | SlotRouting) -> None:
+def _check_fits(first: Tensor, routing: Routing | SlotRouting) -> None:
     """The decision is one for these tokens and this kind of gate."""
-    if first.shape[0] != x.shape[0]:
+    got = routing[0]
+    if first.shape[0] != got.shape[0]:
         raise ValueError(
             f"RoutingReplay: decisions must be for as many tokens as the forward has, got {first.shape[0]} for "
-            f"{x.shape[0]}. Replay each batch's own decisions."
+            f"{got.shape[0]}. Replay each batch's own decisions."
         )
     mixes = isinstance(routing, SlotRouting)
     if first.is_floating_point() != mixes:
@@ -215,9 +216,9 @@ def _check_fits(first: Tensor, x: Tensor, routing: Routing | SlotRouting) -> Non
             f"RoutingReplay: decisions must be of the gate's kind, got {_checks.describe(first)} for a gate that "
             f"{'mixes tokens' if mixes else 'chooses experts'}. Record with the same kind of gate."
         )
-    if first.device != x.device:
+    if first.device != got.device:
         raise ValueError(
-            f"RoutingReplay: decisions must be on {x.device} like x, got {_checks.describe(first)}. Move them there."
+            f"RoutingReplay: decisions must be on {got.device} like x, got {_checks.describe(first)}. Move them there."
         )
 
 

@@ -42,34 +42,37 @@ def _gather(part: Tensor, num_tokens: int, group: RankGroup) -> Tensor:
     return torch.cat(slices)
 
 
+SLICE_GRADIENTS = ("mean", "fastmoe")
+
+
 class _Slice(torch.autograd.Function):
-    """Take this rank's tokens; the gradients of all slices, averaged as ``_Join`` has scaled them, are joined."""
+    """Take this rank's tokens; the gradients of all slices, divided by ``_Join``'s ``scale``, are joined."""
 
     @staticmethod
-    def forward(ctx, x, group):
-        ctx.num_tokens, ctx.group = x.shape[0], group
+    def forward(ctx, x, group, scale):
+        ctx.num_tokens, ctx.group, ctx.scale = x.shape[0], group, scale
         return x.narrow(0, *_bounds(x.shape[0], group)).clone()
 
     @staticmethod
     def backward(ctx, grad):
-        return _gather(grad, ctx.num_tokens, ctx.group) / ctx.group.size, None
+        return _gather(grad, ctx.num_tokens, ctx.group) / ctx.scale, None, None
 
 
 class _Join(torch.autograd.Function):
-    """Join the slices; this rank's slice of the gradient counts once for each of the ranks that hold its copy."""
+    """Join the slices; this rank's slice of the gradient counts ``scale`` times."""
 
     @staticmethod
-    def forward(ctx, part, num_tokens, group):
-        ctx.num_tokens, ctx.group = num_tokens, group
+    def forward(ctx, part, num_tokens, group, scale):
+        ctx.num_tokens, ctx.group, ctx.scale = num_tokens, group, scale
         return _gather(part, num_tokens, group)
 
     @staticmethod
     def backward(ctx, grad):
         part = grad.narrow(0, *_bounds(ctx.num_tokens, ctx.group))
-        return part * ctx.group.size, None, None
+        return part * ctx.scale, None, None, None
 
 
-def slice_tokens(inp: Any, group: RankGroup) -> Any:
+def slice_tokens(inp: Any, group: RankGroup, *, mean: bool = True) -> Any:
     """Take this rank's slice of tokens that every rank of the group holds.
 
     The slices are as equal as they can be, and no token is left out. Gradients inside the slice are those of the sum
@@ -79,26 +82,32 @@ def slice_tokens(inp: Any, group: RankGroup) -> Any:
     Args:
         inp: nest of ``[T, ...]``, equal on all ranks of the group.
         group: the ranks.
+        mean: as said above; otherwise gradients inside the slice are those of this rank's loss, as in FastMoE, and
+            right after they are summed over the ranks. The gradient of ``inp`` is the same. ``join_tokens`` needs the
+            same value.
 
     Returns:
         Nest of ``[L, ...]``.
 
     Gradients: yes; every rank gets that of all tokens.  Host sync: none.
     """
-    return _nests.map_leaves(lambda leaf: _Slice.apply(leaf, group), inp)
+    scale = group.size if mean else 1
+    return _nests.map_leaves(lambda leaf: _Slice.apply(leaf, group, scale), inp)
 
 
-def join_tokens(part: Any, num_tokens: int, group: RankGroup) -> Any:
+def join_tokens(part: Any, num_tokens: int, group: RankGroup, *, mean: bool = True) -> Any:
     """Join the slices of all ranks: the inverse of ``slice_tokens``.
 
     Args:
         part: nest of ``[L, ...]``.
         num_tokens: ``T``.
         group: the ranks.
+        mean: as for ``slice_tokens``.
 
     Returns:
         Nest of ``[T, ...]``, equal on all ranks.
 
     Gradients: yes, from a loss that all ranks compute alike.  Host sync: none.
     """
-    return _nests.map_leaves(lambda leaf: _Join.apply(leaf, num_tokens, group), part)
+    scale = group.size if mean else 1
+    return _nests.map_leaves(lambda leaf: _Join.apply(leaf, num_tokens, group, scale), part)

@@ -26,7 +26,10 @@ class ExpertWeights(NamedTuple):
     Attributes:
         parameters: each parameter of the experts on this rank: one tensor ``[E_local, ...]``, or one tensor per expert.
         run: ``run(weights, rows, expert_offsets, counts)``: ``n`` experts with these weights, ``[n, ...]`` per
-            parameter, on a nest of rows in their order; ``counts`` are the ``n`` differences of the offsets.
+            parameter, on a nest of rows in their order; ``counts`` are the ``n`` differences of the offsets. Every
+            rank must use every weight that it is given, experts without rows included: the backward sends gradients
+            of all of them, and a rank that leaves one out keeps the others waiting. ``tie`` does it for an expert
+            that is not run.
         block: the same as one call ``block(weights)(x, topk_weights, plan)``, if there is one.
     """
 
@@ -62,8 +65,8 @@ def fused_weights(experts: nn.Module) -> ExpertWeights:
     return ExpertWeights(list(experts.parameters()), run, block)
 
 
-# loop(rows, expert_offsets, counts, experts): call one expert after the other on its rows.
-Loop = Callable[[Any, Tensor, list[int], list[Callable[[Any], Any]]], Any]
+# loop(rows, expert_offsets, counts, experts): call one expert after the other on its rows, as it is called at home.
+Loop = Callable[[Any, Tensor, list[int], list[Callable[..., Any]]], Any]
 
 
 def module_weights(experts: Sequence[nn.Module], loop: Loop) -> ExpertWeights:
@@ -72,8 +75,8 @@ def module_weights(experts: Sequence[nn.Module], loop: Loop) -> ExpertWeights:
     names = [name for name, _ in first.named_parameters()]
     columns = zip(*(list(expert.parameters()) for expert in experts), strict=True)
 
-    def expert_with(replaced: dict[str, Tensor]) -> Callable[[Any], Any]:
-        return lambda part: torch.func.functional_call(first, replaced, (part,))
+    def expert_with(replaced: dict[str, Tensor]) -> Callable[..., Any]:
+        return lambda *args: torch.func.functional_call(first, replaced, args)
 
     def run(weights, rows, expert_offsets, counts):
         # unbind, because its gradient is one stack and not one padded tensor per expert.

@@ -32,7 +32,7 @@ def use_dtensor_state(model: nn.Module, optimizer: torch.optim.Optimizer | None 
         NotImplementedError: experts on several ranks are modules, shards, or sharded by FSDP2; or a tensor of theirs
         has not the experts in dimension 0. ``save_checkpoint`` takes them.
     """
-    layers = [(layer, layer.moe_group) for _, layer in named_layers(model)]
+    layers = [(layer, layer.moe_ranks) for _, layer in named_layers(model)]
     spread = [(layer, group) for layer, group in layers if group is not None]
     for layer, _ in spread:
         _check(layer)

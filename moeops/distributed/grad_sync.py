@@ -70,10 +70,10 @@ def _hook_scales(model: nn.Module) -> dict[nn.Parameter, _Hook]:
         handle = parameter.register_hook(lambda grad, f=1.0 / ranks: grad * f)
         hooks[parameter] = _Hook(handle, parameter._cdata)
     for _, layer in named_layers(model):
-        if layer.moe_group is not None:
+        if layer.moe_ranks is not None:
             for module, parameters in _fully_sharded(layer.experts):
                 mesh = parameters[0].device_mesh  # type: ignore[attr-defined]
-                module.set_gradient_divide_factor(float(layer.moe_group.size * mesh.size()))
+                module.set_gradient_divide_factor(float(layer.moe_ranks.size * mesh.size()))
     return hooks
 
 
@@ -81,12 +81,12 @@ def _served_ranks(model: nn.Module) -> dict[nn.Parameter, tuple[str, int]]:
     """Experts' parameters whose gradients need a hook, with their names and how many ranks' losses reach them."""
     served = {}
     for _, layer in named_layers(model):
-        if layer.moe_group is None:
+        if layer.moe_ranks is None:
             continue
         by_itself = {p for _, parameters in _fully_sharded(layer.experts) for p in parameters}
         for name, parameter in layer.experts.named_parameters():
             if parameter.requires_grad and parameter not in by_itself:
-                served[parameter] = name, layer.moe_group.size
+                served[parameter] = name, layer.moe_ranks.size
     return served
 
 
@@ -454,8 +454,8 @@ def clip_grad_norm_(
     """
     holders: dict[nn.Parameter, RankGroup] = {}
     for _, layer in named_layers(model):
-        if layer.moe_group is not None:
-            holders.update(dict.fromkeys(layer.experts.parameters(), layer.moe_group))
+        if layer.moe_ranks is not None:
+            holders.update(dict.fromkeys(layer.experts.parameters(), layer.moe_ranks))
     # DTensors of different meshes do not mix; neither do experts of different groups.
     classes: dict[Any, list[nn.Parameter]] = {}
     for parameter in model.parameters():

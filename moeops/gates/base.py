@@ -22,6 +22,14 @@ if TYPE_CHECKING:
 GateLoss = Callable[..., Tensor]
 
 
+def _whole_job(ranks: int) -> RankGroup | None:
+    """All processes, if they are that many: the ranks of a gate above one rank that nobody has told of any."""
+    dist = torch.distributed
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() != ranks:
+        return None
+    return rank_group(dist.group.WORLD)
+
+
 class BaseGate(nn.Module):
     """Base of all gates: subclass it, write ``forward`` in plain PyTorch, and hand the class to a layer.
 
@@ -52,7 +60,8 @@ class BaseGate(nn.Module):
     layer takes the masked tokens' ids away afterwards; they have taken places and counted by then.
 
     A gate that has to know the other ranks' tokens reads ``self.group``: the ranks that it is told of, ``None`` until
-    somebody sets it. Set a process group; what is kept is its ``moeops.distributed.RankGroup``, which can be copied.
+    somebody sets it, as a layer does. A gate without a layer takes the whole job where that has as many ranks as hold
+    the experts. Set a process group; what is kept is its ``moeops.distributed.RankGroup``, which can be copied.
 
     Args:
         num_expert: experts on this rank.
@@ -127,11 +136,12 @@ class BaseGate(nn.Module):
         ranks = self.world_size * self.expert_shards
         if ranks == 1:
             return None
-        group = self._group
+        group = self._group or _whole_job(ranks)
         if group is None:
             raise ValueError(
-                f"{type(self).__name__}: group must be set for {why} with world_size = {ranks}, got None. "
-                "Pass group=, the ranks that hold the experts, or set gate.group."
+                f"{type(self).__name__}: group must be set for {why} with world_size = {ranks}, got None, and the "
+                "whole job has another number of ranks. Pass group=, the ranks that hold the experts, or set "
+                "gate.group."
             )
         if group.size != ranks:
             raise ValueError(
@@ -144,6 +154,9 @@ class BaseGate(nn.Module):
         """The ranks to balance over; ``None`` if there is one process only."""
         if self._group is not None:
             return self._group
+        ranks = self.world_size * self.expert_shards
+        if ranks > 1 and (job := _whole_job(ranks)) is not None:
+            return job
         dist = torch.distributed
         alone = not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1
         if self.world_size > 1 or not alone:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +31,7 @@ class FasterGate(NaiveGate):
 
     Departures from FastMoE's gate of the same name:
 
-    - Plain arguments instead of environment variables.
+    - Plain arguments instead of environment variables; ``from_environment`` reads those.
     - No count is copied to the host: both cases are computed, and a mask on the device picks one.
     - Any ``top_k``; the choice that leaves the node comes first, as the best one; FastMoE has two and puts it last.
     - The loss is 1 at balance on any number of ranks; with ``compat=True`` it is divided by ``world_size ** 2``.
@@ -105,6 +107,34 @@ class FasterGate(NaiveGate):
                 f"{top_k}. Lower top_k."
             )
 
+    @staticmethod
+    def from_environment(rank: int, *, compat: bool = False) -> Callable[..., FasterGate]:
+        """Make a layer's ``gate=`` argument with the options that FastMoE reads from the environment.
+
+        ``FMOE_TOPO_GPUS_PER_NODE`` is ``gpus_per_node``, 8 where it is not set, and ``FMOE_TOPO_OUTGOING_FRACTION`` is
+        ``outgoing_fraction``, 0.14 where it is not set. They are read when this is called.
+
+        Args:
+            rank: this process's rank among those that hold experts.
+            compat: FastMoE's scale of the loss.
+
+        Returns:
+            ``build(d_model, num_expert, world_size, top_k=2, gate_bias=True)``, see ``gen_faster_gate``.
+
+        Raises:
+            ValueError: a variable is no number, or a number does not fit.  TypeError: ``rank`` is not an int.
+
+        Example:
+            >>> FasterGate.from_environment(11)(8, 4, 16).outgoing_fraction
+            0.14
+        """
+        return gen_faster_gate(
+            rank,
+            gpus_per_node=_from_environment("FMOE_TOPO_GPUS_PER_NODE", int, 8),
+            outgoing_fraction=_from_environment("FMOE_TOPO_OUTGOING_FRACTION", float, 0.14),
+            compat=compat,
+        )
+
     def forward(
         self, inp: Tensor, return_all_scores: bool = False, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
@@ -163,6 +193,18 @@ class FasterGate(NaiveGate):
             f"{super().extra_repr()}, node_rank={self.node_rank}, gpus_per_node={self.gpus_per_node}, "
             f"outgoing_fraction={self.outgoing_fraction}, compat={self.compat}"
         )
+
+
+def _from_environment(name: str, kind: type, default: Any) -> Any:
+    """A number from an environment variable."""
+    text = os.environ.get(name, str(default))
+    try:
+        return kind(text)
+    except ValueError as err:
+        raise ValueError(
+            f"FasterGate.from_environment: {name} must be a number of type {kind.__name__}, got {text!r}. Set it "
+            "right, or unset it."
+        ) from err
 
 
 def gen_faster_gate(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moeops import _checks
 from moeops._masks import drop_masked
 from moeops.gates.functional import local_queues, router_logits
 from moeops.gates.naive import NaiveGate
@@ -106,18 +107,71 @@ class SwipeGate(NaiveGate):
         room = ((pairs + self.world_size - 1) // self.world_size).expand(self.world_size)  # [W]
         columns = []
         for k in range(self.top_k):
-            wanted = counts[:, k]  # [from, to]
-            ahead = wanted.cumsum(0) - wanted
-            taken = torch.minimum(wanted, (room - ahead).clamp_min(0))
-            room = room - taken.sum(0)
-            over = (wanted - taken).sum(1)  # pairs of each rank that have to move
-            until = room.cumsum(0)  # what ranks 0 to j can take
-            moves = places[:, k] >= taken[me][ranks[:, k]]  # [T]
-            if mask is not None:
-                moves = moves & (mask == 0)
-            number = over[:me].sum() + moves.to(torch.int64).cumsum(0) - 1
-            target = torch.searchsorted(until, number, right=True).clamp(max=self.world_size - 1)
-            there = target * self.num_expert + k % self.num_expert
-            columns.append(torch.where(moves, there, topk_ids[:, k]))
-            room = room - torch.minimum((over.sum() - (until - room)).clamp_min(0), room)
+            column, room = self._redirect(
+                topk_ids[:, k], places[:, k], counts[:, k], room, me, k, mask
+            )
+            columns.append(column)
         return torch.stack(columns, dim=1)
+
+    def balance_choice(self, ids: Tensor, room: Tensor, k: int = 0) -> tuple[Tensor, Tensor]:
+        """Redirect the pairs of one choice that their ranks cannot take: one step of what training does.
+
+        All ranks of the group must call it; they exchange ``W + 1`` counts.
+
+        Args:
+            ids: one expert for each token, ``[T]``, int64 or int32.
+            room: pairs that each rank can still take, ``[W]`` int64, the same on all ranks.
+            k: number of the choice: redirected pairs go to expert ``k mod num_expert`` of a rank.
+
+        Returns:
+            The experts after that ``[T]``, dtype of ``ids``; the room that is left ``[W]``.
+
+        Raises:
+            ValueError: a shape does not fit, or there is no group of ``world_size`` ranks.  TypeError: ``ids`` is no
+            integer tensor.
+        Gradients: none.  Host sync: none.
+
+        Example:
+            >>> ids, room = SwipeGate(8, 4, 1).balance_choice(torch.tensor([3, 0, 2]), torch.tensor([4]))
+            >>> ids.tolist(), room.tolist()
+            ([3, 0, 2], [1])
+        """
+        op = f"{type(self).__name__}.balance_choice"
+        if not torch.compiler.is_compiling():
+            _checks.check_tensor(op, "ids", ids, 1)
+            if ids.dtype not in _checks.ID_DTYPES:
+                raise TypeError(
+                    f"{op}: ids must be int32 or int64, got {_checks.describe(ids)}. Cast it."
+                )
+            _checks.check_tensor(op, "room", room, 1)
+            _checks.check_size(op, "room", room, 0, self.world_size, "one for each rank")
+            _checks.check_int(op, "k", k, 0, "Choices count from 0.")
+        ranks = (ids // self.num_expert).unsqueeze(1)  # [T, 1]
+        group = self._expert_group("rank balancing")
+        places, _, counts, _, me = local_queues(ranks, self.world_size, "choice", group)
+        return self._redirect(ids, places[:, 0], counts[:, 0], room, me, k, None)
+
+    def _redirect(
+        self,
+        ids: Tensor,
+        places: Tensor,
+        wanted: Tensor,
+        room: Tensor,
+        me: int,
+        k: int,
+        mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Move what does not fit of choice ``k``: ids and places ``[T]``, wanted ``[from, to]``, room ``[W]``."""
+        ahead = wanted.cumsum(0) - wanted
+        taken = torch.minimum(wanted, (room - ahead).clamp_min(0))
+        room = room - taken.sum(0)
+        over = (wanted - taken).sum(1)  # pairs of each rank that have to move
+        until = room.cumsum(0)  # what ranks 0 to j can take
+        moves = places >= taken[me][ids // self.num_expert]  # [T]
+        if mask is not None:
+            moves = moves & (mask == 0)
+        number = over[:me].sum() + moves.to(torch.int64).cumsum(0) - 1
+        target = torch.searchsorted(until, number, right=True).clamp(max=self.world_size - 1)
+        there = target * self.num_expert + k % self.num_expert
+        room = room - torch.minimum((over.sum() - (until - room)).clamp_min(0), room)
+        return torch.where(moves, there, ids).to(ids.dtype), room

@@ -69,6 +69,21 @@ def _takes_gate_bias(gate: Callable[..., Any]) -> bool:
     return open_ended and isinstance(gate, type) and issubclass(gate, NaiveGate)
 
 
+EXPERT_CALLS = ("rows", "rows,count")
+
+
+def _required_arguments(function: Any) -> int:
+    """Positional parameters without a default, ``self`` included."""
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(function).parameters.values()
+    return sum(p.kind in positional and p.default is p.empty for p in parameters)
+
+
+def takes_count(expert: nn.Module) -> bool:
+    """The expert's ``forward`` asks for two arguments: rows, and how many these are, as FastMoE 1.x calls it."""
+    return _required_arguments(type(expert).forward) == 3
+
+
 def build_expert(op: str, expert: Any, d_model: int, may_be_ready: bool) -> nn.Module:
     """Call an expert's class or factory, or take a ready one from a list."""
     if isinstance(expert, nn.Module):

@@ -36,15 +36,25 @@ def check_leaves(op: str, leaves: list[Any]) -> None:
                 f"{[list(other.shape) for other in leaves if isinstance(other, Tensor)]}. Reshape them to [T, ...]."
             )
         _checks.check_device(op, "moe_inp", leaf, "its first tensor", leaves[0])
-    if leaves[0].dim() < 2:
+
+
+def check_gate_input(op: str, first: Tensor) -> None:
+    """A gate that sees the first leaf can read it."""
+    if first.dim() < 2:
         raise ValueError(
-            f"{op}: x must have shape [T, d_model], got {_checks.describe(leaves[0])}. "
-            "Put the tensor for the gate first."
+            f"{op}: x must have shape [T, d_model], got {_checks.describe(first)}. Put the tensor for the gate first, "
+            "or give the gate nested_input = True."
         )
 
 
+def check_choice(op: str, name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    """``value`` is one of the words."""
+    if value not in allowed:
+        raise ValueError(f"{op}: {name} must be one of {allowed}, got {value!r}. Pick one of them.")
+
+
 def check_routing(
-    op: str, gate: nn.Module, routing: Routing | SlotRouting, gate_inp: Tensor, num_experts: int
+    op: str, gate: nn.Module, routing: Routing | SlotRouting, x: Tensor, num_experts: int
 ) -> None:
     """The tensors of a gate's record fit the tokens and each other."""
     op = f"{op}: {type(gate).__name__}"
@@ -56,14 +66,14 @@ def check_routing(
                 f"{op} must return a tensor as {name}, got {_checks.describe(value)}. "
                 f"Return ({first} [T, {width}], {second} [T, {width}])."
             )
-        if value.dim() != 2 or value.shape[0] != gate_inp.shape[0] or value.shape[1] < 1:
+        if value.dim() != 2 or value.shape[0] != x.shape[0] or value.shape[1] < 1:
             raise ValueError(
-                f"{op} must return {name} of shape [{gate_inp.shape[0]}, {width}], got {_checks.describe(value)}. "
+                f"{op} must return {name} of shape [{x.shape[0]}, {width}], got {_checks.describe(value)}. "
                 f"Return ({first} [T, {width}], {second} [T, {width}])."
             )
-        if value.device != gate_inp.device:
+        if value.device != x.device:
             raise ValueError(
-                f"{op} must return {name} on {gate_inp.device} like x, got {_checks.describe(value)}. "
+                f"{op} must return {name} on {x.device} like x, got {_checks.describe(value)}. "
                 "Create tensors on the device of x."
             )
         if name == "topk_ids" and value.dtype not in _checks.ID_DTYPES:
@@ -153,12 +163,12 @@ def check_rows(op: str, leaves: list[Any], num_rows: int) -> None:
 
 
 def check_mask(op: str, mask: Any, x: Tensor | None) -> None:
-    """``mask`` holds one integer per token of ``x``."""
+    """``mask`` holds one number per token of ``x``."""
     if mask is None:
         return
-    if not isinstance(mask, Tensor) or mask.is_floating_point() or mask.is_complex():
+    if not isinstance(mask, Tensor) or mask.is_complex():
         raise TypeError(
-            f"{op}: mask must be an integer or bool tensor, got {_checks.describe(mask)}. 0 marks the tokens to run."
+            f"{op}: mask must be a tensor of numbers or bools, got {_checks.describe(mask)}. 0 marks the tokens to run."
         )
     if x is None:
         return
@@ -167,7 +177,6 @@ def check_mask(op: str, mask: Any, x: Tensor | None) -> None:
             f"{op}: mask must have one entry for each of the {x.shape[0]} tokens, got {_checks.describe(mask)}. "
             "Pass a mask that fits this input."
         )
-    _checks.check_device(op, "mask", mask, "x", x)
 
 
 def check_mask_dict(op: str, mask_dict: Any) -> dict[int, Any] | None:

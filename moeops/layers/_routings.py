@@ -14,7 +14,10 @@ from moeops.types import Routing, SlotRouting
 
 
 def as_routing(op: str, gate: object, output: Any) -> Routing | SlotRouting:
-    """Read what a gate returned: a record, or a pair that means ``Routing`` with its defaults."""
+    """Read what a gate returned: a record, or a pair that means ``Routing`` with its defaults.
+
+    Of a pair FastMoE's older shapes are taken too: weights ``[T, 1, K]``, and ids ``[T * K]`` beside them.
+    """
     if isinstance(output, (Routing, SlotRouting)):
         return output
     if not isinstance(output, (tuple, list)) or len(output) != 2:
@@ -25,7 +28,30 @@ def as_routing(op: str, gate: object, output: Any) -> Routing | SlotRouting:
             f"{op}: {type(gate).__name__} must return (topk_ids, topk_weights), a moeops.Routing or a "
             f"moeops.SlotRouting, got {got}. Return (topk_ids [T, K], topk_weights [T, K])."
         )
-    return Routing(output[0], output[1])
+    topk_ids, topk_weights = output
+    if isinstance(topk_weights, Tensor) and topk_weights.dim() == 3 and topk_weights.shape[1] == 1:
+        topk_weights = topk_weights.squeeze(1)
+        if isinstance(topk_ids, Tensor) and topk_ids.dim() == 1:
+            if topk_ids.shape[0] != topk_weights.numel():
+                raise ValueError(
+                    f"{op}: {type(gate).__name__} must return as many flat topk_ids as the topk_weights "
+                    f"{list(output[1].shape)} have entries, got {list(topk_ids.shape)}. Return one id per weight."
+                )
+            topk_ids = topk_ids.reshape(topk_weights.shape)
+    return Routing(topk_ids, topk_weights)
+
+
+def pad_left_out(leaf: Any, num_rows: int, expert_offsets: Tensor) -> Any:
+    """Add zeros for the rows of dropped pairs where experts did not return them: ``[R, ...]``.
+
+    Rows are copied to the host's knowledge only where some are missing; another number of rows is left to the checks.
+    """
+    if not isinstance(leaf, Tensor) or leaf.dim() == 0 or leaf.shape[0] == num_rows:
+        return leaf
+    if leaf.shape[0] != int(expert_offsets[-1]):
+        return leaf
+    missing = leaf.new_zeros((num_rows - leaf.shape[0], *leaf.shape[1:]))
+    return torch.cat((leaf, missing))
 
 
 def hide_tokens(inp: Any, mask: Tensor, *, finite: bool) -> Any:

@@ -106,7 +106,7 @@ def own_experts(value: Any, like: Any, group: RankGroup) -> Any:
 
 def hold_experts(layer: FMoE, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
     """A state dict hook of layers: have a layer's experts say what they are."""
-    group = layer.moe_group
+    group = layer.moe_ranks
     if _plain or group is None:
         return
     start = f"{prefix}experts."
@@ -125,7 +125,7 @@ def hold_experts(layer: FMoE, state: dict[str, Any], prefix: str, _metadata: Any
 
 def take_experts(layer: FMoE, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """A hook before ``load_state_dict``: make plain tensors of a layer's experts."""
-    group = layer.moe_group
+    group = layer.moe_ranks
     if group is None:
         return
     start = f"{prefix}experts."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from moeops import _checks
 from moeops.dispatch.shards import ShardSpan, take_shard
+from moeops.layers._fastmoe_keys import fused_names
 from moeops.layers._weights import plain_weight
-from moeops.layers.linear import init_linear_
+from moeops.layers.linear import check_init, init_linear_
 from moeops.ops.grouped_linear import grouped_linear
 from moeops.ops.moe_mlp import ACTIVATIONS, moe_mlp, up_width
 from moeops.ops.permute import permute_tokens, unpermute_tokens
@@ -101,6 +102,8 @@ class FusedExperts(nn.Module):
         bias: give both projections a bias.
         num_shards: ``P``, a divisor of ``H``; above 1 the activation must be one of the named ones.
         shard: which one this is, below ``P``.
+        init: "linear" to start each expert's projections like an ``nn.Linear``, or "fastmoe" for FastMoE's start:
+            weights ``sqrt(H)`` and ``sqrt(D)`` times smaller, biases zero.
         dtype: type of the parameters, torch's default if ``None``.
         device: device of the parameters, torch's default if ``None``.
 
@@ -135,6 +138,7 @@ class FusedExperts(nn.Module):
         *,
         num_shards: int = 1,
         shard: int = 0,
+        init: str = "linear",
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -152,6 +156,8 @@ class FusedExperts(nn.Module):
         self.d_hidden = d_hidden
         self.num_shards = num_shards
         self.shard = shard
+        check_init("FusedExperts", init)
+        self.init = init
         self.fused_activation = activation_name(activation)
         self._check_shards(activation)
         # A fused one needs no submodule; another one may have parameters, so it becomes one.
@@ -171,10 +177,10 @@ class FusedExperts(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw new parameters as nn.Linear does, with the fan-in of one expert; the memory is that of whole ones."""
+        """Draw new parameters as ``init`` says, with the fan-in of one expert; the memory is that of whole ones."""
         if self.num_shards == 1:
-            init_linear_(self.w_up, self.b_up)
-            init_linear_(self.w_down, self.b_down)
+            init_linear_(self.w_up, self.b_up, self.init)
+            init_linear_(self.w_down, self.b_down, self.init)
             return
         # Of whole experts, so that equal random states give neither equal shards nor unequal states afterwards.
         for weight, bias in (("w_up", "b_up"), ("w_down", "b_down")):
@@ -184,10 +190,40 @@ class FusedExperts(nn.Module):
                 shape = list(parameter.shape)
                 shape[span.dim] = span.size
                 whole[name] = torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
-            init_linear_(whole[weight], whole.get(bias))
+            init_linear_(whole[weight], whole.get(bias), self.init)
             with torch.no_grad():
                 for name, values in whole.items():
                     _fill(getattr(self, name), take_shard(values, self.shard_span(name)))
+
+    def __len__(self) -> int:
+        """``E``."""
+        return self.num_expert
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Load a state dict, one that FastMoE's layer has saved too."""
+        renamed, errors = fused_names(state_dict, prefix, self.num_expert)
+        error_msgs += errors
+        for name in renamed if self.num_shards > 1 else ():
+            span = self.shard_span(name)
+            state_dict[prefix + name] = take_shard(state_dict[prefix + name], span)
+        super()._load_from_state_dict(
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
 
     def shard_span(self, name: str, shard: int | None = None) -> ShardSpan:
         """Say what of whole experts a parameter holds.

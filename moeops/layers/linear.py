@@ -12,22 +12,39 @@ from moeops import _checks
 from moeops.layers._weights import plain_weight
 from moeops.ops.grouped_linear import grouped_linear
 
+INITS = ("linear", "fastmoe")
 
-def init_linear_(weight: Tensor, bias: Tensor | None) -> None:
-    """Initialise ``[E, out, in]`` and ``[E, out]`` as nn.Linear does, with the fan-in of one expert."""
-    bound = 1 / math.sqrt(weight.shape[2])
+
+def init_linear_(weight: Tensor, bias: Tensor | None, init: str = "linear") -> None:
+    """Initialise ``[E, out, in]`` and ``[E, out]``.
+
+    "linear" draws both as nn.Linear does, with the fan-in of one expert, ``in``. "fastmoe" draws weights with ``in *
+    out`` for the fan-in, which makes them ``sqrt(out)`` times smaller, and sets biases to zero.
+    """
+    fan_in = weight.shape[2] * (weight.shape[1] if init == "fastmoe" else 1)
+    bound = 1 / math.sqrt(fan_in)
     with torch.no_grad():
         weight.uniform_(-bound, bound)
-        if bias is not None:
+        if bias is None:
+            return
+        if init == "fastmoe":
+            bias.zero_()
+        else:
             bias.uniform_(-bound, bound)
+
+
+def check_init(op: str, init: object) -> None:
+    """``init`` is a name of ``init_linear_``."""
+    if init not in INITS:
+        raise ValueError(f"{op}: init must be one of {INITS}, got {init!r}. Pick one of them.")
 
 
 class FMoELinear(nn.Module):
     """Multiply each expert's rows by that expert's own matrix.
 
-    Departures from FastMoE's layer of the same name: every expert starts like an ``nn.Linear`` (FastMoE takes
-    ``in_feat * out_feat`` for the fan-in and zero for the bias), the counts may live on the device, and outside
-    autocast a type mismatch is an error instead of a silent cast.
+    Departures from FastMoE's layer of the same name: every expert starts like an ``nn.Linear`` unless ``init`` says
+    otherwise, the counts may live on the device, and outside autocast a type mismatch is an error instead of a silent
+    cast.
 
     Args:
         num_expert: ``E``.
@@ -35,6 +52,7 @@ class FMoELinear(nn.Module):
         out_feat: columns of the result.
         bias: give each expert a bias.
         rank: kept as an attribute, without a meaning here.
+        init: "linear", or "fastmoe" for FastMoE's start: weights ``sqrt(out_feat)`` times smaller, biases zero.
         dtype: type of the parameters, torch's default if ``None``.
         device: device of the parameters, torch's default if ``None``.
 
@@ -61,6 +79,7 @@ class FMoELinear(nn.Module):
         bias: bool = True,
         rank: int = 0,
         *,
+        init: str = "linear",
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -75,6 +94,8 @@ class FMoELinear(nn.Module):
         self.in_feat = in_feat
         self.out_feat = out_feat
         self.rank = rank
+        check_init("FMoELinear", init)
+        self.init = init
         empty = {"dtype": dtype, "device": device}
         self.weight = nn.Parameter(torch.empty(num_expert, out_feat, in_feat, **empty))  # type: ignore[arg-type]
         if bias:
@@ -84,8 +105,8 @@ class FMoELinear(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw new parameters as nn.Linear does, with the fan-in of one expert."""
-        init_linear_(self.weight, self.bias)
+        """Draw new parameters as ``init`` says."""
+        init_linear_(self.weight, self.bias, self.init)
 
     def forward(self, inp: Tensor, fwd_expert_count: Tensor) -> Tensor:
         """Apply each expert to its rows.

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from moeops import _checks, _nests
 from moeops.comm.agreement import agreement
-from moeops.comm.groups import expert_group, slice_group_of
-from moeops.comm.slicing import join_tokens, slice_tokens
+from moeops.comm.groups import expert_group, process_group, slice_group_of
+from moeops.comm.slicing import SLICE_GRADIENTS, join_tokens, slice_tokens
 from moeops.dispatch.base import Block, Dispatcher, DispatchOptions, ExpertRanks, split_rows
 from moeops.dispatch.options import as_options, build_dispatcher
 from moeops.dispatch.scaled_inputs import scale_inputs, sum_copies
@@ -25,22 +25,30 @@ from moeops.dispatch.weights import (
 from moeops.gates.injected_loss import with_gate_losses
 from moeops.gates.naive import NaiveGate
 from moeops.layers import _layer_checks
-from moeops.layers._build import build_expert, build_gate, set_expert_shards
+from moeops.layers._build import (
+    EXPERT_CALLS,
+    build_expert,
+    build_gate,
+    set_expert_shards,
+    takes_count,
+)
 from moeops.layers._routings import (
     as_routing,
     fill_masked,
     hide_tokens,
     output_weights,
+    pad_left_out,
     without_masked,
 )
 from moeops.layers._state import hold_experts, take_experts
 from moeops.types import Routing, SlotRouting
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
 GateHook = Callable[[Tensor, Tensor, None], Any]
-# hook(layer, gate's input [T, D], routing): what it returns replaces the routing, unless it is None. One with a true
+# hook(layer, what the gate got, routing): what it returns replaces the routing, unless it is None. One with a true
 # attribute takes_mask is called with mask=[T] as well, if there is a mask.
 RoutingHook = Callable[..., Routing | SlotRouting | None]
 
@@ -54,9 +62,11 @@ class FMoE(nn.Module):
     Departures from FastMoE:
 
     - ``gate`` may also be a factory function or a ready module; an expert may also be a ready module.
-    - Experts are called with one argument, their rows (FastMoE 1.x adds the row count).
-    - An expert without tokens is called with zero rows, so its parameters get zero gradients instead of none and
-      every rank of a data-parallel job reduces the same set. Experts must accept zero rows.
+    - An expert is called with its rows, and with the row count too (as FastMoE 1.x calls all) if it asks for two
+      arguments.
+    - An expert without tokens is called with zero rows, so its parameters get zero gradients and every rank of a
+      data-parallel job reduces the same set (FastMoE's smart schedule skips it, and gives it none). Experts must
+      accept zero rows.
     - A mask without ``mask_dict`` is not ignored: the tokens it names come out as zeros.
     - Masked tokens take no capacity and count in no loss; FastMoE's gates do not know of the mask.
     - For nested inputs the gate sees the first leaf, unless it has a true attribute ``nested_input``; FastMoE hands
@@ -79,7 +89,8 @@ class FMoE(nn.Module):
             ``moeops.SlotRouting``.
         expert: class or function called with ``d_model`` to build each expert; or a list with one class, function or
             ready module per expert; or ``None`` in a subclass that sets ``self.experts`` to one module, which is then
-            called as ``experts(rows, tokens_per_expert)`` with rows in expert order.
+            called as ``experts(rows, tokens_per_expert)`` with rows in expert order. Rows of dropped pairs come last,
+            and may be left out of what that module returns.
         gate_hook: called as ``gate_hook(topk_ids, topk_weights, None)`` after the gate; what it returns is ignored.
             With a SlotRouting, as ``gate_hook(dispatch_weights, combine_weights, None)``.
         mask: integers, one per token; see ``forward``. Kept as a buffer that is not saved.
@@ -97,14 +108,22 @@ class FMoE(nn.Module):
         expert_tensor_parallel_size: neighbouring ranks ``P`` of ``moe_group`` that hold the same experts, each a shard
             of them whose outputs add up; ``E`` is then ``num_expert * W / P``. For subclasses that set
             ``self.experts``, such as ``FMoETransformerMLP``; 1 where ``expert`` is given.
+        expert_call: "rows" to call each of several experts with its rows, "rows,count" to add how many these are, an
+            int64 tensor ``[1]`` on the CPU; ``None`` asks each expert's signature: "rows,count" for one whose
+            ``forward`` has two positional parameters without a default.
+        slice_gradients: with a ``slice_group``, "mean" for gradients of gate and experts that are right after they
+            are averaged over its ranks, like all others; "fastmoe" for those of this rank's slice alone, which are
+            right after they are summed.
         dtype: type of the parameters built here, torch's default if ``None``. Ready modules stay as they are.
         device: device of the parameters built here, torch's default if ``None``.
 
     Attributes:
-        routing_hooks: tuple of functions ``hook(layer, x, routing)`` that are called after the gate, with a routing in
-            which masked tokens have no experts; what one returns replaces the routing, unless it is ``None``. A hook
-            with a true attribute ``takes_mask`` gets ``mask=`` too, if there is one. ``LoadMonitor`` and
-            ``RoutingReplay`` are made of them.
+        routing_hooks: tuple of functions ``hook(layer, x, routing)`` that are called after the gate, with what the gate
+            got and a routing in which masked tokens have no experts; what one returns replaces the routing, unless it
+            is ``None``. A hook with a true attribute ``takes_mask`` gets ``mask=`` too, if there is one.
+            ``LoadMonitor`` and ``RoutingReplay`` are made of them.
+        moe_ranks, slice_ranks: the groups as ``moeops.distributed.RankGroup``, ``None`` for this rank alone.
+        moe_group, slice_group: the same as process groups of torch.distributed.
 
     Raises:
         ValueError: a size or an option does not fit.  TypeError: an argument has the wrong type.
@@ -120,6 +139,7 @@ class FMoE(nn.Module):
     """
 
     experts: nn.Module
+    _counted: tuple[bool, ...]  # for each of several experts
     mask: Tensor | None
     dispatch_table: Tensor | None
 
@@ -142,23 +162,30 @@ class FMoE(nn.Module):
         device_mesh: DeviceMesh | None = None,
         dispatch: str | DispatchOptions = "auto",
         expert_tensor_parallel_size: int = 1,
+        expert_call: str | None = None,
+        slice_gradients: str = "mean",
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         op = type(self).__name__
-        self.moe_group = expert_group(op, world_size, moe_group, device_mesh)
-        self.slice_group = slice_group_of(op, mp_group, slice_group)
-        self.world_size = 1 if self.moe_group is None else self.moe_group.size
+        self.moe_ranks = expert_group(op, world_size, moe_group, device_mesh)
+        self.slice_ranks = slice_group_of(op, mp_group, slice_group)
+        self.world_size = 1 if self.moe_ranks is None else self.moe_ranks.size
         settings: dict[str, Any] = {"layer": op}
-        with agreement(op, self.moe_group, settings, device):
+        with agreement(op, self.moe_ranks, settings, device):
+            _layer_checks.check_choice(op, "slice_gradients", slice_gradients, SLICE_GRADIENTS)
+            self.slice_gradients = slice_gradients
+            if expert_call is not None:
+                _layer_checks.check_choice(op, "expert_call", expert_call, EXPERT_CALLS)
+            self.expert_call = expert_call
             _layer_checks.check_shards(op, expert_tensor_parallel_size, self.world_size, expert)
             self.expert_tensor_parallel_size = expert_tensor_parallel_size
             self._build(
                 num_expert, d_model, top_k, gate, expert, gate_bias, dtype=dtype, device=device
             )
             ranks = ExpertRanks(
-                op, self.num_expert, self.moe_group, expert_tensor_parallel_size, self.top_k
+                op, self.num_expert, self.moe_ranks, expert_tensor_parallel_size, self.top_k
             )
             options = as_options(op, dispatch)
             self.dispatcher: Dispatcher = build_dispatcher(options, ranks)
@@ -178,7 +205,8 @@ class FMoE(nn.Module):
                 expert_tensor_parallel_size=expert_tensor_parallel_size,
                 experts=structure,
                 dtype=str(dtype),
-                slices=1 if self.slice_group is None else self.slice_group.size,
+                slices=1 if self.slice_ranks is None else self.slice_ranks.size,
+                slice_gradients=slice_gradients,
             )
         self.gate_hook = gate_hook
         # A plain attribute: a compiler sees it change, which it does not with torch's hooks on the gate.
@@ -220,8 +248,8 @@ class FMoE(nn.Module):
             self.gate = build_gate(op, gate, d_model, num_expert, expert_ranks, top_k, gate_bias)
         if dtype is not None and self.gate is not gate:
             self.gate.to(dtype)
-        if self.moe_group is not None and getattr(self.gate, "group", self) is None:
-            self.gate.group = self.moe_group  # type: ignore[assignment]
+        if self.moe_ranks is not None and getattr(self.gate, "group", self) is None:
+            self.gate.group = self.moe_ranks  # type: ignore[assignment]
         set_expert_shards(self.gate, self.expert_tensor_parallel_size)
         self.top_k = getattr(self.gate, "top_k", top_k)
         self.experts_fused = expert is None
@@ -234,6 +262,17 @@ class FMoE(nn.Module):
                     if module is not plan:
                         module.to(dtype)
             self.experts = nn.ModuleList(built)
+            self._counted = tuple(self._takes_count(module) for module in built)
+
+    @property
+    def moe_group(self) -> ProcessGroup | None:
+        """The process group that holds the experts; ``None`` where this rank holds all of them."""
+        return None if self.moe_ranks is None else process_group(self.moe_ranks.name)
+
+    @property
+    def slice_group(self) -> ProcessGroup | None:
+        """The process group that holds the same tokens; ``None`` for this rank alone."""
+        return None if self.slice_ranks is None else process_group(self.slice_ranks.name)
 
     @property
     def tot_expert(self) -> int:
@@ -277,7 +316,7 @@ class FMoE(nn.Module):
         """
         tag = self.expert_dp_comm
         if tag is None:
-            if self.moe_group is None:
+            if self.moe_ranks is None:
                 return ()
             tag = "none"
         return (self.experts, tag), (self.gate, "gate")
@@ -308,14 +347,15 @@ class FMoE(nn.Module):
 
         Args:
             moe_inp: tokens, ``[T, D]``, or a nest of tensors with ``T`` entries each in dimension 0. The gate sees the
-                first leaf (a dict's first key), flattened to ``[T, D]``.
-            mask: ``T`` integers in any shape; tokens with a value other than 0 skip the gate and the experts: they take
-                no capacity and count in no loss, load or bias, and what they hold, NaN too, reaches nobody. Their
-                output is 0, or where ``mask_dict`` has their value ``mask_dict[value]`` times the sum of the weights
-                that the gate gives to their choices, before anything would be dropped. With ``mask_dict`` a masked
-                token whose numbers are all finite therefore goes through the router, and gets a gradient from there.
-                Overrides the constructor's mask for this call. With a SlotRouting the other tokens of the group take
-                over a masked token's share of each slot.
+                first leaf (a dict's first key), flattened to ``[T, D]``; one with a true attribute ``nested_input``
+                gets ``moe_inp`` as it is.
+            mask: ``T`` numbers in any shape, on any device; tokens with a value other than 0 skip the gate and the
+                experts: they take no capacity and count in no loss, load or bias, and what they hold, NaN too, reaches
+                nobody. Their output is 0, or where ``mask_dict`` has their value ``mask_dict[value]`` times the sum of
+                the weights that the gate gives to their choices, before anything would be dropped. With ``mask_dict``
+                a masked token whose numbers are all finite therefore goes through the router, and gets a gradient from
+                there. Overrides the constructor's mask for this call. With a SlotRouting the other tokens of the group
+                take over a masked token's share of each slot.
 
         Returns:
             What the experts return, with ``T`` entries in dimension 0 of each leaf: the sum over a token's experts,
@@ -330,36 +370,44 @@ class FMoE(nn.Module):
         leaves = _nests.leaves(moe_inp)
         if not torch.compiler.is_compiling():
             _layer_checks.check_leaves(op, leaves)
+            if not self._gate_reads_nest():
+                _layer_checks.check_gate_input(op, leaves[0])
         mask = self.mask if mask is None else mask
         if mask is not None:
             if not torch.compiler.is_compiling():
                 _layer_checks.check_mask(op, mask, leaves[0])
-            mask = mask.reshape(-1)  # [T]
+            mask = mask.reshape(-1).to(leaves[0].device)  # [T]
             torch._check(mask.shape[0] == leaves[0].shape[0])
             moe_inp = hide_tokens(moe_inp, mask, finite=self.mask_dict is None)
-        if self.slice_group is None:
+        group = self.slice_ranks
+        if group is None:
             return self._forward(moe_inp, mask)
-        inp = slice_tokens(moe_inp, self.slice_group)
-        mask = mask if mask is None else slice_tokens(mask, self.slice_group)
-        return join_tokens(self._forward(inp, mask), leaves[0].shape[0], self.slice_group)
+        mean = self.slice_gradients == "mean"
+        inp = slice_tokens(moe_inp, group, mean=mean)
+        mask = mask if mask is None else slice_tokens(mask, group)
+        return join_tokens(self._forward(inp, mask), leaves[0].shape[0], group, mean=mean)
+
+    def _gate_reads_nest(self) -> bool:
+        """The gate gets what the layer gets, and not the first leaf."""
+        return bool(getattr(self.gate, "nested_input", False))
 
     def _forward(self, moe_inp: Any, mask: Tensor | None) -> Any:
         """Run checked tokens, those of one slice."""
         op = type(self).__name__
-        leaves = _nests.leaves(moe_inp)
-        gate_inp = leaves[0] if leaves[0].dim() == 2 else leaves[0].flatten(1)  # [T, D]
-        if not torch.compiler.is_compiling():
-            _checks.check_float(op, "x", gate_inp)
-            _checks.check_size(op, "x", gate_inp, 1, self.d_model, "d_model")
+        first = _nests.leaves(moe_inp)[0]
+        gate_inp = moe_inp
+        if not self._gate_reads_nest():
+            gate_inp = first if first.dim() == 2 else first.flatten(1)  # [T, D]
+            if not torch.compiler.is_compiling():
+                _checks.check_float(op, "x", gate_inp)
+                _checks.check_size(op, "x", gate_inp, 1, self.d_model, "d_model")
         # Before the gate: weights or tokens may be on their way while it works.
         early = self.dispatcher.start(moe_inp, self._expert_weights, self.dispatch_table)
-        nested = getattr(self.gate, "nested_input", False)
         takes_mask = mask is not None and getattr(self.gate, "takes_mask", False)
         options = {"mask": mask} if takes_mask else {}
-        gate_output = self.gate(moe_inp if nested else gate_inp, **options)
-        routing = every = as_routing(op, self.gate, gate_output)
+        routing = every = as_routing(op, self.gate, self.gate(gate_inp, **options))
         if not torch.compiler.is_compiling():
-            _layer_checks.check_routing(op, self.gate, routing, gate_inp, self.tot_expert)
+            _layer_checks.check_routing(op, self.gate, routing, first, self.tot_expert)
         if mask is not None:
             routing = without_masked(routing, mask)
         for hook in self.routing_hooks:
@@ -410,13 +458,17 @@ class FMoE(nn.Module):
         assert isinstance(self.experts, nn.ModuleList)
         return module_weights(list(self.experts), self._loop_over_experts)
 
+    def _takes_count(self, expert: nn.Module) -> bool:
+        """An expert is called with the number of its rows too; asked where the layer is built."""
+        return takes_count(expert) if self.expert_call is None else "count" in self.expert_call
+
     def _run_experts(
         self, rows: Any, expert_offsets: Tensor, rows_per_expert: list[int] | None
     ) -> Any:
         """Call the experts on rows in expert order, a nest of ``[R, ...]``; what they return is one too."""
         op = type(self).__name__
         if self.experts_fused:
-            out = self.experts(rows, expert_offsets.diff())
+            out = self._fused_experts(rows, expert_offsets)
         else:
             out = self._loop_over_experts(rows, expert_offsets, rows_per_expert)
         if not torch.compiler.is_compiling():
@@ -424,12 +476,18 @@ class FMoE(nn.Module):
             _layer_checks.check_rows(op, _nests.leaves(out), num_rows)
         return out
 
+    def _fused_experts(self, rows: Any, expert_offsets: Tensor) -> Any:
+        """Call the module of a subclass that holds all experts; rows of dropped pairs that it leaves out are zero."""
+        num_rows = _nests.leaves(rows)[0].shape[0]
+        out = self.experts(rows, expert_offsets.diff())
+        return _nests.map_leaves(lambda leaf: pad_left_out(leaf, num_rows, expert_offsets), out)
+
     def _loop_over_experts(
         self,
         rows: Any,
         expert_offsets: Tensor,
         rows_per_expert: list[int] | None,
-        experts: Sequence[Callable[[Any], Any]] | None = None,
+        experts: Sequence[Callable[..., Any]] | None = None,
     ) -> Any:
         """Call every expert, this layer's own if none are given, on its slice of the rows; join what they return."""
         op = type(self).__name__
@@ -451,7 +509,10 @@ class FMoE(nn.Module):
             _layer_checks.warn_of_folded_rows(op, self.experts)  # type: ignore[arg-type]
         for index, expert in enumerate(self.experts if experts is None else experts):  # type: ignore[arg-type]
             part = _nests.unflatten([leaf[index] for leaf in slices], spec)
-            leaves, this_spec = _nests.flatten(expert(part))
+            # Experts from elsewhere are like this rank's own.
+            counted = self._counted[index if experts is None else 0]
+            args = (part, torch.full((1,), counts[index])) if counted else (part,)
+            leaves, this_spec = _nests.flatten(expert(*args))
             if not torch.compiler.is_compiling():
                 _layer_checks.check_expert_output(op, index, leaves, counts[index])
             if index == 0:
@@ -475,7 +536,7 @@ class FMoE(nn.Module):
         text = f"num_expert={self.num_expert}, d_model={self.d_model}, top_k={self.top_k}"
         if self.expert_tensor_parallel_size > 1:
             text += f", expert_tensor_parallel_size={self.expert_tensor_parallel_size}"
-        if self.moe_group is not None:
+        if self.moe_ranks is not None:
             text += f", dispatch={self.dispatch_text}"
         return text
 

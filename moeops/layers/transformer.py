@@ -31,8 +31,8 @@ class FMoETransformerMLP(FMoE):
     """Replace a transformer's MLP by experts: gate, plan, and all expert MLPs as one op.
 
     FastMoE's layer of the same name. As there, and despite that name, it adds no residual and no norm. Departures:
-    all experts' weights are fused in one tensor per projection, they start like an ``nn.Linear`` each, and nothing is
-    copied to the host on one rank.
+    all experts' weights are fused in one tensor per projection, they start like an ``nn.Linear`` each unless ``init``
+    says otherwise, and nothing is copied to the host on one rank.
 
     Args:
         num_expert: experts on each rank, ``E / world_size``, times ``P`` where those of a rank are shards.
@@ -43,11 +43,12 @@ class FMoETransformerMLP(FMoE):
         expert_dp_comm: tag of the experts' parameters, see ``mark_parallel_comm``.
         expert_rank: kept as an attribute, without a meaning here.
         bias: give the experts' projections a bias.
+        init: how experts start, "linear" or "fastmoe"; see ``FusedExperts``.
         expert_tensor_parallel_size: ``P``, a divisor of ``world_size`` and of ``d_hidden``: each expert is divided
             among that many neighbouring ranks, ``H / P`` hidden units each. Rank ``w * P + p`` holds shard ``p`` of
             the experts ``w * num_expert`` to ``(w + 1) * num_expert``. A token's row goes to all ``P`` of them.
         world_size, mp_group, slice_group, moe_group, top_k, gate, gate_hook, mask, mask_dict, gate_bias, device_mesh,
-            dispatch, dtype, device: as for ``FMoE``.
+            dispatch, slice_gradients, dtype, device: as for ``FMoE``.
 
     Attributes:
         experts: a ``FusedExperts``: ``experts.w_up``, ``experts.w_down``, ``experts.b_up``, ``experts.b_down``.
@@ -87,6 +88,8 @@ class FMoETransformerMLP(FMoE):
         device_mesh: DeviceMesh | None = None,
         dispatch: str | DispatchOptions = "auto",
         expert_tensor_parallel_size: int = 1,
+        slice_gradients: str = "mean",
+        init: str = "linear",
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -110,13 +113,14 @@ class FMoETransformerMLP(FMoE):
             device_mesh=device_mesh,
             dispatch=dispatch,
             expert_tensor_parallel_size=expert_tensor_parallel_size,
+            slice_gradients=slice_gradients,
             dtype=dtype,
             device=device,
         )
         op = "FMoETransformerMLP"
         num_shards = self.expert_tensor_parallel_size
         settings: dict[str, Any] = {}
-        with agreement(op, self.moe_group, settings, device):
+        with agreement(op, self.moe_ranks, settings, device):
             _checks.check_int(op, "d_hidden", d_hidden, 1, "Sizes are at least 1.")
             self.d_hidden = d_hidden
             self.expert_rank = expert_rank
@@ -127,7 +131,8 @@ class FMoETransformerMLP(FMoE):
                 activation,
                 bias,
                 num_shards=num_shards,
-                shard=0 if self.moe_group is None else self.moe_group.rank % num_shards,
+                init=init,
+                shard=0 if self.moe_ranks is None else self.moe_ranks.rank % num_shards,
                 dtype=dtype,
                 device=device,
             )

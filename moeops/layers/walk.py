@@ -58,7 +58,7 @@ def parameter_tags(model: nn.Module) -> dict[nn.Parameter, str]:
     kept: dict[nn.Parameter, str] = {}
     for _, layer in reversed(list(named_layers(model))):
         for module, tag in layer.comm_tags():
-            outweighs = layer.moe_group is not None and module is layer.experts
+            outweighs = layer.moe_ranks is not None and module is layer.experts
             for parameter in module.parameters():
                 said.setdefault(parameter, []).append(tag)
                 if outweighs or parameter not in kept:

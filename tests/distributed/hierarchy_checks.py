@@ -66,7 +66,7 @@ def in_stages(layer, hierarchy: Hierarchy, **options):
     other = copy.deepcopy(layer)
     record = with_record({**options, "hierarchy": hierarchy})["dispatch"]
     other.dispatcher = build_dispatcher(
-        record, ExpertRanks("FMoE", layer.num_expert, layer.moe_group)
+        record, ExpertRanks("FMoE", layer.num_expert, layer.moe_ranks)
     )
     return other
 

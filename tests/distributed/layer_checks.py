@@ -355,6 +355,35 @@ def check_slices(ranks: Ranks) -> None:
                     )
 
 
+def check_slice_gradients(ranks: Ranks) -> None:
+    """As in FastMoE, those of gate and experts are this rank's slice's: their sum is what one rank computes."""
+    whole = make("mlp", 2, ranks.device)
+    options = {"slice_group": dist.group.WORLD, "slice_gradients": "fastmoe"}
+    part = make("mlp", 2, ranks.device, **options)
+    part.load_state_dict(whole.state_dict())
+    x = batch(4 * ranks.size + 1, ranks.device)
+    actual = step(part, part, "mlp", x, uneven)
+    for key, value in step(whole, whole, "mlp", x, uneven).items():
+        if key.startswith(("gate.", "experts.")):
+            dist.all_reduce(actual[key])
+        torch.testing.assert_close(actual[key], value, msg=lambda t, k=key: f"{k}: {t}")
+    with pytest.raises(ValueError, match=r"slice_gradients must be one of .* got 'sum'"):
+        make("mlp", 2, ranks.device, slice_gradients="sum")
+
+
+def check_groups_are_torchs(ranks: Ranks) -> None:
+    """A program may hand a layer's groups to torch.distributed."""
+    world = dist.group.WORLD
+    layer = make("mlp", 2, ranks.device, world_size=ranks.size, slice_group=world)
+    for group in (layer.moe_group, copy.deepcopy(layer).slice_group):
+        assert (group.size(), group.rank()) == (ranks.size, ranks.rank)
+        total = torch.ones(1, device=ranks.device)
+        dist.all_reduce(total, group=group)
+        assert float(total) == ranks.size
+    alone = make("mlp", 2, ranks.device)
+    assert alone.moe_group is alone.slice_group is None
+
+
 def check_arguments_that_differ(ranks: Ranks) -> None:
     """An error on every rank, which names both values; and the ranks still work together afterwards."""
     last = ranks.rank == ranks.size - 1

@@ -105,13 +105,15 @@ def make(kind: str, num_expert: int, device: str, dtype=torch.float64, **options
     if kind == "composed":
         return FMoETransformerMLP(num_expert, D, H, activation=torch.tanh, **options)
     expert = Nested if kind == "nested" else in_place
-    return FMoE(num_expert, D, expert=expert, **options)
+    return FMoE(num_expert, D, **{"expert": expert, **options})
 
 
 def make_pair(kind: str, ranks: Ranks, num_expert: int = 2, **options) -> tuple[FMoE, FMoE]:
     """This rank's part of a layer, and the whole layer on one rank, with the same parameters."""
     torch.manual_seed(1)
-    shared = {n: options[n] for n in ("gate", "top_k", "dtype", "mask_dict") if n in options}
+    shared = {
+        n: options[n] for n in ("gate", "top_k", "dtype", "mask_dict", "expert") if n in options
+    }
     whole = make(kind, num_expert * ranks.size, ranks.device, **shared)
     part = make(kind, num_expert, ranks.device, world_size=ranks.size, **options)
     copy_share(whole, part, ranks.rank)

@@ -92,6 +92,25 @@ def check_one_graph_that_equals_one_rank(ranks: Ranks) -> None:
         run_case(ranks, *case)
 
 
+class Counted(nn.Module):
+    """An expert that asks for the number of its rows."""
+
+    def __init__(self, d_model):
+        super().__init__()
+        self.linear = nn.Linear(d_model, 3)
+
+    def forward(self, rows, count):
+        assert rows.shape[0] == int(count)
+        return self.linear(rows)
+
+
+def check_experts_that_ask_for_counts(ranks: Ranks) -> None:
+    for options in ({"shadowing": FREE}, many(ranks)):
+        part, whole = make_pair("modules", ranks, expert=Counted, **options)
+        counts = [3 + 2 * rank for rank in range(ranks.size)]
+        assert_equals_whole(part, part, whole, "modules", ranks, counts, all_to_one)
+
+
 def check_other_gates_and_paths(ranks: Ranks) -> None:
     """Weights on inputs, stages over nodes, a mask, slices, activation checkpointing."""
     for options in ({"shadowing": FREE}, many(ranks)):

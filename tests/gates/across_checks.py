@@ -237,6 +237,53 @@ def check_swipe(ranks):
     ranks.check(ranks.gate(SwipeGate, 2), reference, compiled=True)
 
 
+def check_gates_without_a_layer_ask_the_whole_job(ranks):
+    ranks = Ranks(*ranks)
+    x = ranks.tokens([20] * ranks.size)[ranks.rank]
+    for cls, options in (
+        (SwipeGate, {}),
+        (DCGate, {}),
+        (SwitchGate, {"global_capacity": True}),
+        (SwitchGate, {"global_balance": True}),
+    ):
+        told = ranks.gate(cls, **options)
+        alone = cls(D, E_LOCAL, ranks.size, **options).double().to(ranks.device)
+        assert alone.group is None
+        alone.load_state_dict(told.state_dict())
+        for gate in (alone, torch.compile(alone, fullgraph=True, backend="aot_eager")):
+            torch.manual_seed(3)
+            expected = told(x)
+            torch.manual_seed(3)
+            assert_all(gate(x), expected)
+            if told.has_loss:
+                assert_all([alone.get_loss()], [told.get_loss()])
+
+
+def check_one_balanced_choice(ranks):
+    """Step by step it is what the gate does; another rank's room may be another."""
+    ranks = Ranks(*ranks)
+    gate = ranks.gate(SwipeGate, 2)
+    for split in ranks.splits():
+        x = ranks.tokens(split)[ranks.rank]
+        expected, _ = gate(x)
+        ids, _ = gate.eval()(x)
+        gate.train()
+        room = torch.full((ranks.size,), -(-2 * sum(split) // ranks.size), device=ranks.device)
+        for k in range(2):
+            column, room = gate.balance_choice(ids[:, k], room, k)
+            assert torch.equal(column, expected[:, k])
+        assert int(room.sum()) == -(-2 * sum(split) // ranks.size) * ranks.size - 2 * sum(split)
+    # Of rank 0's choices one fits, and the others go to the last rank's expert number 2.
+    room = torch.tensor([1, *[0] * (ranks.size - 2), 40], device=ranks.device)
+    ids, room = gate.balance_choice(torch.zeros(5, dtype=torch.int32, device=ranks.device), room, 2)
+    moved = (ranks.size - 1) * E_LOCAL + 2
+    assert ids.tolist() == [0 if ranks.rank == 0 else moved, *[moved] * 4]
+    assert ids.dtype == torch.int32
+    assert room.tolist() == [*[0] * (ranks.size - 1), 41 - 5 * ranks.size]
+    with pytest.raises(ValueError, match="room"):
+        gate.balance_choice(ids, room[1:])
+
+
 def check_mean_of_losses_is_the_loss_of_all_tokens(ranks):
     ranks = Ranks(*ranks)
     split = [8] * ranks.size

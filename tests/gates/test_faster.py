@@ -179,3 +179,16 @@ def test_no_host_sync(cuda_device):
 def test_bad_arguments(options, error, match):
     with pytest.raises(error, match=f"FasterGate: {match}"):
         FasterGate(D, 1, 4, **{"gpus_per_node": 2, **options})
+
+
+def test_options_from_the_environment(monkeypatch):
+    default = FasterGate.from_environment(11)(D, 1, 16)
+    assert (default.node_rank, default.gpus_per_node, default.outgoing_fraction) == (1, 8, 0.14)
+    monkeypatch.setenv("FMOE_TOPO_GPUS_PER_NODE", "2")
+    monkeypatch.setenv("FMOE_TOPO_OUTGOING_FRACTION", "0.5")
+    gate = FasterGate.from_environment(5, compat=True)(D, 2, 6)
+    assert (gate.node_rank, gate.gpus_per_node, gate.outgoing_fraction) == (2, 2, 0.5)
+    assert gate.compat
+    monkeypatch.setenv("FMOE_TOPO_GPUS_PER_NODE", "many")
+    with pytest.raises(ValueError, match=r"FMOE_TOPO_GPUS_PER_NODE must be .* int, got 'many'"):
+        FasterGate.from_environment(5)

@@ -106,7 +106,7 @@ def test_tags_of_parameters_made_anew():
 def test_tags_without_marks():
     assert tags(modules()) == {}
     layer = modules()
-    layer.moe_group = RankGroup("0", 2, 0)
+    layer.moe_ranks = RankGroup("0", 2, 0)
     assert set(tags(layer).values()) == {"gate", "none"}
 
 
@@ -114,7 +114,7 @@ def test_tags_without_marks():
 def test_tags_of_layers_in_experts(spread):
     """All of an expert that is spread over ranks is nobody else's; what is copied has the inner layer's tags."""
     layer = FMoE(1, D, top_k=1, expert=lambda d_model: fused())
-    layer.moe_group = RankGroup("0", 2, 0) if spread else None
+    layer.moe_ranks = RankGroup("0", 2, 0) if spread else None
     found = tags(layer)
     inner_gate = "experts.0.gate.gate.weight"
     assert found[inner_gate] == ("none" if spread else "gate")

@@ -323,7 +323,7 @@ def _expert_layers(op: str, model: nn.Module) -> Iterator[ExpertLayer]:
         if not hasattr(module, "experts"):
             continue
         prefix = f"{name}.experts." if name else "experts."
-        group, names = module.moe_group, None
+        group, names = module.moe_ranks, None
         if module.experts_fused:
             experts = module.experts
             experts = getattr(experts, "_orig_mod", experts)
