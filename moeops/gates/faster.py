@@ -128,12 +128,15 @@ class FasterGate(NaiveGate):
             >>> FasterGate.from_environment(11)(8, 4, 16).outgoing_fraction
             0.14
         """
-        return gen_faster_gate(
-            rank,
-            gpus_per_node=_from_environment("FMOE_TOPO_GPUS_PER_NODE", int, 8),
-            outgoing_fraction=_from_environment("FMOE_TOPO_OUTGOING_FRACTION", float, 0.14),
-            compat=compat,
-        )
+        return gen_faster_gate(rank, **FasterGate.environment(), compat=compat)
+
+    @staticmethod
+    def environment() -> dict[str, Any]:
+        """``gpus_per_node`` and ``outgoing_fraction`` as ``from_environment`` reads them."""
+        return {
+            "gpus_per_node": _from_environment("FMOE_TOPO_GPUS_PER_NODE", int, 8),
+            "outgoing_fraction": _from_environment("FMOE_TOPO_OUTGOING_FRACTION", float, 0.14),
+        }
 
     def forward(
         self, inp: Tensor, return_all_scores: bool = False, mask: Tensor | None = None

@@ -72,16 +72,22 @@ def _takes_gate_bias(gate: Callable[..., Any]) -> bool:
 EXPERT_CALLS = ("rows", "rows,count")
 
 
-def _required_arguments(function: Any) -> int:
-    """Positional parameters without a default, ``self`` included."""
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = inspect.signature(function).parameters.values()
-    return sum(p.kind in positional and p.default is p.empty for p in parameters)
+def _positional(expert: nn.Module) -> list[inspect.Parameter]:
+    """Positional parameters of an expert's ``forward``, that of the module under ``torch.compile``."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    inner = getattr(expert, "_orig_mod", expert)
+    parameters = inspect.signature(type(inner).forward).parameters.values()
+    return [parameter for parameter in parameters if parameter.kind in kinds][1:]  # without self
 
 
 def takes_count(expert: nn.Module) -> bool:
     """The expert's ``forward`` asks for two arguments: rows, and how many these are, as FastMoE 1.x calls it."""
-    return _required_arguments(type(expert).forward) == 3
+    return sum(parameter.default is parameter.empty for parameter in _positional(expert)) == 2
+
+
+def accepts_count(expert: nn.Module) -> bool:
+    """The expert's ``forward`` may be called with two arguments."""
+    return len(_positional(expert)) > 1
 
 
 def build_expert(op: str, expert: Any, d_model: int, may_be_ready: bool) -> nn.Module:

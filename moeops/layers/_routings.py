@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from moeops import _nests
 from moeops._masks import drop_masked
@@ -44,11 +45,18 @@ def as_routing(op: str, gate: object, output: Any) -> Routing | SlotRouting:
 def pad_left_out(leaf: Any, num_rows: int, expert_offsets: Tensor) -> Any:
     """Add zeros for the rows of dropped pairs where experts did not return them: ``[R, ...]``.
 
-    Rows are copied to the host's knowledge only where some are missing; another number of rows is left to the checks.
+    The number of kept pairs is copied to the host only where rows are missing. Another number is left to the checks;
+    a graph asserts that it is not.
     """
-    if not isinstance(leaf, Tensor) or leaf.dim() == 0 or leaf.shape[0] == num_rows:
+    if not isinstance(leaf, Tensor) or leaf.dim() == 0:
         return leaf
-    if leaf.shape[0] != int(expert_offsets[-1]):
+    if statically_known_true(leaf.shape[0] == num_rows):
+        return leaf
+    kept = expert_offsets[-1].item()
+    if torch.compiler.is_compiling():
+        torch._check(leaf.shape[0] == kept)
+        torch._check(kept <= num_rows)
+    elif leaf.shape[0] != kept:
         return leaf
     missing = leaf.new_zeros((num_rows - leaf.shape[0], *leaf.shape[1:]))
     return torch.cat((leaf, missing))

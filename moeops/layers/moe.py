@@ -372,7 +372,7 @@ class FMoE(nn.Module):
             _layer_checks.check_leaves(op, leaves)
             if not self._gate_reads_nest():
                 _layer_checks.check_gate_input(op, leaves[0])
-        mask = self.mask if mask is None else mask
+        mask = self._mask_of(mask)
         if mask is not None:
             if not torch.compiler.is_compiling():
                 _layer_checks.check_mask(op, mask, leaves[0])
@@ -386,6 +386,10 @@ class FMoE(nn.Module):
         inp = slice_tokens(moe_inp, group, mean=mean)
         mask = mask if mask is None else slice_tokens(mask, group)
         return join_tokens(self._forward(inp, mask), leaves[0].shape[0], group, mean=mean)
+
+    def _mask_of(self, mask: Tensor | None) -> Tensor | None:
+        """The mask of a call: the given one, or the constructor's."""
+        return self.mask if mask is None else mask
 
     def _gate_reads_nest(self) -> bool:
         """The gate gets what the layer gets, and not the first leaf."""
