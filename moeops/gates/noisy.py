@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +50,7 @@ class NoisyGate(NaiveGate):
     - The variance divides by ``E``, as in the paper's own code, not by ``E - 1``: one expert gives 0, not NaN. With
       ``compat=True`` ``CV2 = var / (mean ** 2 + 1e-10)`` with ``E - 1``, and 0 for one expert.
     - The parameters are ``gate.weight`` and ``noise.weight``, ``[E, D]``; FastMoE's are ``w_gate`` and ``w_noise``,
-      their transposes.
+      their transposes, which ``load_state_dict`` takes too.
 
     Args:
         d_model: ``D``.
@@ -108,6 +109,15 @@ class NoisyGate(NaiveGate):
         self.capacity = check_capacity(name, capacity)
         self.compat = bool(compat)
         self.noise = RouterLinear(d_model, self.tot_expert, bias=False)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Load a state dict, one with FastMoE's transposed matrices too."""
+        for old, new in (("w_gate", "gate.weight"), ("w_noise", "noise.weight")):
+            if prefix + old in state_dict and prefix + new not in state_dict:
+                state_dict[prefix + new] = state_dict.pop(prefix + old).t()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def forward(  # type: ignore[override]
         self, inp: Tensor, mask: Tensor | None = None

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_NAMES = {
-    "htoh4.weight": "w_up",
-    "htoh4.bias": "b_up",
-    "h4toh.weight": "w_down",
-    "h4toh.bias": "b_down",
+# By the names of FusedExperts; an expert of its own has weights [1, H, D] and biases [1, H].
+FASTMOE_NAMES = {
+    "w_up": "htoh4.weight",
+    "b_up": "htoh4.bias",
+    "w_down": "h4toh.weight",
+    "b_down": "h4toh.bias",
 }
 
 
@@ -31,7 +32,7 @@ def fused_names(state: dict[str, Any], prefix: str, num_expert: int) -> tuple[li
         The new names, without the prefix, and errors for what does not fit.
     """
     renamed, errors = [], []
-    for key, name in _NAMES.items():
+    for name, key in FASTMOE_NAMES.items():
         if prefix + name in state:
             continue
         found: Tensor | None = state.pop(prefix + key, None)

@@ -11,15 +11,9 @@ import torch
 from torch import Tensor
 
 from moeops.distributed.checkpoint.state import Piece
+from moeops.layers._fastmoe_keys import FASTMOE_NAMES
 
-# FastMoE's names; an expert of its own has weights [1, H, D] and biases [1, H].
-EXPERT_NAMES = {
-    "w_up": "htoh4.weight",
-    "b_up": "htoh4.bias",
-    "w_down": "h4toh.weight",
-    "b_down": "h4toh.bias",
-}
-_LIST_NAMES = {name: fused for fused, name in EXPERT_NAMES.items()}  # the way back
+_LIST_NAMES = {name: fused for fused, name in FASTMOE_NAMES.items()}  # the way back
 
 Parts = dict[str, list[Tensor]]
 
@@ -77,7 +71,7 @@ def to_experts(
         rest = name[len(prefix) :]
         if not name.startswith(prefix) or rest not in layer["names"]:
             return []
-        rest = EXPERT_NAMES.get(rest, rest)
+        rest = FASTMOE_NAMES.get(rest, rest)
         return [f"{prefix}{index}.{rest}" for index in range(num_experts)]
 
     for key in list(parts):
