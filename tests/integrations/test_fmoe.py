@@ -385,6 +385,40 @@ def test_gates_of_fastmoe_with_its_numbers(fmoe):
     assert not fmoe.FMoE(E, D, compat=False, **masked)(x).any()
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", ["NaiveGate", "GShardGate", "DCGate", "SwitchGate"])
+def test_scores_of_compat_are_the_bits_of_torchs_softmax(name, compiled, fmoe, fresh_dynamo):
+    gate = getattr(fmoe.gates, name)(D, 64, 1, compat=True).eval()
+    gate.random_routing = False
+    run = torch.compile(gate, backend="aot_eager", fullgraph=True) if compiled else gate
+    x = torch.randn(500, D)
+    _, scores = run(x)
+    logits = gate.gate(x)
+    top = logits.topk(gate.top_k).indices
+    over_all, over_chosen = logits.softmax(-1).gather(1, top), logits.gather(1, top).softmax(-1)
+    assert torch.equal(scores, over_all if name == "SwitchGate" else over_chosen)
+    with torch.no_grad():
+        ids, _ = type(gate)(D, 64, 1, compat=False).eval()(x)
+    assert ids.shape == top.shape
+
+
+@pytest.mark.parametrize("compat", [False, True])
+@pytest.mark.parametrize("name", [*MODULES["fmoe.gates"].split(), "factory"])
+def test_every_gate_in_a_layer(name, compat, fmoe):
+    """A layer builds gates as FastMoE's does, by class with a bias where they take one."""
+    stand_in.install(compat=compat)
+    gate = fmoe.gates.gen_faster_gate(0) if name == "factory" else getattr(fmoe.gates, name)
+    layer = fmoe.FMoE(E, D, top_k=1 if name == "SwitchGate" else 2, gate=gate, expert=Expert)
+    layer = layer.double().eval()
+    layer.gate.random_routing = False
+    x = torch.randn(T, D, dtype=torch.float64)
+    ids, scores = layer.gate(x)
+    ids, scores = ids.view(T, -1), scores.view(T, -1)
+    assert_same(layer(x), by_hand(x, ids, scores, [single(e) for e in layer.experts]))
+    losses = layer.gate.get_loss()
+    assert (losses is None) == (name == "ZeroGate")
+
+
 def test_options_of_faster_gate(fmoe, monkeypatch):
     from fmoe.gates.faster_gate import FasterGate, gen_faster_gate
 

@@ -42,6 +42,29 @@ class _InputType(BaseGate):
         return (topk_ids, scores.to(inp.dtype), *rest)
 
 
+class _TorchSoftmax(BaseGate):
+    """With ``compat`` scores are the bits of torch's softmax; the kernels' may differ in the last one."""
+
+    compat: bool
+    over_all = False  # over the logits of all experts, and not over the chosen ones
+    _route: tuple[Tensor | None, Tensor | None] = (None, None)
+
+    def set_loss(
+        self, loss: Tensor | None, logits: Tensor | None = None, topk_ids: Tensor | None = None
+    ) -> None:
+        self._route = (logits, topk_ids)
+        super().set_loss(loss, logits, topk_ids)
+
+    def forward(self, inp: Tensor, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        topk_ids, scores, *rest = super().forward(inp, *args, **kwargs)
+        (logits, chosen), self._route = self._route, (None, None)
+        if self.compat and logits is not None and chosen is not None:
+            over = logits if self.over_all else logits.gather(1, chosen)
+            scores = over.softmax(-1)
+            scores = scores.gather(1, chosen) if self.over_all else scores
+        return (topk_ids, scores, *rest)
+
+
 class _DummyLoss(BaseGate):
     """A loss of zero, ``[1]``, where the gate has none, so that the losses of all gates can be joined."""
 
@@ -65,8 +88,12 @@ class _OldShapes(BaseGate):
         return (topk_ids.reshape(-1), scores.unsqueeze(1)) if self.compat else (topk_ids, scores)
 
 
-class NaiveGate(_InputType, _DummyLoss, gates.NaiveGate):
+class NaiveGate(_InputType, _TorchSoftmax, _DummyLoss, gates.NaiveGate):
     """``moeops.gates.NaiveGate`` with a dummy loss."""
+
+    def __init__(self, *args: Any, compat: bool | None = None, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.compat = use_compat(compat)
 
 
 class ZeroGate(_OldShapes, _InputType, gates.ZeroGate):
@@ -88,26 +115,36 @@ class ZeroGate(_OldShapes, _InputType, gates.ZeroGate):
 class NoisyGate(_OldShapes, _InputType, gates.NoisyGate):
     """``moeops.gates.NoisyGate``; with ``compat`` its ids are flat, and the loss has FastMoE's variance."""
 
-    def __init__(self, *args: Any, compat: bool | None = None, **options: Any) -> None:
-        super().__init__(*args, compat=use_compat(compat), **options)
+    def __init__(
+        self,
+        d_model: int,
+        num_expert: int,
+        world_size: int = 1,
+        top_k: int = 2,
+        *,
+        compat: bool | None = None,
+    ) -> None:
+        super().__init__(d_model, num_expert, world_size, top_k, compat=use_compat(compat))
 
 
-class GShardGate(_InputType, gates.GShardGate):
+class GShardGate(_InputType, _TorchSoftmax, gates.GShardGate):
     """``moeops.gates.GShardGate``."""
 
     def __init__(self, *args: Any, compat: bool | None = None, **options: Any) -> None:
         super().__init__(*args, compat=use_compat(compat), **options)
 
 
-class DCGate(_InputType, gates.DCGate):
+class DCGate(_InputType, _TorchSoftmax, gates.DCGate):
     """``moeops.gates.DCGate``."""
 
     def __init__(self, *args: Any, compat: bool | None = None, **options: Any) -> None:
         super().__init__(*args, compat=use_compat(compat), **options)
 
 
-class SwitchGate(_InputType, gates.SwitchGate):
+class SwitchGate(_InputType, _TorchSoftmax, gates.SwitchGate):
     """``moeops.gates.SwitchGate``; with ``compat`` the jitter is added to the logits, and the capacity is global."""
+
+    over_all = True
 
     def __init__(self, *args: Any, compat: bool | None = None, **options: Any) -> None:
         if use_compat(compat):
