@@ -217,7 +217,7 @@ def test_bare_ops_refuse_bad_arguments():
         backward(torch.ones(5, 2), logits, ids)
 
 
-@each("num_experts", [5, 64, 257])
+@each("num_experts", [5, 31, 64, 257])
 @each("spread", [1.0, 30.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_softmax_is_as_exact_as_torch(num_experts, spread, dtype):
@@ -228,10 +228,14 @@ def test_softmax_is_as_exact_as_torch(num_experts, spread, dtype):
     normal = exact > torch.finfo(dtype).tiny
     unit = torch.finfo(dtype).eps * exact
 
-    def worst(values):
-        return float(((values.double() - exact).abs() / unit)[normal].max())
+    def errors(values):
+        return ((values.double() - exact).abs() / unit)[normal]
 
-    # torch's float64 softmax, the truth here, is itself off by 3 to 4 units.
-    assert worst(got) <= (8 if dtype == torch.float64 else worst(torch.softmax(logits, -1)) + 4)
+    if dtype == torch.float64:  # torch's, the truth here, is itself off by 3 to 4 units
+        assert errors(got).max() <= 8
+    else:
+        torchs = errors(torch.softmax(logits, -1))
+        assert errors(got).max() <= torchs.max() + 1
+        assert errors(got).mean() <= 1.1 * torchs.mean()
     small = got[~normal].double()
     assert (small - exact[~normal]).abs().le(2 * torch.finfo(dtype).smallest_normal).all()

@@ -39,6 +39,7 @@ inline acc_t largest_of(const acc_t* values, int64_t count) {
   return top;
 }
 
+// Lanes are added up in pairs: one after the other would round as often as there are lanes.
 template <typename acc_t>
 inline acc_t sum_of(const acc_t* values, int64_t count) {
   acc_t lanes[kLanes] = {};
@@ -46,10 +47,16 @@ inline acc_t sum_of(const acc_t* values, int64_t count) {
   for (; e + kLanes <= count; e += kLanes) {
     for (int64_t i = 0; i < kLanes; ++i) lanes[i] += values[e + i];
   }
-  acc_t sum = 0;
-  for (; e < count; ++e) sum += values[e];
-  for (const acc_t lane : lanes) sum += lane;
-  return sum;
+  acc_t even = 0, odd = 0;
+  for (; e + 2 <= count; e += 2) {
+    even += values[e];
+    odd += values[e + 1];
+  }
+  if (e < count) even += values[e];
+  for (int64_t width = kLanes / 2; width > 0; width /= 2) {
+    for (int64_t i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  }
+  return lanes[0] + (even + odd);
 }
 
 // powers[e] becomes the score of z[e] times a factor that all experts share; returns what divides

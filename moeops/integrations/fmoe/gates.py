@@ -50,18 +50,24 @@ class _TorchSoftmax(BaseGate):
     _route: tuple[Tensor | None, Tensor | None] = (None, None)
 
     def set_loss(
-        self, loss: Tensor | None, logits: Tensor | None = None, topk_ids: Tensor | None = None
+        self,
+        loss: Tensor | None,
+        logits: Tensor | None = None,
+        topk_ids: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> None:
         self._route = (logits, topk_ids)
-        super().set_loss(loss, logits, topk_ids)
+        super().set_loss(loss, logits, topk_ids, mask)
 
     def forward(self, inp: Tensor, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         topk_ids, scores, *rest = super().forward(inp, *args, **kwargs)
         (logits, chosen), self._route = self._route, (None, None)
         if self.compat and logits is not None and chosen is not None:
-            over = logits if self.over_all else logits.gather(1, chosen)
-            scores = over.softmax(-1)
-            scores = scores.gather(1, chosen) if self.over_all else scores
+            ids = chosen.clamp_min(0)
+            over = logits if self.over_all else logits.gather(1, ids)
+            bits = over.softmax(-1)
+            bits = bits.gather(1, ids) if self.over_all else bits
+            scores = torch.where(chosen < 0, scores, bits)  # those of masked tokens stay
         return (topk_ids, scores, *rest)
 
 
@@ -69,13 +75,16 @@ class _DummyLoss(BaseGate):
     """A loss of zero, ``[1]``, where the gate has none, so that the losses of all gates can be joined."""
 
     def set_loss(
-        self, loss: Tensor | None, logits: Tensor | None = None, topk_ids: Tensor | None = None
+        self,
+        loss: Tensor | None,
+        logits: Tensor | None = None,
+        topk_ids: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> None:
         if loss is None and logits is not None:
-            loss = (
-                logits.reshape(-1)[:0].sum().reshape(1)
-            )  # of no logit, with a gradient as FastMoE's
-        super().set_loss(loss, logits, topk_ids)
+            # The sum of no logit: with a gradient, as FastMoE's.
+            loss = logits.reshape(-1)[:0].sum().reshape(1)
+        super().set_loss(loss, logits, topk_ids, mask)
 
 
 class _OldShapes(BaseGate):
