@@ -70,22 +70,22 @@ def shadow_policy_from_environment(
 
 def dispatch_from_environment(
     world_size: int, d_model: int | None = None, d_hidden: int | None = None
-) -> Exact:
-    """The dispatcher that FastMoE's variables ask for.
+) -> dict[str, Exact]:
+    """The argument ``dispatch`` that FastMoE's variables ask for; none where they ask for nothing.
 
     ``FMOE_FASTER_SCHEDULE_ENABLE`` cuts tokens into ``W / FMOE_FASTER_GROUP_SIZE`` chunks (4 ranks in a group by
     default), whose exchanges overlap with the experts; ``FMOE_FASTER_SHADOW_ENABLE``, beside it, brings experts with
     many tokens to all ranks. FastMoE reads them at import, this reads them when a layer is built.
     """
     if world_size == 1 or not switch_from_env("FMOE_FASTER_SCHEDULE_ENABLE"):
-        return Exact()
+        return {}
     group_size = int(float_from_env("FMOE_FASTER_GROUP_SIZE", 4))
     if group_size < 1:
         raise ValueError(f"FMOE_FASTER_GROUP_SIZE must be at least 1, got {group_size}. Use 4.")
     shadowing = None
     if switch_from_env("FMOE_FASTER_SHADOW_ENABLE"):
         shadowing = shadow_policy_from_environment(d_model, d_hidden)
-    return Exact(n_chunks=max(1, world_size // group_size), shadowing=shadowing)
+    return {"dispatch": Exact(n_chunks=max(1, world_size // group_size), shadowing=shadowing)}
 
 
 def global_policy(

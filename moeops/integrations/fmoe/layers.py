@@ -122,7 +122,7 @@ class FMoE(moe.FMoE):
             options.setdefault("slice_gradients", "fastmoe")
         world_size = options.get("world_size", 1)
         if "dispatch" not in options and "device_mesh" not in options:
-            options["dispatch"] = dispatch_from_environment(world_size)
+            options.update(dispatch_from_environment(world_size))
         options.setdefault("gate", NaiveGate)
         super().__init__(**options)
         if not hasattr(self.gate, "nested_input"):

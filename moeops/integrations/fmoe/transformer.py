@@ -87,7 +87,7 @@ class FMoETransformerMLP(transformer.FMoETransformerMLP, layers.FMoE):
         if "dispatch" not in options and "device_mesh" not in options:
             world_size = options.get("world_size", 1)
             d_model, d_hidden = options.get("d_model", 1024), options.get("d_hidden", 4096)
-            options["dispatch"] = dispatch_from_environment(world_size, d_model, d_hidden)
+            options.update(dispatch_from_environment(world_size, d_model, d_hidden))
         super().__init__(**options)
 
     def expert_fn(self, inp: Tensor, fwd_expert_count: Tensor) -> Tensor:
