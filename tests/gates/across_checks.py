@@ -244,7 +244,7 @@ def check_gates_without_a_layer_ask_the_whole_job(ranks):
         (SwipeGate, {}),
         (DCGate, {}),
         (SwitchGate, {"global_capacity": True}),
-        (SwitchGate, {"global_balance": True}),
+        (SwitchGate, {"balance": "global"}),
     ):
         told = ranks.gate(cls, **options)
         alone = cls(D, E_LOCAL, ranks.size, **options).double().to(ranks.device)
