@@ -261,8 +261,11 @@ def adapt(net: Net, seed: int) -> Net:
 def adapted(ranks: Ranks, folder: Path) -> None:
     """What adapters and pruning make of experts' weights belongs to the experts, in shards too."""
     num_shards = 2 if ranks.size > 1 else 1
-    net = adapt(Net(ranks, num_shards=num_shards), 10 + ranks.rank)
-    other = adapt(Net(ranks, num_shards=num_shards), 20 + ranks.rank)
+    nets = []
+    for seed in (10, 20):
+        torch.manual_seed(seed)  # what is not the experts' is the same on every rank
+        nets.append(adapt(Net(ranks, num_shards=num_shards), seed + 1 + ranks.rank))
+    net, other = nets
     path = folder / f"adapted{ranks.size}"
     save_checkpoint(path, net)
     load_checkpoint(path, other)
