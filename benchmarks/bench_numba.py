@@ -27,6 +27,8 @@ from benchmarks import machine
 from benchmarks.inputs import generator
 from benchmarks.registry import WrongResult, compare, compare_exact
 from examples.prototypes import expert_choice, layout
+from examples.prototypes.group_limited import group_limited
+from examples.prototypes.switch import switch_jitter
 from moeops import reference
 from moeops.reference import gates_prototypes
 
@@ -70,7 +72,7 @@ def distinct_logits(T: int, E: int, device: torch.device) -> Tensor:
 
 
 def cases(device: torch.device) -> list[Case]:
-    """The gallery at sizes of the device."""
+    """The gallery and ``examples/prototypes`` at sizes of the device."""
     cuda = device.type == "cuda"
     T, E, K, D = (32768, 128, 8, 2048) if cuda else (8192, 64, 2, 256)
     logits = distinct_logits(T, E, device)
@@ -107,14 +109,14 @@ def cases(device: torch.device) -> list[Case]:
         ),
         Case(
             f"switch_jitter, T {T}, E {E}, K 1",
-            gallery.switch_jitter,
+            switch_jitter,
             (logits, 1, noise),
             lambda z, k, n: reference.topk_route((z * n).double(), k, renormalize=False),
             {"topk_route": lambda z, k, n: moeops.topk_route(z * n, k, renormalize=False)},
         ),
         Case(
             f"group_limited, {shape}, 8 groups, best 4",
-            gallery.group_limited,
+            group_limited,
             (logits, K, bias, 8, 4),
             groups(reference.topk_route),
             {"topk_route": groups(moeops.topk_route)},
@@ -226,7 +228,7 @@ def launch_table(seconds: float) -> tuple[list[dict], list[str]]:
             rows.append({"case": name, "grad": grad, "host_us": host})
             print(f"| {name} | {'yes' if grad else 'no'} | {host:.1f} |", flush=True)
         if timings["naive_topk"] > MAX_LAUNCH_US:
-            problems.append(f"launch: {timings['naive_topk, direct']:.1f} us of host time per call")
+            problems.append(f"launch: {timings['naive_topk']:.1f} us of host time per call")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(20):

@@ -1,1 +1,1 @@
-"""Block kernels with shared memory, written with ``moeops.numba``: what the native ops of the same names do."""
+"""Prototypes written with ``moeops.numba`` that do what native ops do: routing rules, kernels with shared memory."""

@@ -1,4 +1,4 @@
-"""Samples and references of the gallery's ops and of the block kernels in ``examples/prototypes``.
+"""Samples and references of the ops of the gallery and of ``examples/prototypes``.
 
 Also run under the simulator, as a script, in a process of its own.
 """
@@ -21,6 +21,8 @@ from moeops.types import TokenPlan
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 from prototypes import expert_choice, layout
+from prototypes.group_limited import group_limited
+from prototypes.switch import switch_jitter
 
 
 @dataclass(frozen=True)
@@ -142,14 +144,14 @@ CASES = {
         + [{"logits": torch.zeros(4, 6), "top_k": 3}, {"logits": logits(4, 6) * 64, "top_k": 3}],
     ),
     "switch_jitter": Case(
-        gallery.switch_jitter,
+        switch_jitter,
         switch_reference,
         lambda: [
             {"logits": logits(T, E), "noise": noise(T, E), "top_k": 1} for T, E in ROUTING_SIZES
         ],
     ),
     "group_limited": Case(
-        gallery.group_limited,
+        group_limited,
         group_reference,
         lambda: [
             {"logits": logits(5, 8), "bias": torch.arange(8.0) / 8, "top_k": 3},

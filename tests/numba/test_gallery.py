@@ -1,4 +1,4 @@
-"""Every op and gate of the gallery against its reference."""
+"""Every op and gate of the gallery and of ``examples/prototypes`` against its reference."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ require_numba()
 
 from gallery_samples import CASES  # noqa: E402
 from prototypes.expert_choice import BlockExpertChoiceGate  # noqa: E402
+from prototypes.group_limited import GroupLimitedGate  # noqa: E402
+from prototypes.switch import SwitchJitterGate  # noqa: E402
 
 import moeops.numba as prototype  # noqa: E402  (skipped without numba)
 import moeops.numba.gates as gallery  # noqa: E402
@@ -38,8 +40,8 @@ def test_check_says_where_it_ran():
 
 GATES = {
     "naive": (gallery.NaiveTopkGate, 2),
-    "switch": (gallery.SwitchJitterGate, 1),
-    "group_limited": (gallery.GroupLimitedGate, 2),
+    "switch": (SwitchJitterGate, 1),
+    "group_limited": (GroupLimitedGate, 2),
     "top_p": (gallery.TopPGate, 3),
     "expert_choice": (BlockExpertChoiceGate, 2),
 }
@@ -89,7 +91,7 @@ def test_masked_tokens_are_as_good_as_absent(device, name):
 
 def test_reset_gives_what_setup_adds_its_first_values():
     with torch.device("meta"):
-        gate = gallery.GroupLimitedGate(8, 4, 1, top_k=2)
+        gate = GroupLimitedGate(8, 4, 1, top_k=2)
     gate.to_empty(device="cpu")
     gate.selection_bias.fill_(float("nan"))
     parameters = dict(gate.named_parameters())
@@ -99,7 +101,7 @@ def test_reset_gives_what_setup_adds_its_first_values():
 
 
 def test_switch_drops_and_top_p_varies():
-    gate = gallery.SwitchJitterGate(8, 4, 1, top_k=1)
+    gate = SwitchJitterGate(8, 4, 1, top_k=1)
     torch.nn.init.zeros_(gate.gate.weight)
     gate.gate.bias.data = torch.tensor([9.0, 0.0, 0.0, 0.0])
     ids, weights = gate(torch.randn(20, 8))

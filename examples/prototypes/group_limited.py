@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeops.numba import _gate
-from moeops.numba._decorators import route
+from moeops.numba import as_gate, route
 
 
 def best_after(values, begin, end, last, last_index):
@@ -24,7 +23,7 @@ def best_after(values, begin, end, last, last_index):
 
 
 @route(
-    "moeops_numba::group_limited",
+    "example::group_limited",
     "bias[E], num_groups: int = 1, top_groups: int = 1, scale: float = 1.0, "
     "_choice[T, E]: float, _group[T, num_groups]: float",
     score="sigmoid_topk",
@@ -82,7 +81,7 @@ def _add_bias(gate):
     gate.register_buffer("selection_bias", torch.zeros(gate.tot_expert))
 
 
-GroupLimitedGate = _gate.as_gate(
+GroupLimitedGate = as_gate(
     group_limited,
     "GroupLimitedGate",
     inputs={"bias": _bias},

@@ -8,14 +8,13 @@ import torch
 
 from moeops.gates.functional import apply_capacity, expert_capacity
 from moeops.losses import balance_loss
-from moeops.numba import _gate
-from moeops.numba._decorators import route
+from moeops.numba import as_gate, route
 
 JITTER = 0.1
 CAPACITY = 1.2
 
 
-@route("moeops_numba::switch_jitter", "noise[T, E]", require=("top_k == 1",))
+@route("example::switch_jitter", "noise[T, E]", require=("top_k == 1",))
 def switch_jitter(logits, noise, weights, ids, top_k):
     """Choose the best of ``logits * noise``; the weight is its probability among all experts.
 
@@ -63,6 +62,6 @@ def _drop(gate, logits, ids, weights, mask=None):
     return apply_capacity(ids, weights, gate.tot_expert, capacity, mask=mask), weights
 
 
-SwitchJitterGate = _gate.as_gate(
+SwitchJitterGate = as_gate(
     switch_jitter, "SwitchJitterGate", inputs={"noise": _noise}, loss=_loss, routing=_drop
 )
