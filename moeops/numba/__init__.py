@@ -21,7 +21,6 @@ from moeops.numba._checking import CheckError, CheckReport, check  # noqa: E402
 from moeops.numba._code import inspect  # noqa: E402
 from moeops.numba._decorators import block_kernel, route, row_kernel  # noqa: E402
 from moeops.numba._gate import as_gate  # noqa: E402
-from moeops.numba._ops import registered  # noqa: E402
 from moeops.numba._row_op import RowOp  # noqa: E402
 from moeops.numba._rules import RuleError  # noqa: E402
 from moeops.numba._timing import Timing, bench  # noqa: E402
@@ -39,7 +38,6 @@ __all__ = [
     "check",
     "inspect",
     "narrow",
-    "registered",
     "route",
     "row_kernel",
     "scores",

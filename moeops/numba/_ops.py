@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from moeops import _checks
-from moeops._checks import fake_check
 from moeops.numba import _launch, _loops
 from moeops.numba._rules import Rule
 from moeops.numba._signature import KINDS, ScalarArg, Signature, TensorArg
@@ -23,6 +22,7 @@ _KIND_TEXT = {
     "int": "int32 or int64",
     "bool": "bool",
 }
+_NUMBERS = {"int": int, "float": float, "bool": bool}
 _REGISTERED: dict[str, Op] = {}
 
 GradientFunction = Callable[
@@ -50,13 +50,6 @@ class _Library(torch.library.Library):
             return kernel(keyset, *args, **options)
 
         return run
-
-
-def registered(name: str) -> Op:
-    """The op that a decorator of this package has made under ``name``."""
-    if name not in _REGISTERED:
-        raise KeyError(f"moeops.numba: {name!r} must be an op made here, got one of neither kind.")
-    return _REGISTERED[name]
 
 
 class Buffer(NamedTuple):
@@ -109,7 +102,18 @@ class Op:
         self.poison = False  # fill outputs so that an unwritten element shows; set by check()
         self._gradient: Callable[..., Any] | None = None
         self._saves: tuple[str, ...] = ()
-        self._places: tuple[list[int], list[int], list[tuple[str, int]]] | None = None
+        # Places among inputs, then outputs: what is saved, the numbers, and what has no gradient.
+        self._saved: list[int] = []
+        self._numbers = [
+            (place, item.name)
+            for place, item in enumerate(signature.inputs)
+            if isinstance(item, ScalarArg)
+        ]
+        self._whole = [
+            place
+            for place, output in enumerate(signature.returned, len(signature.inputs))
+            if not signature.is_float(output)
+        ]
         self._plans: dict[tuple[Any, ...], Plan] = {}
         self._replaced = replace
         defaults = {item.name: item.default for item in signature.scalars}
@@ -151,21 +155,29 @@ class Op:
         Raises:
             RuntimeError: the process was not started with ``NUMBA_ENABLE_CUDASIM=1``.
         """
+
+        def run(arguments: list[Any], sizes: Mapping[str, int]) -> None:
+            geometry = self._geometry(sizes)
+            if 0 not in geometry[0]:
+                self.kernel.simulate(self._ordered(arguments), geometry)
+
         _launch.import_simulator()
-        values = self.bind(*args, **kwargs)
+        return self._on_host(self.bind(*args, **kwargs), run)
+
+    def _on_host(
+        self, values: Sequence[Any], run: Callable[[list[Any], Mapping[str, int]], None]
+    ) -> Any:
+        """Check a call and let ``run`` compute it on NumPy views of inputs and outputs, given the sizes too."""
         sizes, buffers = self._buffers(values)
         outputs = self._allocate(buffers, torch.device("cpu"))
-        geometry = self._geometry(sizes)
-        if 0 not in geometry[0]:
-            ordered = self._ordered((*self._arguments(values), *outputs))
-            self.kernel.simulate([_loops.as_numpy(value) for value in ordered], geometry)
+        run([_loops.as_numpy(value) for value in (*self._arguments(values), *outputs)], sizes)
         return self._finish(outputs, buffers)
 
     def kernel_arguments(self, *args: Any, **kwargs: Any) -> list[Any]:
         """What the CUDA kernel is called with, outputs included, for this call."""
         values = self.bind(*args, **kwargs)
         _, buffers = self._buffers(values)
-        device = self._tensors(values)[0].device
+        device = self._first(values).device
         return self._ordered((*self._arguments(values), *self._allocate(buffers, device)))
 
     def __repr__(self) -> str:
@@ -207,7 +219,8 @@ class Op:
             )
         self._gradient = function
         self._saves = saves
-        self._places = None
+        names = [item.name for item in (*self.signature.inputs, *self.signature.returned)]
+        self._saved = [names.index(name) for name in saves]
 
     def _register(self, replace: bool) -> None:
         namespace, _, name = self.name.partition("::")
@@ -247,23 +260,10 @@ class Op:
     def _setup(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         # Positions, not names: this runs at every call that records a gradient.
         values = (*self._filled(inputs), *((output,) if isinstance(output, Tensor) else output))
-        saved, whole, scalars = self._setup_places()
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*[values[place] for place in whole])
-        ctx.save_for_backward(*[values[place] for place in saved])
-        ctx.scalars = {name: values[place] for name, place in scalars}
-
-    def _setup_places(self) -> tuple[list[int], list[int], list[tuple[str, int]]]:
-        """Where inputs, then outputs, hold what is saved, what has no gradient, and the numbers."""
-        if self._places is None:
-            own = self.signature
-            names = [item.name for item in (*own.inputs, *own.returned)]
-            self._places = (
-                [names.index(name) for name in self._saves],
-                [names.index(item.name) for item in own.returned if not own.is_float(item)],
-                [(item.name, names.index(item.name)) for item in own.scalars],
-            )
-        return self._places
+        ctx.mark_non_differentiable(*[values[place] for place in self._whole])
+        ctx.save_for_backward(*[values[place] for place in self._saved])
+        ctx.scalars = {name: values[place] for place, name in self._numbers}
 
     def _run_gradient(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         own = self.signature
@@ -275,71 +275,53 @@ class Op:
         if all(grad is None for grad in grads):
             return (None,) * len(own.inputs)
         saved = dict(zip(self._saves, ctx.saved_tensors, strict=True))
-        inputs = {item.name: saved[item.name] for item in own.tensors if item.name in saved}
-        outputs = {item.name: saved[item.name] for item in own.returned if item.name in saved}
+        outputs = {item.name: saved.pop(item.name) for item in own.returned if item.name in saved}
         found = self._gradient(
             {
                 item.name: grad
                 for item, grad in zip(own.returned, grads, strict=True)
                 if own.is_float(item)
             },
-            {**inputs, **ctx.scalars},
+            {**saved, **ctx.scalars},
             outputs,
         )
         return tuple(found.get(item.name) for item in own.inputs)
 
     def _fake(self, *values: Any) -> Any:
+        def check(holds: Any, message: Callable[[], str]) -> None:
+            torch._check(holds, lambda: f"{self.name}: {message()}")
+
         values = self._filled(values)
-        own = self.signature
-        for item, value in zip(own.inputs, values, strict=True):
-            if isinstance(item, TensorArg):
-                fake_check(
-                    value.dim() == len(item.dims),
-                    f"{self.name}: {item.name} must have {len(item.dims)} dimensions. Reshape it first.",
-                )
-        sizes = own.sizes(
-            values,
-            lambda holds, message: torch._check(holds, lambda: f"{self.name}: {message()}"),
-        )
-        tensors = self._tensors(values)
-        by_name = dict(zip((item.name for item in own.tensors), tensors, strict=True))
+        sizes = self.signature.sizes(values, check)
+        like = self._first(values)
         outputs = tuple(
-            tensors[0].new_empty(
-                [dim(sizes) for dim in output.dims], dtype=own.output_dtype(output, by_name)
-            )
-            for output in own.returned
+            like.new_empty(shape, dtype=dtype)
+            for output, shape, dtype in self.signature.results(values, sizes)
+            if not output.scratch
         )
         return outputs if len(outputs) != 1 else outputs[0]
 
-    def _tensors(self, values: Sequence[Any]) -> list[Tensor]:
-        return [value for value in values if isinstance(value, Tensor)]
+    def _first(self, values: Sequence[Any]) -> Tensor:
+        return next(value for value in values if isinstance(value, Tensor))
 
     def _checked_sizes(self, values: Sequence[Any]) -> dict[str, int]:
         """Check a call's arguments against the signature; the value of each size."""
-        own = self.signature
-        first = None
-        for item, value in zip(own.inputs, values, strict=True):
-            if isinstance(item, ScalarArg):
-                continue
-            if value.dim() != len(item.dims):
-                raise ValueError(
-                    f"{self.name}: {item.name} must have {len(item.dims)} dimensions, got "
-                    f"{_checks.describe(value)}. Reshape it first."
-                )
-            if value.dtype not in KINDS[item.kind]:
-                raise TypeError(
-                    f"{self.name}: {item.name} must be {_KIND_TEXT[item.kind]}, got {_checks.describe(value)}. "
-                    "Cast it with .to()."
-                )
-            first = value if first is None else first
-            if value.device != first.device:
-                _checks.check_device(self.name, item.name, value, own.tensors[0].name, first)
 
         def check(holds: Any, message: Callable[[], str]) -> None:
             if not holds:
                 raise ValueError(f"{self.name}: {message()}")
 
+        own = self.signature
         sizes = own.sizes(values, check)
+        first = self._first(values)
+        for item, value in zip(own.inputs, values, strict=True):
+            if isinstance(item, TensorArg):
+                if value.dtype not in KINDS[item.kind]:
+                    raise TypeError(
+                        f"{self.name}: {item.name} must be {_KIND_TEXT[item.kind]}, got "
+                        f"{_checks.describe(value)}. Cast it with .to()."
+                    )
+                _checks.check_device(self.name, item.name, value, own.tensors[0].name, first)
         for item in own.scalars:
             if item.kind == "int" and sizes[item.name] < 0:
                 raise ValueError(
@@ -356,31 +338,25 @@ class Op:
     def _buffers(self, values: Sequence[Any]) -> tuple[dict[str, int], list[Buffer]]:
         """Check a call; its sizes, and what its outputs and scratch spaces are."""
         sizes = self._checked_sizes(values)
-        own = self.signature
-        names = (item.name for item in own.tensors)
-        tensors = dict(zip(names, self._tensors(values), strict=True))
         buffers = []
-        for output in own.outputs:
-            shape = [dim(sizes) for dim in output.dims]
+        for output, shape, final in self.signature.results(values, sizes):
             if min(shape, default=0) < 0:
                 raise ValueError(
                     f"{self.name}: {output.name} must have sizes of at least 0, got {shape}. Check the int arguments."
                 )
-            final = own.output_dtype(output, tensors)
             dtype = self.cast.get(final, final)
             buffers.append(Buffer(shape, dtype, final, output.name in self.zeros))
         return sizes, buffers
 
     def _arguments(self, values: Sequence[Any]) -> list[Any]:
         """The inputs as the kernel takes them: tensors contiguous and in its types, floats as floats."""
-        arguments = []
-        for item, value in zip(self.signature.inputs, values, strict=True):
-            if isinstance(value, Tensor):
-                value = value.to(self.cast.get(value.dtype, value.dtype)).contiguous()
-            elif item.kind == "float":
-                value = float(value)
-            arguments.append(value)
-        return arguments
+        return [
+            self._prepared(value) if isinstance(value, Tensor) else _NUMBERS[item.kind](value)
+            for item, value in zip(self.signature.inputs, values, strict=True)
+        ]
+
+    def _prepared(self, value: Tensor) -> Tensor:
+        return value.to(self.cast.get(value.dtype, value.dtype)).contiguous()
 
     def _ordered(self, arguments: Sequence[Any]) -> list[Any]:
         """Inputs and outputs in the order of the CUDA kernel's parameters."""
@@ -432,11 +408,7 @@ class Op:
         launcher = plan.launcher
         if launcher is not None:
             packed = plan.packed.copy()
-            tensors = [
-                value.to(self.cast.get(value.dtype, value.dtype)).contiguous()
-                for value in values
-                if isinstance(value, Tensor)
-            ]
+            tensors = [self._prepared(value) for value in values if isinstance(value, Tensor)]
             for place, tensor in zip(plan.addresses, (*tensors, *outputs), strict=True):
                 packed[place] = tensor.data_ptr()
             stream = torch._C._cuda_getCurrentRawStream(device.index)
@@ -450,7 +422,7 @@ class Op:
     def _plan(self, values: Sequence[Any]) -> Plan:
         """Check a call and compile for it; nothing is allocated or launched."""
         sizes, buffers = self._buffers(values)
-        device = self._tensors(values)[0].device
+        device = self._first(values).device
         geometry = self._geometry(sizes)
         if 0 in geometry[0]:
             return Plan(device, None, [], [], buffers, geometry)

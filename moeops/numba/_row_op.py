@@ -112,10 +112,8 @@ class RowOp(Op):
         return (-(-rows // max(threads, 1)), 1, 1), (threads, 1, 1), 0
 
     def _run_cpu(self, *values: Any) -> Any:
-        values = self._filled(values)
-        sizes, buffers = self._buffers(values)
-        outputs = self._allocate(buffers, torch.device("cpu"))
-        if sizes[self.signature.row_dim]:
-            arguments = (*self._arguments(values), *outputs)
-            self.driver([_loops.as_numpy(value) for value in arguments], debug=self.debug)
-        return self._finish(outputs, buffers)
+        def run(arguments: list[Any], sizes: Mapping[str, int]) -> None:
+            if sizes[self.signature.row_dim]:
+                self.driver(arguments, debug=self.debug)
+
+        return self._on_host(self._filled(values), run)

@@ -29,8 +29,8 @@ OUTPUT_DTYPES = {
 SCALARS = {"int": "SymInt", "float": "float", "bool": "bool"}
 HINT = "Write it like 'x[T, D], scale: float = 1.0 -> y[T, D]: x'."
 _ITEM = re.compile(
-    r"^\s*(?P<name>[A-Za-z_]\w*)\s*(?:\[(?P<dims>.*)\])?"
-    r"\s*(?::\s*(?P<kind>\w+))?\s*(?:=\s*(?P<default>\S+))?\s*$"
+    r"(?P<name>[A-Za-z_]\w*)\s*(?:\[(?P<dims>.*)\])?"
+    r"\s*(?::\s*(?P<kind>\w+))?\s*(?:=\s*(?P<default>\S+))?"
 )
 _ARITHMETIC: dict[type, Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
@@ -48,6 +48,8 @@ _COMPARISONS: dict[type, Callable[[Any, Any], Any]] = {
     ast.NotEq: operator.ne,
 }
 Evaluator = Callable[[Mapping[str, Any]], Any]
+# Given whether a requirement on the arguments holds, and what to say where it does not.
+Check = Callable[[Any, Callable[[], str]], None]
 
 
 def _refused(op: str, requirement: str, got: str, hint: str = HINT) -> ValueError:
@@ -203,12 +205,21 @@ class Signature:
         results = ", ".join("Tensor" for _ in self.returned)
         return f"{name}({', '.join(arguments)}) -> {f'({results})' if len(self.returned) != 1 else results}"
 
-    def output_dtype(self, output: Output, tensors: Mapping[str, Tensor]) -> torch.dtype:
-        """The type of an output for these inputs."""
-        if output.dtype == "float":
-            floats = (tensors[item.name].dtype for item in self.tensors if item.kind == "float")
-            return _checks.accumulate_dtype(next(floats, torch.float32))
-        return OUTPUT_DTYPES.get(output.dtype) or tensors[output.dtype].dtype
+    def results(
+        self, values: Sequence[Any], sizes: Mapping[str, Any]
+    ) -> list[tuple[Output, list[Any], torch.dtype]]:
+        """Every output and scratch space of a call, with its shape and its type."""
+        tensors = [value for value in values if isinstance(value, Tensor)]
+        floats = [
+            t.dtype for t, item in zip(tensors, self.tensors, strict=True) if item.kind == "float"
+        ]
+        dtypes = {item.name: t.dtype for t, item in zip(tensors, self.tensors, strict=True)}
+        dtypes["float"] = _checks.accumulate_dtype(floats[0] if floats else torch.float32)
+        dtypes.update(OUTPUT_DTYPES)
+        return [
+            (output, [dim(sizes) for dim in output.dims], dtypes[output.dtype])
+            for output in self.outputs
+        ]
 
     def is_float(self, output: Output) -> bool:
         """Holds floats, whatever the inputs' types are."""
@@ -216,27 +227,30 @@ class Signature:
             return True
         return any(item.name == output.dtype and item.kind == "float" for item in self.tensors)
 
-    def sizes(
-        self, values: Sequence[Any], check: Callable[[Any, Callable[[], str]], None]
-    ) -> dict[str, Any]:
-        """Bind every size name; shapes that disagree go to ``check(holds, message)``."""
+    def sizes(self, values: Sequence[Any], check: Check) -> dict[str, Any]:
+        """Bind every size name; whether shapes fit goes to ``check(holds, message)``, which raises."""
         sizes: dict[str, Any] = {}
+        shaped: list[tuple[TensorArg, Tensor]] = []
         for item, value in zip(self.inputs, values, strict=True):
-            if isinstance(item, ScalarArg):
-                if item.kind == "int":
-                    sizes[item.name] = value
-                continue
-            for dim, size in zip(item.dims, value.shape, strict=True):
-                if dim.is_name and dim.text not in sizes:
-                    sizes[dim.text] = size
-        for item, value in zip(self.inputs, values, strict=True):
-            if isinstance(item, ScalarArg):
-                continue
+            if isinstance(item, TensorArg):
+                check(value.dim() == len(item.dims), partial(_dim_message, item, value))
+                shaped.append((item, value))
+                for dim, size in zip(item.dims, value.shape, strict=True):
+                    if dim.is_name:
+                        sizes.setdefault(dim.text, size)
+            elif item.kind == "int":
+                sizes[item.name] = value
+        for item, value in shaped:
             for index, dim in enumerate(item.dims):
                 size, want = value.shape[index], dim(sizes)
                 if size is not want:
                     check(size == want, partial(_size_message, item.name, value, index, dim, want))
         return sizes
+
+
+def _dim_message(item: TensorArg, value: Tensor) -> str:
+    got = _checks.describe(value)
+    return f"{item.name} must have {len(item.dims)} dimensions, got {got}. Reshape it first."
 
 
 def _size_message(name: str, value: Tensor, index: int, dim: Expression, want: Any) -> str:
@@ -251,7 +265,6 @@ def parse(
     text: str,
     *,
     require: Sequence[str] = (),
-    row_dim: str | None = None,
     by_row: bool = True,
 ) -> Signature:
     """Read a signature string.
@@ -260,7 +273,6 @@ def parse(
         op: name of the op, for messages.
         text: ``"inputs -> outputs"``.
         require: conditions on the sizes and int parameters that a call must meet, such as ``"1 <= top_k <= E"``.
-        row_dim: the dimension that is cut into rows; ``None`` for the first dimension of the first tensor.
         by_row: every output must be cut into rows.
 
     Raises:
@@ -275,27 +287,21 @@ def parse(
     if not tensors:
         raise _refused(op, "name an input tensor", repr(text))
     conditions = tuple(Expression.parse(op, part, condition=True) for part in require)
-    row_dim = row_dim or tensors[0].dims[0].text
+    row_dim = tensors[0].dims[0].text
     signature = Signature(text.strip(), inputs, outputs, conditions, row_dim)
     _check(op, signature, by_row)
     return signature
 
 
 def split_items(text: str) -> list[str]:
-    """Cut at commas outside brackets."""
-    parts, depth, begin = [], 0, 0
-    for place, char in enumerate(text):
-        depth += (char in "[(") - (char in "])")
-        if char == "," and depth == 0:
-            parts.append(text[begin:place])
-            begin = place + 1
-    parts.append(text[begin:])
+    """Cut at the commas outside of square brackets."""
+    parts = re.split(r",(?![^\[]*\])", text)
     return [part.strip() for part in parts if part.strip()]
 
 
 def _item(op: str, text: str) -> tuple[str, tuple[Expression, ...] | None, str, str | None]:
     """Name, dimensions, what follows the colon, and the default of one item."""
-    match = _ITEM.match(text)
+    match = _ITEM.fullmatch(text)
     if match is None:
         raise _refused(op, "be made of items like 'x[T, D]'", repr(text))
     name, dims, kind, default = match.group("name", "dims", "kind", "default")
