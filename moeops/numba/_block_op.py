@@ -12,6 +12,8 @@ from moeops.numba._row_op import add_backward
 from moeops.numba._rules import Rule, with_compiled_callees
 from moeops.numba._signature import Signature
 
+_Dimensions = Callable[[Mapping[str, int]], tuple[int, int, int]]
+
 
 class BlockOp(Op):
     """An op made of a raw CUDA kernel; see ``moeops.numba.block_kernel``."""
@@ -33,9 +35,9 @@ class BlockOp(Op):
         function = getattr(kernel, "py_func", kernel)
         rule = Rule.read(name, function, signature, "kernel")
         self.function = kernel
-        self.grid = _Dimensions(name, "grid", grid, signature)
-        self.threads = _Dimensions(name, "threads", threads, signature)
-        self.shared = _Dimensions(name, "shared", shared, signature)
+        self.grid = _dimensions(name, "grid", grid, signature)
+        self.threads = _dimensions(name, "threads", threads, signature)
+        self.shared = _dimensions(name, "shared", shared, signature)
         unknown = [item for item in zeros if item not in {o.name for o in signature.outputs}]
         if unknown:
             raise ValueError(
@@ -82,36 +84,25 @@ class BlockOp(Op):
         return self._cpu_function(*values)
 
 
-class _Dimensions:
-    """A grid, a block or a number of bytes: given as such, or as a function of some of the sizes by name."""
+def _dimensions(op: str, what: str, value: Any, signature: Signature) -> _Dimensions:
+    """A grid, a block or a number of bytes, given as such or as a function of some of the sizes by name."""
 
-    def __init__(self, op: str, what: str, value: Any, signature: Signature) -> None:
-        self.op = op
-        self.what = what
-        self.names: tuple[str, ...] = ()
-        if callable(value):
-            self.names = tuple(inspect.signature(value).parameters)
-            known = signature.size_names
-            unknown = [name for name in self.names if name not in known]
-            if unknown:
-                raise ValueError(
-                    f"{op}: {what} must be a function of sizes out of {sorted(known)}, got {unknown}. Rename them."
-                )
-            self.function = value
-            self.fixed = None
-        else:
-            self.fixed = self._normal(value)
-
-    def __call__(self, sizes: Mapping[str, int]) -> tuple[int, int, int]:
-        """The three numbers for these sizes."""
-        if self.fixed is not None:
-            return self.fixed
-        return self._normal(self.function(*[sizes[name] for name in self.names]))
-
-    def _normal(self, value: Any) -> tuple[int, int, int]:
+    def three(value: Any) -> tuple[int, int, int]:
         numbers = (value,) if isinstance(value, int) else tuple(value)
         if not 1 <= len(numbers) <= 3 or not all(type(n) is int and n >= 0 for n in numbers):
             raise ValueError(
-                f"{self.op}: {self.what} must be 1 to 3 whole numbers of at least 0, got {value!r}. Check it."
+                f"{op}: {what} must be 1 to 3 whole numbers of at least 0, got {value!r}. Check it."
             )
         return (*numbers, 1, 1, 1)[:3]
+
+    if not callable(value):
+        fixed = three(value)
+        return lambda sizes: fixed
+    names = tuple(inspect.signature(value).parameters)
+    known = signature.size_names
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(
+            f"{op}: {what} must be a function of sizes out of {sorted(known)}, got {unknown}. Rename them."
+        )
+    return lambda sizes: three(value(*[sizes[name] for name in names]))

@@ -41,6 +41,6 @@ def inspect(op: Op, what: str, /, *args: Any, cc: tuple[int, int] = (9, 0), **kw
         )
     assert isinstance(op, RowOp)
     if what == "source":
-        return f"# CPU\n{op.driver.source('parallel')}\n# CUDA\n{op.kernel_source()}"
+        return f"# CPU\n{op.driver.source('parallel')}\n# CUDA\n{op.driver.source('cuda')}"
     values = [_loops.as_numpy(value) for value in op.kernel_arguments(*args, **kwargs)]
     return op.driver.code(values, what)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from moeops.numba import scores
 from moeops.numba._block_op import BlockOp
 from moeops.numba._row_op import RowOp
-from moeops.numba._rules import Rule
 from moeops.numba._signature import parse, split_items
 
 
@@ -19,7 +19,6 @@ def route(
     score: str | None = None,
     scale: str | float = 1.0,
     require: Sequence[str] = (),
-    fastmath: bool = False,
     threads: int = 128,
     replace: bool = False,
 ) -> Callable[[Callable[..., None]], RowOp]:
@@ -37,7 +36,6 @@ def route(
             or one that is added with ``op.backward`` or ``op.gradient``.
         scale: with ``score``, the factor on the weights: a number, or the name of a float of ``extra``.
         require: further conditions on sizes, such as ``"E % num_groups == 0"``; ``1 <= top_k <= E`` always holds.
-        fastmath: let the compiler reorder float arithmetic.
         threads: CUDA threads per block, a thread per row.
         replace: redefine an op of the same name that was made here, for notebooks.
 
@@ -68,15 +66,7 @@ def route(
         )
 
     def decorate(function: Callable[..., None]) -> RowOp:
-        op = RowOp(
-            name,
-            Rule.read(name, function, signature),
-            signature,
-            finite=("logits",),
-            fastmath=fastmath,
-            threads=threads,
-            replace=replace,
-        )
+        op = RowOp(name, function, signature, finite=("logits",), threads=threads, replace=replace)
         if score is not None:
 
             def gradient(grads, inputs, outputs):
@@ -109,7 +99,6 @@ def row_kernel(
     *,
     require: Sequence[str] = (),
     finite: Sequence[str] = (),
-    fastmath: bool = False,
     threads: int = 128,
     replace: bool = False,
 ) -> Callable[[Callable[..., None]], RowOp]:
@@ -136,7 +125,6 @@ def row_kernel(
         signature: as above.
         require: conditions on sizes and int parameters that a call must meet.
         finite: ``[T, n]`` inputs in which NaN and infinity are errors (on CUDA with ``MOEOPS_DEBUG_CHECKS=1`` only).
-        fastmath: let the compiler reorder float arithmetic.
         threads: CUDA threads per block, a thread per row.
         replace: redefine an op of the same name that was made here.
 
@@ -154,19 +142,7 @@ def row_kernel(
         [3.0, 3.0]
     """
     parsed = parse(name, signature, require=require)
-
-    def decorate(function: Callable[..., None]) -> RowOp:
-        return RowOp(
-            name,
-            Rule.read(name, function, parsed),
-            parsed,
-            finite=finite,
-            fastmath=fastmath,
-            threads=threads,
-            replace=replace,
-        )
-
-    return decorate
+    return partial(RowOp, name, signature=parsed, finite=finite, threads=threads, replace=replace)
 
 
 def block_kernel(
@@ -213,17 +189,13 @@ def block_kernel(
         [2.0, 2.0]
     """
     parsed = parse(name, signature, require=require, by_row=False)
-
-    def decorate(kernel: Any) -> BlockOp:
-        return BlockOp(
-            name,
-            kernel,
-            parsed,
-            grid=grid,
-            threads=threads,
-            shared=shared,
-            zeros=zeros,
-            replace=replace,
-        )
-
-    return decorate
+    return partial(
+        BlockOp,
+        name,
+        signature=parsed,
+        grid=grid,
+        threads=threads,
+        shared=shared,
+        zeros=zeros,
+        replace=replace,
+    )

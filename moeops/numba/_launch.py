@@ -136,11 +136,6 @@ class Kernel:
         function = compiled._codelibrary.get_cufunc()
         return Launcher(self.op, int(function.handle), args, index, function)
 
-    def simulate(self, args: Sequence[Any], geometry: Geometry) -> None:
-        """Run under Numba's simulator on NumPy arrays."""
-        grid, block, shared = geometry
-        self.dispatcher(import_simulator())[grid, block, 0, shared](*args)
-
 
 class Launcher:
     """A loaded function with a prepared argument buffer."""
@@ -223,17 +218,15 @@ class Launcher:
         )
 
 
-def device_function(cuda: Any, **options: Any) -> Callable[[Any], Any]:
+def device_function(cuda: Any) -> Callable[[Any], Any]:
     """What compiles functions that a kernel calls: inlined before typing, so that PTX can be made without a device."""
-    options["device"] = True
-    if not simulating():
-        options["inline"] = "always"
+    options = {} if simulating() else {"inline": "always"}
     intrinsics = {} if simulating() else _bits.cuda_intrinsics()
 
     def compile_one(function: Any) -> Any:
         if hasattr(function, INTRINSIC):
             return intrinsics.get(getattr(function, INTRINSIC), function)
-        return cuda.jit(**options)(function)
+        return cuda.jit(device=True, **options)(function)
 
     return compile_one
 

@@ -22,7 +22,7 @@ DEBUG = debug_checks()
 _PARALLEL = threading.Lock()
 
 
-def row_argument(signature: Signature, name: str) -> str:
+def _row_argument(signature: Signature, name: str) -> str:
     """What the generated loops hand to the rule for one parameter: a row, one number, or the whole."""
     item: TensorArg | ScalarArg | Output
     if name == ROW and ROW not in signature.names:
@@ -40,8 +40,9 @@ def row_argument(signature: Signature, name: str) -> str:
 def define(name: str, source: str, names: dict[str, Any]) -> Any:
     """The function ``name`` that a generated source defines.
 
-    The only place where the library runs generated text. Numba compiles functions with as many parameters as the
-    signature has; nothing but the signature's names, which are checked to be identifiers, gets into the text.
+    The only place where the library runs generated text; nothing but the signature's names, which are checked to be
+    identifiers, gets into the text. A loop over ``*args`` would need no text, but numba-cuda compiles no kernel with
+    ``*args`` ahead of its launch, and inlines no call that has them, as PTX without a device needs.
     """
     namespace = {"__name__": __name__, **names}
     exec(compile(source, f"<moeops.numba {name}>", "exec"), namespace)
@@ -54,21 +55,23 @@ class RowDriver:
     Called with NumPy arrays and numbers in the order of the signature's inputs, then outputs.
     """
 
-    def __init__(
-        self, rule: Rule, signature: Signature, finite: Sequence[str], fastmath: bool
-    ) -> None:
+    def __init__(self, rule: Rule, signature: Signature, finite: Sequence[str]) -> None:
         self.rule = rule
         self.signature = signature
         self.finite = tuple(finite)
-        self.fastmath = fastmath
         self._compiled: dict[str, Any] = {}
 
     def source(self, variant: str) -> str:
-        """The generated loop: ``parallel``, ``serial`` or ``debug``."""
+        """The generated loop, ``parallel``, ``serial`` or ``debug``, or for ``cuda`` the kernel, a thread per row."""
         names = ", ".join(self.signature.names)
         first = next(item.name for item in self.signature.tensors if self.signature.is_row(item))
+        call = ", ".join(_row_argument(self.signature, name) for name in self.rule.names)
+        if variant == "cuda":
+            return (
+                f"def kernel({names}):\n    __t = __cuda.grid(1)\n    if __t < {first}.shape[0]:\n"
+                f"        __rule({call})\n"
+            )
         loop = "__prange" if variant == "parallel" else "range"
-        call = ", ".join(row_argument(self.signature, name) for name in self.rule.names)
         lines = [f"def loop({names}, __seen):", f"    for __t in {loop}({first}.shape[0]):"]
         if variant == "debug":
             lines.append("        __seen[1] = __t")
@@ -86,7 +89,6 @@ class RowDriver:
             options = {
                 "error_model": "numpy",
                 "nogil": True,
-                "fastmath": self.fastmath and variant != "debug",
                 "boundscheck": variant == "debug",
             }
 

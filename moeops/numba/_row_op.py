@@ -34,10 +34,7 @@ def add_backward(op: Op, rule: Callable[..., Any]) -> RowOp:
     own = op.signature
     name = f"{op.name}_backward"
     signature = backward_signature(name, own, rule)
-    threads = getattr(op, "row_threads", 128)
-    replace = op._replaced
-    made = Rule.read(name, rule, signature)
-    backward = RowOp(name, made, signature, threads=threads, replace=replace)
+    backward = RowOp(name, rule, signature, threads=op.row_threads, replace=op.replaced)
     written = [output.name.removeprefix("grad_") for output in signature.outputs]
 
     def gradient(grads, inputs, outputs):
@@ -64,11 +61,10 @@ class RowOp(Op):
     def __init__(
         self,
         name: str,
-        rule: Rule,
+        function: Callable[..., None],
         signature: Signature,
         *,
         finite: Sequence[str] = (),
-        fastmath: bool = False,
         threads: int = 128,
         replace: bool = False,
     ) -> None:
@@ -85,25 +81,15 @@ class RowOp(Op):
                 )
         self.finite = tuple(finite)
         self.row_threads = threads
-        self.fastmath = fastmath
-        self.driver = _loops.RowDriver(rule, signature, finite, fastmath)
+        rule = Rule.read(name, function, signature)
+        self.driver = _loops.RowDriver(rule, signature, finite)
         super().__init__(name, rule, signature, signature.names, replace)
 
-    def kernel_source(self) -> str:
-        """The generated CUDA kernel: a thread per row."""
-        names = ", ".join(self.signature.names)
-        first = next(item.name for item in self.signature.tensors if self.signature.is_row(item))
-        call = ", ".join(_loops.row_argument(self.signature, name) for name in self.rule.names)
-        return (
-            f"def kernel({names}):\n    __t = __cuda.grid(1)\n    if __t < {first}.shape[0]:\n"
-            f"        __rule({call})\n"
-        )
-
     def _build(self, cuda: Any) -> Any:
-        compile_one = _launch.device_function(cuda, fastmath=self.fastmath)
+        compile_one = _launch.device_function(cuda)
         rule = compile_one(with_compiled_callees(self.rule.function, compile_one))
-        kernel = _loops.define("kernel", self.kernel_source(), {"__rule": rule, "__cuda": cuda})
-        return cuda.jit(fastmath=self.fastmath)(kernel)
+        names = {"__rule": rule, "__cuda": cuda}
+        return cuda.jit(_loops.define("kernel", self.driver.source("cuda"), names))
 
     def _geometry(self, sizes: Mapping[str, int]) -> _launch.Geometry:
         rows = sizes[self.signature.row_dim]
