@@ -83,7 +83,7 @@ def timeout_of(group: RankGroup) -> str:
         return "an unknown time"
 
 
-def expert_group(
+def moe_group_of(
     op: str,
     world_size: int,
     moe_group: ProcessGroup | RankGroup | None,

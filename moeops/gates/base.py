@@ -131,7 +131,7 @@ class BaseGate(nn.Module):
     def group(self, group: ProcessGroup | RankGroup | None) -> None:
         self._group = rank_group(group)
 
-    def _expert_group(self, why: str) -> RankGroup | None:
+    def _moe_group(self, why: str) -> RankGroup | None:
         """The ranks that hold the other experts; ``None`` if all experts are here."""
         ranks = self.world_size * self.expert_shards
         if ranks == 1:

@@ -146,7 +146,7 @@ class GShardGate(NaiveGate):
             self.tot_expert,
             lambda tokens: self._rows(factor, tokens),
             policy=self.drop_policy,
-            group=self._expert_group("its capacity") if self.global_capacity else None,
+            group=self._moe_group("its capacity") if self.global_capacity else None,
             mask=mask,
         )
 

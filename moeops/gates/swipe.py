@@ -99,7 +99,7 @@ class SwipeGate(NaiveGate):
 
     def _balance_ranks(self, topk_ids: Tensor, mask: Tensor | None) -> Tensor:
         """Redirect the pairs that their ranks cannot take."""
-        group = self._expert_group("rank balancing")
+        group = self._moe_group("rank balancing")
         ranks = topk_ids // self.num_expert  # [T, K]
         # counts [W, K, W]: pairs of each choice from a rank to a rank.
         places, _, counts, tokens, me = local_queues(ranks, self.world_size, "choice", group, mask)
@@ -147,7 +147,7 @@ class SwipeGate(NaiveGate):
             _checks.check_size(op, "room", room, 0, self.world_size, "one for each rank")
             _checks.check_int(op, "k", k, 0, "Choices count from 0.")
         ranks = (ids // self.num_expert).unsqueeze(1)  # [T, 1]
-        group = self._expert_group("rank balancing")
+        group = self._moe_group("rank balancing")
         places, _, counts, _, me = local_queues(ranks, self.world_size, "choice", group)
         return self._redirect(ids, places[:, 0], counts[:, 0], room, me, k, None)
 

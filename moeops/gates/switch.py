@@ -151,7 +151,7 @@ class SwitchGate(NaiveGate):
             self.tot_expert,
             lambda tokens: expert_capacity(factor, tokens, 1, self.tot_expert),
             policy=self.drop_policy,
-            group=self._expert_group("global_capacity") if self.global_capacity else None,
+            group=self._moe_group("global_capacity") if self.global_capacity else None,
             mask=mask,
         )
 

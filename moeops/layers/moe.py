@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from moeops import _checks, _nests
 from moeops.comm.agreement import agreement
-from moeops.comm.groups import expert_group, process_group, slice_group_of
+from moeops.comm.groups import moe_group_of, process_group, slice_group_of
 from moeops.comm.slicing import SLICE_GRADIENTS, join_tokens, slice_tokens
 from moeops.dispatch.base import Block, Dispatcher, DispatchOptions, ExpertRanks, split_rows
 from moeops.dispatch.options import as_options, build_dispatcher
@@ -169,7 +169,7 @@ class FMoE(nn.Module):
     ) -> None:
         super().__init__()
         op = type(self).__name__
-        self.moe_ranks = expert_group(op, world_size, moe_group, device_mesh)
+        self.moe_ranks = moe_group_of(op, world_size, moe_group, device_mesh)
         self.slice_ranks = slice_group_of(op, mp_group, slice_group)
         self.world_size = 1 if self.moe_ranks is None else self.moe_ranks.size
         settings: dict[str, Any] = {"layer": op}

@@ -197,11 +197,11 @@ def _noisy_topk_route(clean, spread, noise, top_k, *, min_noise=0.01):
     return weights, importance, load, variation(importance) + variation(load), ids, runner_up
 
 
-def _alignment_sum(logits, topk_ids, group_size):
+def _alignment_sum(logits, topk_ids, experts_per_group):
     probs = torch.softmax(logits.to(_checks.accumulate_dtype(logits.dtype)), dim=-1)
     first, last = topk_ids[:, :1], topk_ids[:, -1:]
-    groups = torch.arange(logits.shape[1], device=logits.device) // group_size
-    counts = (groups != first // group_size) & (first >= 0) & (last >= 0)  # [T, E]
+    groups = torch.arange(logits.shape[1], device=logits.device) // experts_per_group
+    counts = (groups != first // experts_per_group) & (first >= 0) & (last >= 0)  # [T, E]
     excess = torch.relu(probs - probs.gather(1, last.clamp_min(0)))
     return torch.where(counts, excess, 0).sum()
 

@@ -176,7 +176,7 @@ class SwipeGate(_InputType, _DummyLoss, gates.SwipeGate):
         Returns:
             The experts after that ``[T]``, and what this rank can still take, a scalar on the CPU.
         """
-        group = self._expert_group("rank balancing")
+        group = self._moe_group("rank balancing")
         own = torch.as_tensor(capacity, dtype=torch.int64, device=idx.device).reshape(())
         room = all_gather_counts(own, group)  # [W]
         moved, room = self.balance_choice(idx, room, bias)

@@ -142,12 +142,12 @@ __global__ void __launch_bounds__(256)
 
 // groups[i] becomes the group of expert lane + 32 * i, -1 past the last one.
 template <int kSlots>
-__device__ __forceinline__ void group_slots(int num_experts, int group_size,
+__device__ __forceinline__ void group_slots(int num_experts, int experts_per_group,
                                             int (&groups)[kSlots]) {
 #pragma unroll
   for (int i = 0; i < kSlots; ++i) {
     const int e = static_cast<int>(threadIdx.x % kWarpSize) + i * kWarpSize;
-    groups[i] = e < num_experts ? e / group_size : -1;
+    groups[i] = e < num_experts ? e / experts_per_group : -1;
   }
 }
 
@@ -162,12 +162,12 @@ struct Excess {
   // `share` holds probabilities, `groups` is what group_slots found.
   __device__ __forceinline__ bool find(const Acc (&share)[kSlots], const int (&groups)[kSlots],
                                        int64_t first_id, int64_t last_id, int num_experts,
-                                       int group_size) {
+                                       int experts_per_group) {
     if (first_id < 0 || first_id >= num_experts || last_id < 0 || last_id >= num_experts) {
       return false;
     }
     last = static_cast<int>(last_id);
-    const int group = static_cast<int>(first_id) / group_size;
+    const int group = static_cast<int>(first_id) / experts_per_group;
     Acc mine = 0;
 #pragma unroll
     for (int i = 0; i < kSlots; ++i) mine = i == last / kWarpSize ? share[i] : mine;
@@ -188,14 +188,14 @@ struct Excess {
 template <typename T, int kSlots>
 __global__ void __launch_bounds__(256)
     alignment_sum_kernel(const T* __restrict__ logits, const int64_t* __restrict__ topk_ids,
-                         int64_t num_tokens, int top_k, int num_experts, int group_size,
+                         int64_t num_tokens, int top_k, int num_experts, int experts_per_group,
                          device_accumulate_t<T>* __restrict__ partial) {
   using Acc = device_accumulate_t<T>;
   __shared__ Acc warp_sums[kWarpSize];
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int64_t warps = blockDim.x / kWarpSize;
   int groups[kSlots];
-  group_slots(num_experts, group_size, groups);
+  group_slots(num_experts, experts_per_group, groups);
   Acc sum = 0;
   for (int64_t t = blockIdx.x * warps + warp; t < num_tokens; t += gridDim.x * warps) {
     // Read with the logits, not after them.
@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(256)
     load_logits(logits + t * num_experts, num_experts, share);
     shares_from_logits<false, false>(share, slopes);
     Excess<Acc, kSlots> excess;
-    if (!excess.find(share, groups, first_id, last_id, num_experts, group_size)) continue;
+    if (!excess.find(share, groups, first_id, last_id, num_experts, experts_per_group)) continue;
 #pragma unroll
     for (int i = 0; i < kSlots; ++i) sum += excess.of[i];
   }
@@ -237,13 +237,13 @@ __global__ void __launch_bounds__(256)
     alignment_sum_backward_kernel(const device_accumulate_t<T>* __restrict__ grad_sum,
                                   const T* __restrict__ logits,
                                   const int64_t* __restrict__ topk_ids, int64_t num_tokens,
-                                  int top_k, int num_experts, int group_size,
+                                  int top_k, int num_experts, int experts_per_group,
                                   T* __restrict__ grad_logits) {
   using Acc = device_accumulate_t<T>;
   const int lane = threadIdx.x % kWarpSize;
   const int64_t warps = blockDim.x / kWarpSize;
   int groups[kSlots];
-  group_slots(num_experts, group_size, groups);
+  group_slots(num_experts, experts_per_group, groups);
   for (int64_t t = blockIdx.x * warps + threadIdx.x / kWarpSize; t < num_tokens;
        t += gridDim.x * warps) {
     const int64_t first_id = topk_ids[t * top_k], last_id = topk_ids[t * top_k + top_k - 1];
@@ -251,7 +251,8 @@ __global__ void __launch_bounds__(256)
     load_logits(logits + t * num_experts, num_experts, share);
     shares_from_logits<false, false>(share, slopes);
     Excess<Acc, kSlots> excess;
-    const bool counts = excess.find(share, groups, first_id, last_id, num_experts, group_size);
+    const bool counts =
+        excess.find(share, groups, first_id, last_id, num_experts, experts_per_group);
     // The gradient with respect to the probabilities is 1 where there is an excess and minus their
     // number at the last choice; its mean under the probabilities is the excess itself.
     Acc mean = 0;
