@@ -11,7 +11,11 @@ import torch
 from moeops import _extension
 
 # Modules that are no tests have asserts too: their errors show values. Before anything imports them.
-_HELPERS = (path for path in Path(__file__).parent.rglob("*.py") if path.stem != "conftest")
+_HELPERS = (
+    path
+    for path in Path(__file__).parent.rglob("*.py")
+    if path.stem not in ("conftest", "__main__")
+)
 pytest.register_assert_rewrite(*(p.stem for p in _HELPERS if not p.stem.startswith("test_")))
 
 from tolerances import VALUES_DTYPES  # noqa: E402  (asserts are rewritten from here on)

@@ -126,7 +126,7 @@ def threshold(
             share = sum(row.count(e) for row in ids) / pairs
             loss = loss + E * share * sum(p[e] for p in probs) / T
         loss = loss - dynamic * sum(p[e] * torch.log(p[e]) for p in probs) / T
-    order = {(t, k): float(probs[t][ids[t][k]]) for t in range(T) for k in range(top_k)}
+    order = {(t, k): float(probs[t][ids[t][k]].detach()) for t in range(T) for k in range(top_k)}
     lost = _limit(ids, weights, row_budget, lambda slot: (slot[1], -order[slot], slot[0]))
     return *_stack(ids, weights), loss, lost
 
@@ -155,7 +155,7 @@ def remoe(
             if float(z[e]) > 0:
                 ids[t][k] = e
                 weights[t][k] = z[e]
-    values = [[float(w) for w in row] for row in weights]
+    values = [[float(w.detach()) for w in row] for row in weights]
     lost = _limit(ids, weights, row_budget, lambda slot: (-values[slot[0]][slot[1]], slot))
     return *_stack(ids, weights), loss, lost
 

@@ -1,0 +1,28 @@
+"""Cases of ops and layers in one graph of ``torch.compile``, against the truth of the eager ones."""
+
+from __future__ import annotations
+
+from random import Random
+from typing import Any
+
+import torch
+
+from fuzz import layers, ops
+
+WHAT = {"ops": ops, "layers": layers}
+
+
+def draw(rng: Random) -> dict[str, Any]:
+    what = rng.choice(tuple(WHAT))
+    options = WHAT[what].draw(rng)
+    if what == "ops":
+        options["through_func"] = False
+    else:
+        options["recomputed"] = False
+    return {"what": what, "backend": "inductor" if rng.random() < 0.05 else "aot_eager", **options}
+
+
+def check(seed: int, *, what: str, **options: Any) -> None:
+    """A case of ``what``, compiled."""
+    with torch._inductor.config.patch(fallback_random=True):
+        WHAT[what].check(seed, **options)

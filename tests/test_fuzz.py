@@ -1,0 +1,110 @@
+"""Random cases of the day, and that the machinery which draws them sees what it must see."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+import moeops
+from fuzz import comparing, layers, ops
+from fuzz.run import Case, check, draw, run
+from moeops import reference
+
+CASES, SECONDS = 1000, 55.0
+
+
+def test_cases_of_the_day(capsys):
+    """A thousand cases, or as many as a minute has on a slow machine; other ones every day."""
+    seed = int(time.strftime("%Y%m%d"))
+    report = run(CASES, seed, SECONDS)
+    with capsys.disabled():
+        print(f"\npython -m tests.fuzz --cases {CASES} --seed {seed}\n{report.text()}")
+    assert not report.failures, report.text()
+    assert (
+        len(report.counts) > 2
+    )  # a share of every kind that is quick, however slow the machine is
+
+
+def test_a_seed_is_one_case():
+    for seed in range(200):
+        assert draw(seed) == draw(seed)
+    drawn = {draw(seed).kind for seed in range(2000)}
+    assert drawn == {"ops", "gates", "layers", "compiled", "ranks"}
+
+
+def test_a_failing_case_prints_a_test_that_fails(monkeypatch):
+    """The printed source, run as it is, raises what the case raised."""
+    monkeypatch.setattr(reference, "score_sums", lambda logits, score: logits.sum(0))
+    report = run(400, 1, kinds=("ops",), stop_after=1)
+    (failure,) = report.failures
+    assert failure.case.options["op"] in ("score_sums", "topk_route_balance")
+    source = failure.case.as_test()
+    assert source in report.text()
+    space: dict = {}
+    exec(source, space)
+    (test,) = (value for name, value in space.items() if name.startswith("test_"))
+    with pytest.raises(AssertionError):
+        test()
+    monkeypatch.undo()
+    test()
+
+
+def wrong_rows(x, plan):
+    rows = moeops.ops.permute.permute_tokens(x, plan)
+    return rows.index_copy(0, torch.tensor([0]), rows[:1] * 1.1) if len(rows) else rows
+
+
+def wrong_gradient(rows, plan, weights=None):
+    y = moeops.ops.permute.unpermute_tokens(rows, plan, weights)
+    return y.detach() + 1.01 * (y - y.detach())
+
+
+@pytest.mark.parametrize(
+    ("name", "fault", "op"),
+    [
+        ("permute_tokens", wrong_rows, "permute_tokens"),
+        ("unpermute_tokens", wrong_gradient, "unpermute_tokens"),
+        ("count_tokens", lambda ids, E: reference.count_tokens(ids.abs(), E), "count_tokens"),
+    ],
+)
+def test_a_fault_of_an_op_is_seen(name, fault, op, monkeypatch):
+    monkeypatch.setattr(moeops, name, fault)
+    cases = [case for seed in range(400) if (case := draw(seed, ("ops",))).options["op"] == op]
+    failed = 0
+    for case in cases:
+        try:
+            check(case.kind, case.seed, **case.options)
+        except AssertionError:
+            failed += 1
+    assert failed > len(cases) // 4
+
+
+def test_a_layer_that_lets_masked_tokens_count_is_seen(monkeypatch):
+    monkeypatch.setattr(moeops.layers.moe, "without_masked", lambda routing, mask: routing)
+    monkeypatch.setattr(moeops.gates.SwitchGate, "takes_mask", False)
+    with pytest.raises(AssertionError):
+        layers.check(3, gate="switch", kind="mlp", T=20, D=8, masked="some")
+    monkeypatch.undo()
+    layers.check(3, gate="switch", kind="mlp", T=20, D=8, masked="some")
+
+
+def test_near_ties_are_forgiven_where_types_are_rounded_and_only_there():
+    seen = []
+
+    def once(seed):
+        seen.append(seed)
+        if len(seen) == 1:
+            raise comparing.OtherChoice("ids")
+
+    comparing.unless_tied(once, 5, "bfloat16")
+    assert len(seen) == 1 + comparing.REPEATS
+    seen.clear()
+    with pytest.raises(comparing.OtherChoice):
+        comparing.unless_tied(once, 5, "float64")
+
+
+def test_every_public_op_has_cases():
+    assert set(ops.OPS) == set(moeops.ops.__all__)
+    assert Case("ops", 1, {"op": "count_tokens"}).as_test().startswith("from fuzz.run import check")
