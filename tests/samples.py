@@ -423,8 +423,8 @@ def mlp_tensors(
     if with_bias:
         shapes |= {"b_up": (p.E, up), "b_down": (p.E, p.D)}
     tensors = {n: p.tensor(*s, dtype=dtype, device=device) for n, s in shapes.items()}
-    tensors["w_up"] = tensors["w_up"] * p.D**-0.5
-    tensors["w_down"] = tensors["w_down"] * p.H**-0.5
+    tensors["w_up"] = tensors["w_up"] * max(1, p.D) ** -0.5
+    tensors["w_down"] = tensors["w_down"] * max(1, p.H) ** -0.5
     return tensors | {"topk_weights": p.weights(dtype, device)}
 
 

@@ -259,7 +259,7 @@ def _gather_rows(rows: Tensor, index: Tensor, live: Tensor) -> Tensor:
 
 def _permute_tokens(x, row_to_pair, pair_to_row, expert_offsets):
     live = torch.arange(row_to_pair.shape[0], device=x.device) < expert_offsets[-1]
-    return _gather_rows(x, row_to_pair // pair_to_row.shape[1], live)
+    return _gather_rows(x, row_to_pair // max(1, pair_to_row.shape[1]), live)
 
 
 def _unpermute_tokens(rows, row_to_pair, pair_to_row, expert_offsets, topk_weights=None):
@@ -284,11 +284,13 @@ def _unpad_rows(padded, expert_offsets, num_rows):
 def _grouped_linear(rows, weight, expert_offsets, bias=None):
     acc = _checks.accumulate_dtype(rows.dtype)
     owner = _owners(rows.shape[0], expert_offsets)[:, None]
-    wide = rows.to(acc)
-    out = torch.zeros_like(wide[:, :1]).expand(-1, weight.shape[1])
+    # What is in rows without an expert is nobody's, NaN included, which would pass through a product with zeros.
+    wide = torch.where(owner < weight.shape[0], rows.to(acc), 0)
+    out: Tensor | float = 0.0
     for expert in range(weight.shape[0]):
         own = F.linear(wide, weight[expert].to(acc), None if bias is None else bias[expert].to(acc))
         out = torch.where(owner == expert, own, out)
+    assert isinstance(out, Tensor)  # there is an expert
     return out.to(rows.dtype)
 
 

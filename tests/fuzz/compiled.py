@@ -16,7 +16,7 @@ def draw(rng: Random) -> dict[str, Any]:
     what = rng.choice(tuple(WHAT))
     options = WHAT[what].draw(rng)
     if what == "ops":
-        options["through_func"] = False
+        options["through_func"] = None
     else:
         options["recomputed"] = False
     return {"what": what, "backend": "inductor" if rng.random() < 0.05 else "aot_eager", **options}

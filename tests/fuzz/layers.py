@@ -16,13 +16,13 @@ from fuzz.comparing import (
     OtherChoice,
     assert_equal_choice,
     assert_gradient,
+    assert_value,
     draw_tokens,
     dtype_of,
     seed_everything,
     unless_tied,
 )
 from moeops import FMoE, FMoETransformerMLP, SlotRouting
-from tolerances import assert_close
 
 E, H = 6, 5  # E has the groups that gates of ``every_gate`` have
 LOSSES = ("z", "entropy", "switch", "gshard")
@@ -343,6 +343,6 @@ def _assert_same(actual: dict[str, Any], expected: dict[str, Any], dtype) -> Non
         if name.startswith("grad"):
             assert_gradient(got, want, dtype, name, slack=6.0)  # terms are rounded between calls
         elif want.is_floating_point():
-            assert_close(got, want, dtype, name)
+            assert_value(got, want, dtype, name)
         elif not torch.equal(got, want):
             raise OtherChoice(f"{name}: got {got.tolist()}, expected {want.tolist()}")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import moeops
 from fuzz.comparing import (
+    DTYPES,
     compare,
     draw_dtype,
     draw_tokens,
@@ -18,7 +19,7 @@ from fuzz.comparing import (
     seed_everything,
     unless_tied,
 )
-from moeops import LoraFactors, reference
+from moeops import LoraFactors, TokenPlan, reference
 from samples import Sample, accumulate_dtype, mlp_tensors
 
 ACTIVATIONS = ("swiglu", "gelu", "relu", "silu", "relu_squared")
@@ -33,6 +34,22 @@ class Problem(NamedTuple):
     op: Callable[..., Any]
     truth: Callable[..., Any]
     frozen: tuple[str, ...] = ()
+    plan: TokenPlan | None = None
+
+    def with_garbage(self) -> Problem:
+        """The same with NaN in all that nobody may read: rows and weights without a pair, tokens without an expert."""
+        if self.plan is None:
+            return self
+        _, pair_to_row, offsets = self.plan
+        live = pair_to_row < offsets[-1]
+        unread = {
+            "rows": torch.arange(self.plan.row_to_pair.shape[0]) >= offsets[-1],
+            "topk_weights": ~live,
+            "x": ~live.any(1),
+        }
+        for name in unread.keys() & self.tensors.keys():
+            self.tensors[name][unread[name]] = float("nan")  # in place, which keeps the strides
+        return self
 
 
 def logits_like(
@@ -260,22 +277,30 @@ def permute_tokens(sample, dtype):
         {"x": sample.tensor(sample.T, sample.D, dtype=dtype)},
         lambda x: moeops.permute_tokens(x, mine),
         lambda x: reference.permute_tokens(x, truth),
+        plan=truth,
     )
 
 
 def unpermute_draw(rng, size):
-    return {"weighted": rng.random() < 0.7}
+    return {"weights": rng.choice((None, "same", "same", *DTYPES))}
 
 
-def unpermute_tokens(sample, dtype, weighted):
+def weights_of(sample, dtype, weights):
+    """Routing weights, of the type that goes with the rows or of another one."""
+    values = sample.weights(dtype)
+    return values if weights == "same" else values.to(dtype_of(weights))
+
+
+def unpermute_tokens(sample, dtype, weights):
     mine, truth = plans_of(sample)
     tensors = {"rows": sample.tensor(sample.R, sample.D, dtype=dtype)}
-    if weighted:
-        tensors["topk_weights"] = sample.weights(dtype)
+    if weights is not None:
+        tensors["topk_weights"] = weights_of(sample, dtype, weights)
     return Problem(
         tensors,
         lambda rows, topk_weights=None: moeops.unpermute_tokens(rows, mine, topk_weights),
         lambda rows, topk_weights=None: reference.unpermute_tokens(rows, truth, topk_weights),
+        plan=truth,
     )
 
 
@@ -284,11 +309,13 @@ def pad_draw(rng, size):
 
 
 def pad_rows(sample, dtype, capacity):
-    offsets = plans_of(sample)[0].expert_offsets
+    plan, _ = plans_of(sample)
+    offsets = plan.expert_offsets
     return Problem(
         {"rows": sample.tensor(sample.R, sample.D, dtype=dtype)},
         lambda rows: moeops.pad_rows(rows, offsets, capacity),
         lambda rows: reference.pad_rows(rows, offsets, capacity),
+        plan=plan,
     )
 
 
@@ -310,11 +337,12 @@ def low_rank(sample, name, weight, rank, dtype):
     _, outputs, inputs = weight.shape
     a = sample.tensor(sample.E, rank, inputs, dtype=dtype)
     b = sample.tensor(sample.E, outputs, rank, dtype=dtype)
-    return {f"{name}_a": a * inputs**-0.5, f"{name}_b": b * rank**-0.5}
+    return {f"{name}_a": a * max(1, inputs) ** -0.5, f"{name}_b": b * rank**-0.5}
 
 
 def grouped_linear(sample, dtype, biased, rank):
-    offsets = plans_of(sample)[0].expert_offsets
+    plan, _ = plans_of(sample)
+    offsets = plan.expert_offsets
     tensors = {
         "rows": sample.tensor(sample.R, sample.D, dtype=dtype),
         "weight": sample.tensor(sample.E, sample.H, sample.D, dtype=dtype),
@@ -333,7 +361,7 @@ def grouped_linear(sample, dtype, biased, rank):
             weight = weight + 0.5 * lora_b @ lora_a
         return reference.grouped_linear(rows, weight, offsets, bias=bias)
 
-    return Problem(tensors, op, truth)
+    return Problem(tensors, op, truth, plan=plan)
 
 
 def mlp_draw(rng, size):
@@ -345,16 +373,17 @@ def mlp_draw(rng, size):
     return {
         "activation": rng.choice(activations),
         "biased": rng.random() < 0.5,
+        "weights": rng.choice(("same", "same", *DTYPES)),
         "up_rank": up,
         "down_rank": down,
         "frozen": frozen if len(frozen) < len(every) else (),
     }
 
 
-def moe_mlp(sample, dtype, activation, biased, up_rank, down_rank, frozen):
+def moe_mlp(sample, dtype, activation, biased, weights, up_rank, down_rank, frozen):
     mine, plan = plans_of(sample)
     tensors = mlp_tensors(sample, dtype, "cpu", activation, biased)
-    tensors["x"] = tensors.pop("x")
+    tensors["topk_weights"] = weights_of(sample, dtype, weights)
     for name, rank in (("up", up_rank), ("down", down_rank)):
         if rank:
             tensors |= low_rank(sample, name, tensors[f"w_{name}"], rank, dtype)
@@ -377,7 +406,7 @@ def moe_mlp(sample, dtype, activation, biased, up_rank, down_rank, frozen):
             weights["w_down"] = weights["w_down"] + 0.5 * down_b @ down_a
         return reference.moe_mlp(x, plan, topk_weights, activation=activation, **weights)
 
-    return Problem(tensors, op, truth, tuple(frozen))
+    return Problem(tensors, op, truth, tuple(frozen), plan)
 
 
 def nothing(rng, size):
@@ -416,17 +445,21 @@ def draw(rng: Random) -> dict[str, Any]:
     size: dict[str, Any] = {"T": draw_tokens(rng), "E": E}
     if op in ("noisy_topk_route", "alignment_sum"):  # the truth walks over single numbers
         size |= {"T": min(size["T"], 12), "E": min(E, 12)}
-    size |= {"K": rng.randint(1, min(6, size["E"])), "D": rng.choice((1, 2, 7, 8, 16, 33))}
-    size |= {"H": rng.choice((1, 3, 5, 8, 17)), "dropped": rng.choice((0.0, 0.0, 0.3, 0.9, 1.0))}
+    size |= {"K": rng.randint(1, min(6, size["E"])), "D": rng.choice((0, 1, 2, 7, 8, 16, 33, 70))}
+    size |= {"H": rng.choice((0, 1, 3, 5, 8, 17)), "dropped": rng.choice((0.0, 0.0, 0.3, 0.9, 1.0))}
     if plans:
         if rng.random() < 0.2:
             size["only_experts"] = tuple(sorted(rng.sample(range(E), rng.randint(1, min(3, E)))))
+        if rng.random() < 0.03:
+            size["K"] = 0
         size["rows_per_pair"] = rng.choice((None, None, 0.0, 0.5, 0.75, 1.0, 1.5))
     options = {
         "op": op,
         "dtype": draw_dtype(rng),
         "strided": rng.random() < 0.3,
-        "through_func": rng.random() < 0.15,
+        "through_func": rng.choices((None, "vjp", "jvp", "vmap"), (84, 8, 4, 4))[0],
+        "threads": rng.choice((1, 1, 1, 3)),
+        "garbage": rng.random() < 0.3,
         "fill_empty": rng.random() < 0.3,
     }
     return options | size | own(rng, size)
@@ -440,8 +473,10 @@ def check(
     *,
     op: str,
     dtype: str = "float64",
-    through_func: bool = False,
+    through_func: str | None = None,
     fill_empty: bool = False,
+    threads: int = 1,
+    garbage: bool = False,
     backend: str | None = None,
     **options: Any,
 ) -> None:
@@ -451,18 +486,23 @@ def check(
     def once(seed: int) -> None:
         seed_everything(seed, op)
         problem = OPS[op][1](Sample("case", **sizes), dtype_of(dtype), **options)
+        if garbage:
+            problem = problem.with_garbage()
         compare(
             problem.op,
             problem.truth,
             problem.tensors,
             dtype_of(dtype),
             frozen=problem.frozen,
-            through_func=through_func and bool(problem.tensors),
+            through_func=through_func if problem.tensors else None,
             backend=backend,
         )
 
+    before = torch.get_num_threads()
     torch.use_deterministic_algorithms(fill_empty)
+    torch.set_num_threads(threads)
     try:
         unless_tied(once, seed, dtype)
     finally:
         torch.use_deterministic_algorithms(False)
+        torch.set_num_threads(before)

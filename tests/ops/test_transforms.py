@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
@@ -104,6 +106,45 @@ def test_grad_and_vmap(op, index):
     for item in range(2):
         one = function(*(x[item] for x in stacked))
         torch.testing.assert_close(tuple(out[item] for out in batched), one)
+
+
+def test_rows_without_an_expert_are_not_read():
+    """What stands in them, NaN say, reaches no gradient."""
+    offsets = torch.tensor([0, 1, 3], dtype=torch.int32)
+    rows = torch.randn(5, 4, dtype=torch.float64)
+    weight, bias = torch.randn(2, 3, 4, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
+    dirty = rows.clone()
+    dirty[3:] = float("nan")
+
+    def loss(rows, weight, bias):
+        return moeops.grouped_linear(rows, weight, offsets, bias=bias).square().sum()
+
+    got = torch.func.grad(loss, argnums=(0, 1, 2))(dirty, weight, bias)
+    want = torch.func.grad(loss, argnums=(0, 1, 2))(rows, weight, bias)
+    torch.testing.assert_close(got, want)
+    assert not got[0][3:].any()
+
+
+def test_rows_without_columns():
+    """An empty sum is 0, to which the bias is added."""
+    offsets = torch.tensor([0, 1, 3], dtype=torch.int32)
+    bias = torch.randn(2, 3, dtype=torch.float64)
+    function = functools.partial(moeops.grouped_linear, expert_offsets=offsets)
+    rows, weight = torch.zeros(4, 0, dtype=torch.float64), torch.zeros(2, 3, 0, dtype=torch.float64)
+    want = torch.stack([bias[0], bias[1], bias[1], torch.zeros(3, dtype=torch.float64)])
+    assert torch.equal(function(rows, weight, bias=bias), want)
+    assert torch.equal(
+        torch.func.jvp(lambda b: function(rows, weight, bias=b), (bias,), (bias,))[1], want
+    )
+
+
+def test_a_plan_without_slots():
+    """K = 0: tokens have no experts, and the rows that were asked for hold nobody."""
+    plan = moeops.sort_tokens(torch.zeros(4, 0, dtype=torch.int64), 3, 2)
+    x = torch.randn(4, 5)
+    rows, tangent = torch.func.jvp(lambda x: moeops.permute_tokens(x, plan), (x,), (x,))
+    for got in (moeops.permute_tokens(x, plan), rows, tangent):
+        assert torch.equal(got, torch.zeros(2, 5))
 
 
 class Layer(nn.Module):

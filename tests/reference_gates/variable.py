@@ -146,13 +146,13 @@ def remoe(
     ids, weights = _empty(T, slots, logits)
     loss = logits.new_zeros(())
     for e in range(E):
-        share = sum(float(z[e]) > 0 for z in logits) / T
+        share = sum(float(z[e].detach()) > 0 for z in logits) / T
         factor = E / top_k * share if balance else 1.0
         loss = loss + coefficient * factor * sum(z[e].clamp(min=0) for z in logits) / T
     for t, z in enumerate(logits):
         order = range(E) if slots == E else _best(z, slots)
         for k, e in enumerate(order):
-            if float(z[e]) > 0:
+            if float(z[e].detach()) > 0:
                 ids[t][k] = e
                 weights[t][k] = z[e]
     values = [[float(w.detach()) for w in row] for row in weights]
