@@ -37,6 +37,17 @@ inline void mm_out(Tensor& out, const Tensor& a, const Tensor& b) {
   out = torch::stable::detail::to<Tensor>(stack[0]);
 }
 
+// out = input @ weight.T + bias, written in place and rounded once; all are 2-D but for bias
+// [columns]. Needs a NoGradGuard.
+inline void linear_out(Tensor& out, const Tensor& input, const Tensor& weight, const Tensor& bias) {
+  std::array<StableIValue, 4> stack{
+      torch::stable::detail::from(input), torch::stable::detail::from(weight),
+      torch::stable::detail::from(std::optional<Tensor>(bias)), torch::stable::detail::from(out)};
+  TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::linear", "out", stack.data(), TORCH_ABI_VERSION));
+  out = torch::stable::detail::to<Tensor>(stack[0]);
+}
+
 // torch._grouped_mm(a, b, offs): a [N, K] x b [E, K, M] -> [N, M], or a [M, N] x b [N, K] -> [E, M,
 // K].
 inline Tensor grouped_mm(const Tensor& a, const Tensor& b, const Tensor& offs) {

@@ -21,6 +21,13 @@ Tensor view_of(const Matrix& m) {
                                   m.type);
 }
 
+// A row of `like`'s type and width as a tensor [columns].
+Tensor row_vector(const void* data, const Matrix& like) {
+  return torch::stable::from_blob(const_cast<void*>(data), {like.columns}, {1},
+                                  torch::stable::Device(torch::headeronly::DeviceType::CPU),
+                                  like.type);
+}
+
 // What mm is given for `m`. torch's float16 mm is a scalar loop on the CPU, 4 to 60 times slower
 // than converting to float32 and back (torch 2.13, 4096 x 512 x 512).
 Tensor multiplicand(const Matrix& m) {
@@ -86,6 +93,11 @@ void multiply(const Matrix& a, const Matrix& b, const Matrix& out, const void* b
     const Tensor product = torch::stable::matmul(multiplicand(a), multiplicand(b));
     finish_rows(static_cast<const float*>(product.const_data_ptr()), static_cast<const Half*>(bias),
                 out);
+    return;
+  } else if (out.type == ScalarType::BFloat16 && bias) {
+    // A bias added afterwards would be added to a product that is rounded.
+    Tensor target = view_of(out);
+    linear_out(target, view_of(a), view_of(b.transposed()), row_vector(bias, out));
     return;
   } else {
     Tensor target = view_of(out);

@@ -28,8 +28,8 @@ Matrix row_matrix(const Tensor& t, int64_t first, int64_t count);
 // The data of row `row` of t [R, columns], contiguous; null if there is no t.
 const void* row_of(const std::optional<Tensor>& t, int64_t row);
 
-// out = a @ b, plus bias (of out's type, one for each column) unless it is null. Float16 products
-// and bias are added up in float32. `out` is contiguous.
+// out = a @ b, plus bias (of out's type, one for each column) unless it is null. Half products and
+// bias are added up in float32 and rounded once. `out` is contiguous.
 void multiply(const Matrix& a, const Matrix& b, const Matrix& out, const void* bias = nullptr);
 
 // Sets every element to zero.
