@@ -36,10 +36,12 @@ def ceil_of(factor: float, *sizes: int | Fraction) -> int:
     return math.ceil(product)
 
 
-def limited(routing, capacity, num_experts, by_choice=True):
+def limited(routing, capacity, num_experts, policy):
     ids, weights, loss = routing
-    if capacity is not None:
-        ids = reference.limit_capacity(ids, num_experts, capacity, by_choice=by_choice)
+    priority = weights.detach() if policy == "priority" else None
+    ids = reference.limit_capacity(
+        ids, num_experts, capacity, priority=priority, by_choice=policy == "choice"
+    )
     return ids, weights, loss
 
 
@@ -56,18 +58,18 @@ def gpt_oss_truth(logits, k, balance):
     return ids, torch.softmax(logits.gather(1, ids), -1), loss if balance else None
 
 
-def switch_truth(logits, k, capacity, **_options):
+def switch_truth(logits, k, capacity, drop_policy, **_options):
     T, E = logits.shape
     route = reference.topk_route_balance(logits, 1, renormalize=False)
     routing = route.topk_ids, route.topk_weights, route.balance_loss
-    return limited(routing, ceil_of(capacity, Fraction(T, E)), E)
+    return limited(routing, ceil_of(capacity, Fraction(T, E)), E, drop_policy)
 
 
-def gshard_truth(logits, k, capacity, **_options):
+def gshard_truth(logits, k, capacity, drop_policy, **_options):
     T, E = logits.shape
     route = reference.topk_route_balance(logits, 2, num_counted=1)
     routing = route.topk_ids, route.topk_weights, route.balance_loss
-    return limited(routing, ceil_of(capacity, Fraction(2 * T, E)), E)
+    return limited(routing, ceil_of(capacity, Fraction(2 * T, E)), E, drop_policy)
 
 
 def ktop1_truth(logits, k, capacity):
@@ -106,6 +108,28 @@ def tutel_truth(logits, k, capacity, drop_policy, renormalize, alignment):
         normalize=renormalize,
         alignment=alignment,
     )
+
+
+def deepseek_truth(logits, k, sequence_length, **options):
+    route = reference.topk_route(logits, k, score="sigmoid", **options)
+    T, length = len(logits), sequence_length
+    if length is None:
+        return route.topk_ids, route.topk_weights, None
+    # The loss counts the choices that scores alone would make.
+    parts = [logits[begin : begin + length] for begin in range(0, T, length)]
+    losses = [topk_truth(part, k, score="sigmoid")[2] for part in parts]
+    return route.topk_ids, route.topk_weights, sum(losses) / len(losses)
+
+
+def draw_deepseek(rng: Random, E: int) -> tuple[int, dict[str, Any]]:
+    groups = rng.choice([g for g in range(1, E + 1) if E % g == 0])
+    top_groups = rng.randint(1, groups)
+    return rng.randint(1, min(4, E // groups * top_groups)), {
+        "num_groups": groups,
+        "top_groups": top_groups,
+        "scale": rng.choice((1.0, 2.5)),
+        "sequence_length": rng.choice((None, 1, 3, 100)),
+    }
 
 
 def llama4_truth(logits, k, balance):
@@ -152,13 +176,28 @@ GATES: dict[str, tuple[Callable, Callable]] = {
         llama4_truth,
     ),
     "SwitchGate": (
-        lambda rng, E: (1, {"capacity": factor(rng), "switch_eps": 0.0}),
+        lambda rng, E: (
+            1,
+            {
+                "capacity": factor(rng),
+                "switch_eps": 0.0,
+                "drop_policy": rng.choice(("position", "priority")),
+            },
+        ),
         switch_truth,
     ),
     "GShardGate": (
-        lambda rng, E: (2, {"capacity": factor(rng), "random_routing": False}),
+        lambda rng, E: (
+            2,
+            {
+                "capacity": factor(rng),
+                "random_routing": False,
+                "drop_policy": rng.choice(("choice", "position", "priority")),
+            },
+        ),
         gshard_truth,
     ),
+    "DeepSeekV3Gate": (draw_deepseek, deepseek_truth),
     "KTop1Gate": (
         lambda rng, E: (
             rng.choice([k for k in range(1, min(E, 6) + 1) if E % k == 0]),
@@ -246,7 +285,8 @@ def draw(rng: Random) -> dict[str, Any]:
         "D": rng.choice((1, 3, 8, 17)),
         "dtype": draw_dtype(rng),
         "training": rng.random() < 0.7,
-        "masked": rng.choice((0.0, 0.0, 0.3, 1.0)),
+        # Sequences have their places.
+        "masked": 0.0 if options.get("sequence_length") else rng.choice((0.0, 0.0, 0.3, 1.0)),
         "strided": rng.random() < 0.3,
         "recomputed": rng.random() < 0.1,
         **options,

@@ -22,7 +22,8 @@ from fuzz.comparing import (
     seed_everything,
     unless_tied,
 )
-from moeops import FMoE, FMoETransformerMLP, SlotRouting
+from moeops import FMoE, FMoETransformerMLP, SlotRouting, reference
+from moeops.dispatch import Static
 
 E, H = 6, 5  # E has the groups that gates of ``every_gate`` have
 LOSSES = ("z", "entropy", "switch", "gshard")
@@ -67,7 +68,12 @@ def draw(rng: Random) -> dict[str, Any]:
         "recomputed": rng.random() < 0.15,
         "frozen": rng.random() < 0.1,
         "steps": rng.choice((1, 1, 2)),
+        "mask_type": rng.choice(("int64", "int32", "uint8")),
+        "no_grad": rng.random() < 0.1,
+        # Rows that a buffer has for each expert; None for no buffers.
+        "capacity": rng.choice((None, None, None, 1, 4, 1000)),
     }
+    options["autocast"] = options["dtype"] == "float32" and rng.random() < 0.4
     if kind == "mlp":
         options["activation"] = rng.choice(list(ACTIVATIONS))
         options["bias"] = rng.random() < 0.6
@@ -81,9 +87,16 @@ def draw(rng: Random) -> dict[str, Any]:
     return options
 
 
-def build(kind: str, gate: str, D: int, activation: str, bias: bool, mask_dict) -> FMoE:
+def build(kind: str, gate: str, D: int, activation: str, bias: bool, mask_dict, capacity) -> FMoE:
     builder, top_k, _, _ = GATES[gate]
-    options = {"top_k": top_k, "gate": builder, "mask_dict": mask_dict, "dtype": torch.float64}
+    options: dict[str, Any] = {
+        "top_k": top_k,
+        "gate": builder,
+        "mask_dict": mask_dict,
+        "dtype": torch.float64,
+    }
+    if capacity is not None:
+        options["dispatch"] = Static(capacity)
     if kind == "mlp":
         return FMoETransformerMLP(
             E, D, H, activation=NOT_FUSED.get(activation, activation), bias=bias, **options
@@ -132,7 +145,7 @@ def dense_mixture(routing: Any, x: Any, experts: list) -> list[Tensor]:
     if isinstance(routing, SlotRouting):
         return slot_mixture(routing, x, experts)
     ids, weights = routing[:2]
-    scale_inputs = len(routing) > 3 and routing.scale_inputs
+    scale_inputs = len(routing) > 3 and routing[3]
     total: list[Tensor] = []
     for e, expert in enumerate(experts):
         for k in range(ids.shape[1]):
@@ -231,13 +244,17 @@ def check(
     recomputed: bool = False,
     frozen: bool = False,
     steps: int = 1,
+    mask_type: str = "int64",
+    no_grad: bool = False,
+    capacity: int | None = None,
+    autocast: bool = False,
     backend: str | None = None,
 ) -> None:
     """A layer against its gate without masked tokens and all experts on all tokens."""
 
     def once(seed: int) -> None:
         seed_everything(seed, f"{kind} {gate}")
-        layer = build(kind, gate, D, activation, bias, mask_dict).train(training)
+        layer = build(kind, gate, D, activation, bias, mask_dict, capacity).train(training)
         if layer.gate.has_logits:
             for name in losses:
                 layer.gate.add_loss(name, 0.1)
@@ -252,50 +269,61 @@ def check(
             torch._dynamo.reset()
             call = torch.compile(layer, fullgraph=True, backend=backend)
         for step in range(steps):
-            mask = make_mask(masked, T)
-            x = torch.randn(T if mask is None else len(mask), D).to(dtype_of(dtype))
+            mask = make_mask(masked, T + 3 * step)
+            x = torch.randn(T + 3 * step if mask is None else len(mask), D).to(dtype_of(dtype))
             if mask is not None and mask_dict is None:
                 x[mask != 0] = float("nan")
-            seen, actual = _actual(layer, call, x, mask, seed + step, kind, layout, recomputed)
-            ids, expected = _expected(truth, x, mask, seed + step, kind, activation, mask_dict)
+            given = None if mask is None else mask.to(dtype_of(mask_type))
+            torch.manual_seed(seed + step)
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                run = _without_gradients if no_grad else _actual
+                seen, actual = run(layer, call, x, given, kind, layout, recomputed)
+            torch.manual_seed(seed + step)
+            ids, expected = _expected(truth, x, mask, kind, activation, mask_dict, capacity)
             if ids is not None:
                 assert_equal_choice(seen, ids, "ids")
-            _assert_same(actual, expected, dtype_of(dtype))
+            _assert_same(actual, expected, torch.bfloat16 if autocast else dtype_of(dtype), no_grad)
 
     unless_tied(once, seed, dtype)
 
 
-def _actual(layer, call, x, mask, seed, kind, layout, recomputed):
+def _without_gradients(*arguments):
+    with torch.no_grad():
+        return _actual(*arguments)
+
+
+def _actual(layer, call, x, mask, kind, layout, recomputed):
     seen = []
     layer.routing_hooks = (lambda _layer, _x, routing: seen.append(routing),)
     layer.zero_grad(set_to_none=True)
-    leaf = x.clone().requires_grad_()
+    leaf = x.clone().requires_grad_(torch.is_grad_enabled())
     shaped, given = as_layout(layout, leaf, mask)
     inp = make_input(kind, shaped)
-    torch.manual_seed(seed)
     y = checkpoint(call, inp, given, use_reentrant=False) if recomputed else call(inp, given)
     outputs = leaves_of(y)
     if layout == "jagged":
         outputs = [outputs[0].values()]
     outputs = [out.reshape(len(x), *out.shape[-1:]) if kind == "mlp" else out for out in outputs]
-    results = _step(layer, outputs, leaf)
-    (routing,) = seen if not recomputed else seen[:1]
+    with torch.autocast("cpu", enabled=False):
+        results = _step(layer, outputs, leaf)
+    routing = seen[0]  # recomputation sees it again
     there = slice(None) if mask is None else mask == 0
     ids = None if isinstance(routing, SlotRouting) else routing.topk_ids[there]
     return ids, results
 
 
-def _expected(layer, x, mask, seed, kind, activation, mask_dict):
+def _expected(layer, x, mask, kind, activation, mask_dict, capacity):
     there = torch.ones(len(x), dtype=torch.bool) if mask is None else mask == 0
     layer.zero_grad(set_to_none=True)
     leaf = x.double().requires_grad_()
     inp = make_input(kind, leaf)
     real = map_leaves(lambda part: part[there], inp)
-    torch.manual_seed(seed)
-    routing = layer.gate(leaves_of(real)[0])
+    routing = kept = layer.gate(leaves_of(real)[0])
+    if capacity is not None and not isinstance(routing, SlotRouting):
+        kept = (reference.limit_capacity(routing[0], E, capacity), *routing[1:])
     outputs = [
         part.new_zeros(len(x), *part.shape[1:]).index_put((there,), part)
-        for part in dense_mixture(routing, real, experts_of(layer, activation))
+        for part in dense_mixture(kept, real, experts_of(layer, activation))
     ]
     if mask_dict and mask is not None:
         state = {n: b.clone() for n, b in layer.gate.named_buffers()}
@@ -327,16 +355,20 @@ def _step(layer: FMoE, outputs: list[Tensor], leaf: Tensor, loss: Any = NO_LOSS)
     if loss is not None:
         results["loss"] = loss.detach()
         total = total + loss.double()
+    results.update({f"buffer {n}": b.clone() for n, b in layer.named_buffers()})
+    if not torch.is_grad_enabled():
+        return results
     total.backward()
     results["grad x"] = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
     for name, parameter in layer.named_parameters():
         grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         results[f"grad {name}"] = grad
-    results.update({f"buffer {n}": b.clone() for n, b in layer.named_buffers()})
     return results
 
 
-def _assert_same(actual: dict[str, Any], expected: dict[str, Any], dtype) -> None:
+def _assert_same(actual: dict, expected: dict, dtype: torch.dtype, no_grad: bool) -> None:
+    if no_grad:
+        expected = {n: value for n, value in expected.items() if not n.startswith("grad ")}
     assert actual.keys() == expected.keys(), f"{sorted(actual)}, expected {sorted(expected)}"
     for name, want in expected.items():
         got = actual[name]
