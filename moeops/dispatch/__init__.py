@@ -2,6 +2,7 @@
 
 from moeops.dispatch.base import Dispatcher, DispatchOptions, ExpertRanks
 from moeops.dispatch.gather import Gather
+from moeops.dispatch.hooks import StageHooks
 from moeops.dispatch.local import LocalDispatcher
 from moeops.dispatch.options import Auto, Exact, Static
 from moeops.dispatch.replicas import Placement
@@ -17,5 +18,6 @@ __all__ = [
     "LocalDispatcher",
     "Placement",
     "ShadowPolicy",
+    "StageHooks",
     "Static",
 ]

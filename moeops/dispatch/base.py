@@ -13,6 +13,7 @@ from moeops import _checks, _nests
 from moeops.comm.exchange import Splits
 from moeops.comm.groups import RankGroup
 from moeops.comm.hierarchical import Hierarchy, start_exchange
+from moeops.dispatch.hooks import StageHooks
 from moeops.ops.permute import permute_tokens, unpermute_tokens
 from moeops.types import Routing, SlotRouting, TokenPlan
 
@@ -34,9 +35,13 @@ class Dispatcher:
 
     Attributes:
         takes_scaled_inputs: ``run`` reads a ``Routing`` with ``scale_inputs``, too.
+        takes_stage_hooks: ``run`` calls those of ``stage_hooks`` that are for rows.
+        stage_hooks: what the layer was given.
     """
 
     takes_scaled_inputs = False
+    takes_stage_hooks = False
+    stage_hooks = StageHooks()
 
     def start(self, inp: Any, weights: Callable[[], Any], table: Tensor | None) -> dict[str, Any]:
         """Begin what can begin before the gate; return what ``run`` needs beside its other arguments.
@@ -47,6 +52,19 @@ class Dispatcher:
             table: what ``table`` returned, on the device.
         """
         return {}
+
+    def set_stage_hooks(self, hooks: StageHooks) -> None:
+        """Call these from now on.
+
+        Raises:
+            NotImplementedError: there are hooks on rows, and this dispatcher does not call them.
+        """
+        if hooks.on_rows and not self.takes_stage_hooks:
+            raise NotImplementedError(
+                f"{type(self).__name__}: {hooks.on_rows[0]} must be None, because not all rows pass one way here. Use "
+                "Exact, Static or Gather without replicas and shadowing, or before_moe_start and before_moe_end alone."
+            )
+        self.stage_hooks = hooks
 
     def table(self) -> Tensor | None:
         """Numbers on the host that the dispatcher wants on the device in every forward: a layer keeps them there."""
@@ -157,6 +175,7 @@ class Flight:
         hierarchy: how they are arranged as nodes; ``None`` for the flat exchange.
         beside: one tensor ``[R, ...]`` more that travels, between ranks.
         back: take rows back to where an exchange with these splits brought them from.
+        hooks: to call on the rows before they leave and when they are there; not on what is beside them.
     """
 
     def __init__(
@@ -168,7 +187,11 @@ class Flight:
         *,
         beside: Tensor | None = None,
         back: bool = False,
+        hooks: StageHooks,
     ) -> None:
+        self._hooks = hooks
+        self._arrival = "after_combine" if back else "after_dispatch"
+        rows = hooks.call("before_combine" if back else "before_dispatch", rows)
         leaves, self._spec = _nests.flatten(rows)
         self._has_beside = beside is not None
         if beside is not None:
@@ -183,16 +206,19 @@ class Flight:
 
     def turn(self, rows: Any) -> Flight:
         """Begin to send answers to rows that arrived back to where these came from."""
-        return Flight(rows, *self._way, back=True)
+        return Flight(rows, *self._way, back=True, hooks=self._hooks)
 
     def finish(self) -> Any:
         """Return the rows that arrived, a nest of ``[sum of the splits, ...]``; with ``beside`` both of them."""
         if self._rows is not None:
-            return self._rows
+            return self._hooks.call(self._arrival, self._rows)
         received = [exchange.finish() for exchange in self._exchanges]
         if self._has_beside:
-            return _nests.unflatten(received[:-1], self._spec), received[-1]
-        return _nests.unflatten(received, self._spec)
+            return self._arrived(received[:-1]), received[-1]
+        return self._arrived(received)
+
+    def _arrived(self, leaves: list[Tensor]) -> Any:
+        return self._hooks.call(self._arrival, _nests.unflatten(leaves, self._spec))
 
 
 def chunk_bounds(total: int, n_chunks: int) -> list[tuple[int, int]]:

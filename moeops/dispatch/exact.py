@@ -20,6 +20,7 @@ from moeops.dispatch.base import (
     row_size,
 )
 from moeops.dispatch.forms import ByPair, ByRank, Form, Load
+from moeops.dispatch.hooks import StageHooks
 from moeops.dispatch.local import LocalDispatcher, Record
 from moeops.types import Routing, SlotRouting
 
@@ -83,6 +84,8 @@ class ExactDispatcher(Dispatcher):
     the form "2d" and experts as one call there is another copy per chunk.
     """
 
+    takes_stage_hooks = True
+
     def __init__(
         self,
         num_expert: int,
@@ -108,6 +111,12 @@ class ExactDispatcher(Dispatcher):
                 n_chunks=n_chunks,
                 onward=ExactDispatcher(num_expert, hierarchy.inside),
             )
+
+    def set_stage_hooks(self, hooks: StageHooks) -> None:
+        """Call these on each chunk; of rows that go to nodes first, only on their way between nodes."""
+        super().set_stage_hooks(hooks)
+        if self._by_node is not None:
+            self._by_node.set_stage_hooks(hooks)
 
     def run(
         self,
@@ -217,7 +226,14 @@ class ExactDispatcher(Dispatcher):
     def _post(self, form: Form, load: Load, counts: _Counts) -> Sent:
         """Copy tokens into rows and begin to send them."""
         rows, choices, record = form.post(load, sum(counts.splits.input_splits))
-        flight = Flight(rows, counts.splits, self.group, self.hierarchy, beside=choices)
+        flight = Flight(
+            rows,
+            counts.splits,
+            self.group,
+            self.hierarchy,
+            beside=choices,
+            hooks=self.stage_hooks,
+        )
         return Chunk(form, record, counts), flight
 
     def _exchange_counts(self, counts: Tensor) -> tuple[Tensor, Tensor]:

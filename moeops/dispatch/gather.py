@@ -111,6 +111,7 @@ class GatherDispatcher(Dispatcher):
     """
 
     takes_scaled_inputs = True
+    takes_stage_hooks = True
 
     def __init__(
         self,
@@ -161,7 +162,7 @@ class GatherDispatcher(Dispatcher):
         return self._start(inp)
 
     def _start(self, inp: Any) -> dict[str, Any]:
-        leaves, spec = _nests.flatten(inp)
+        leaves, spec = _nests.flatten(self.stage_hooks.call("before_dispatch", inp))
         num_tokens = leaves[0].shape[0]
         if self.max_tokens is not None:
             leaves = [_pad(leaf, self._padding(num_tokens)) for leaf in leaves]
@@ -203,6 +204,7 @@ class GatherDispatcher(Dispatcher):
         num_rows, may_lose = self.rows_for(self._length(num_tokens), top_k, num_pairs)
         ids, weights = self._gather_choices(routing)
         tokens = _nests.unflatten([gathering.finish() for gathering in gathered], spec)
+        tokens = self.stage_hooks.call("after_dispatch", tokens)
         own = own_ids(ids, self.group.rank, self.num_expert)
         everyone = Routing(own, weights, None, routing.scale_inputs)
         plain, copies = scale_inputs(everyone, tokens)
@@ -218,7 +220,12 @@ class GatherDispatcher(Dispatcher):
             out = experts(rows, plan.expert_offsets, None)
             out = _nests.map_leaves(lambda leaf: combine_leaf(leaf, plan, plain.topk_weights), out)
         out = sum_copies(everyone, out)
-        return _nests.map_leaves(lambda leaf: self._return(leaf, num_tokens), out)
+        out = self.stage_hooks.call("before_combine", out)
+        out = _nests.map_leaves(lambda leaf: reduce_scatter_rows(leaf, self.group), out)
+        out = self.stage_hooks.call("after_combine", out)
+        if self.max_tokens is None:
+            return out
+        return _nests.map_leaves(lambda leaf: leaf.narrow(0, 0, num_tokens), out)
 
     def raise_for_lost_pairs(self) -> None:
         """Raise RuntimeError if the last forward had pairs without a row; waits for it.
@@ -272,11 +279,6 @@ class GatherDispatcher(Dispatcher):
             torch.where(kept, whole.pair_to_row, num_rows),
             offsets,
         )
-
-    def _return(self, leaf: Tensor, num_tokens: int) -> Tensor:
-        """This rank's tokens ``[T, ...]`` out of what every rank made of all."""
-        total = reduce_scatter_rows(leaf, self.group)
-        return total if self.max_tokens is None else total.narrow(0, 0, num_tokens)
 
 
 def _pad(leaf: Tensor, padding: int, value: int = 0) -> Tensor:

@@ -44,6 +44,8 @@ Record = Chosen | Mixed
 class LocalDispatcher(Dispatcher):
     """Every expert is on this rank: rows are sorted by expert, slots are weighted sums of tokens.
 
+    With hooks on rows, rows are made for them, in expert order, also where experts are one call that needs none.
+
     Args:
         num_experts: ``E``.
 
@@ -56,6 +58,8 @@ class LocalDispatcher(Dispatcher):
         ([[3.0], [1.0]], [0, 1, 2], [[0.5], [6.0]])
     """
 
+    takes_stage_hooks = True
+
     def __init__(self, num_experts: int) -> None:
         self.num_experts = num_experts
 
@@ -67,9 +71,14 @@ class LocalDispatcher(Dispatcher):
         block: Block | None = None,
     ) -> Any:
         """Dispatch, run the experts, combine: in one call where there is one for chosen experts."""
-        if block is not None and isinstance(routing, Routing):
+        hooks = self.stage_hooks
+        if block is not None and isinstance(routing, Routing) and not hooks.on_rows:
             return block(inp, routing.topk_weights, self._plan(routing))
-        return super().run(routing, inp, experts, block)
+        rows, expert_offsets, record = self.dispatch(routing, inp)
+        rows = hooks.call("after_dispatch", hooks.call("before_dispatch", rows))
+        out = experts(rows, expert_offsets, None)
+        out = hooks.call("after_combine", hooks.call("before_combine", out))
+        return self.combine(out, record)
 
     def _plan(self, routing: Routing) -> TokenPlan:
         return sort_tokens(routing.topk_ids, self.num_experts, routing.num_rows)

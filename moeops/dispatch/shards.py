@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from moeops.dispatch.base import Block, Dispatcher, Experts
+from moeops.dispatch.hooks import StageHooks
 from moeops.types import Routing, SlotRouting
 
 __all__ = ["ShardSpan", "ShardedDispatcher", "route_to_shards", "take_shard"]
@@ -89,6 +90,10 @@ class ShardedDispatcher(Dispatcher):
         self.expert_ranks = expert_ranks
         self.num_shards = num_shards
         self.takes_scaled_inputs = inner.takes_scaled_inputs
+
+    def set_stage_hooks(self, hooks: StageHooks) -> None:
+        """Call these where ``inner`` does."""
+        self.inner.set_stage_hooks(hooks)
 
     def start(self, inp: Any, weights: Callable[[], Any], table: Tensor | None) -> dict[str, Any]:
         """Begin what ``inner`` begins."""

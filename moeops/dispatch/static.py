@@ -94,6 +94,8 @@ class StaticDispatcher(Dispatcher):
     own ``C`` changes.
     """
 
+    takes_stage_hooks = True
+
     def __init__(
         self,
         num_expert: int,
@@ -210,18 +212,24 @@ class StaticDispatcher(Dispatcher):
         block = self.num_expert * _nests.leaves(buffers)[0].shape[1]
         num_middle = 0 if self.hierarchy is None else self.hierarchy.num_middle
         splits = Splits([block] * size, [block] * size, [block] * num_middle, equal=True)
-        if size > 1:
+        if self._travels_as_rows:
             buffers = _nests.map_leaves(lambda leaf: leaf.flatten(0, 1), buffers)
-        return Flight(buffers, splits, self.group, self.hierarchy, back=back)
+        hooks = self.stage_hooks
+        return Flight(buffers, splits, self.group, self.hierarchy, back=back, hooks=hooks)
+
+    @property
+    def _travels_as_rows(self) -> bool:
+        """Someone wants rows in dimension 0: an exchange, or a hook."""
+        return self.group.size > 1 or bool(self.stage_hooks.on_rows)
 
     def _receive(self, flight: Flight, capacity: int) -> Any:
         """Wait for buffers ``[W * E_local, C, ...]``."""
         received = flight.finish()
-        if self.group.size == 1:
+        if not self._travels_as_rows:
             return received
         num_buffers = self.group.size * self.num_expert
         return _nests.map_leaves(
-            lambda leaf: leaf.view(num_buffers, capacity, *leaf.shape[1:]), received
+            lambda leaf: leaf.reshape(num_buffers, capacity, *leaf.shape[1:]), received
         )
 
     def _run_buffers(self, received, capacity, experts, block) -> Any:

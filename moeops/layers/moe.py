@@ -14,6 +14,7 @@ from moeops.comm.agreement import agreement
 from moeops.comm.groups import moe_group_of, process_group, slice_group_of
 from moeops.comm.slicing import SLICE_GRADIENTS, join_tokens, slice_tokens
 from moeops.dispatch.base import Block, Dispatcher, DispatchOptions, ExpertRanks, split_rows
+from moeops.dispatch.hooks import STAGES, StageHook, StageHooks
 from moeops.dispatch.options import as_options, build_dispatcher
 from moeops.dispatch.scaled_inputs import scale_inputs, sum_copies
 from moeops.dispatch.weights import (
@@ -142,6 +143,7 @@ class FMoE(nn.Module):
     _counted: tuple[bool, ...]  # for each of several experts
     mask: Tensor | None
     dispatch_table: Tensor | None
+    stage_hooks = StageHooks()
 
     def __init__(
         self,
@@ -330,6 +332,31 @@ class FMoE(nn.Module):
                 if not hasattr(parameter, "dp_comm"):
                     parameter.dp_comm = tag  # type: ignore[attr-defined]
 
+    def set_stage_hooks(self, **hooks: StageHook | None) -> None:
+        """Set what the layer calls between its stages from now on, in the place of all that was set before.
+
+        Args:
+            hooks: by FSMoE's names, ``before_moe_start``, ``before_dispatch``, ``after_dispatch``, ``before_combine``,
+                ``after_combine``, ``before_moe_end``; see ``moeops.dispatch.StageHooks``. A module among them is not
+                part of the layer: keep it in a model of yours, so that its parameters are trained and saved.
+
+        Raises:
+            TypeError: there is no hook of a name, or one is not callable.
+            NotImplementedError: the layer's dispatcher has replicas or shadows, and a hook is for rows.
+
+        Example:
+            >>> layer = FMoE(4, 8, expert=lambda d_model: nn.Linear(d_model, 3))
+            >>> layer.set_stage_hooks(before_dispatch=torch.Tensor.bfloat16, after_dispatch=torch.Tensor.float)
+        """
+        unknown = [name for name in hooks if name not in STAGES]
+        if unknown:
+            raise TypeError(
+                f"{type(self).__name__}: a hook must be one of {STAGES}, got {unknown[0]!r}. Use one of these names."
+            )
+        stage_hooks = StageHooks(**hooks)
+        self.dispatcher.set_stage_hooks(stage_hooks)
+        self.stage_hooks = stage_hooks
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         out = super()._apply(fn, recurse)
         table = self.dispatch_table
@@ -367,6 +394,7 @@ class FMoE(nn.Module):
             gate returns other types than it must.
         """
         op = type(self).__name__
+        moe_inp = self.stage_hooks.call("before_moe_start", moe_inp)
         leaves = _nests.leaves(moe_inp)
         if not torch.compiler.is_compiling():
             _layer_checks.check_leaves(op, leaves)
@@ -381,11 +409,13 @@ class FMoE(nn.Module):
             moe_inp = hide_tokens(moe_inp, mask, finite=self.mask_dict is None)
         group = self.slice_ranks
         if group is None:
-            return self._forward(moe_inp, mask)
-        mean = self.slice_gradients == "mean"
-        inp = slice_tokens(moe_inp, group, mean=mean)
-        mask = mask if mask is None else slice_tokens(mask, group)
-        return join_tokens(self._forward(inp, mask), leaves[0].shape[0], group, mean=mean)
+            out = self._forward(moe_inp, mask)
+        else:
+            mean = self.slice_gradients == "mean"
+            inp = slice_tokens(moe_inp, group, mean=mean)
+            mask = mask if mask is None else slice_tokens(mask, group)
+            out = join_tokens(self._forward(inp, mask), leaves[0].shape[0], group, mean=mean)
+        return self.stage_hooks.call("before_moe_end", out)
 
     def _mask_of(self, mask: Tensor | None) -> Tensor | None:
         """The mask of a call: the given one, or the constructor's."""
