@@ -13,7 +13,7 @@ from moeops import _checks, _nests
 from moeops.comm.agreement import agreement
 from moeops.comm.groups import moe_group_of, process_group, slice_group_of
 from moeops.comm.slicing import SLICE_GRADIENTS, join_tokens, slice_tokens
-from moeops.dispatch.base import Block, Dispatcher, DispatchOptions, ExpertRanks, split_rows
+from moeops.dispatch.base import Block, Dispatcher, DispatchOptions, ExpertRanks
 from moeops.dispatch.hooks import STAGES, StageHook, StageHooks
 from moeops.dispatch.options import as_options, build_dispatcher
 from moeops.dispatch.scaled_inputs import scale_inputs, sum_copies
@@ -33,6 +33,7 @@ from moeops.layers._build import (
     set_expert_shards,
     takes_count,
 )
+from moeops.layers._loop import loop_over_experts
 from moeops.layers._routings import (
     as_routing,
     fill_masked,
@@ -525,45 +526,15 @@ class FMoE(nn.Module):
     ) -> Any:
         """Call every expert, this layer's own if none are given, on its slice of the rows; join what they return."""
         op = type(self).__name__
-        all_rows, spec = _nests.flatten(rows)
-        num_rows = all_rows[0].shape[0]
-        if rows_per_expert is None:
-            # One copy to the host, and not one for each of the entries; what is left are rows without an expert.
-            left = num_rows - expert_offsets[-1:]
-            counts = torch.cat((expert_offsets.diff(), left)).cpu().tolist()
-        else:
-            counts = [*rows_per_expert, num_rows - sum(rows_per_expert)]
-        for count in counts:
-            torch._check(count >= 0)
-        torch._check(sum(counts) == num_rows)
-        slices = [split_rows(leaf, counts) for leaf in all_rows]
-        outputs: list[list[Tensor]] = []
-        out_spec = None
         if torch.compiler.is_compiling():
             _layer_checks.warn_of_folded_rows(op, self.experts)  # type: ignore[arg-type]
-        for index, expert in enumerate(self.experts if experts is None else experts):  # type: ignore[arg-type]
-            part = _nests.unflatten([leaf[index] for leaf in slices], spec)
-            # Experts from elsewhere are like this rank's own.
-            counted = self._counted[index if experts is None else 0]
-            args = (part, torch.full((1,), counts[index])) if counted else (part,)
-            leaves, this_spec = _nests.flatten(expert(*args))
-            if not torch.compiler.is_compiling():
-                _layer_checks.check_expert_output(op, index, leaves, counts[index])
-            if index == 0:
-                out_spec = this_spec
-            elif this_spec != out_spec:
-                raise ValueError(
-                    f"{op}: experts must all return the same structure, got {this_spec} from expert {index} and "
-                    f"{out_spec} from expert 0. Make their outputs alike."
-                )
-            outputs.append(leaves)
-        joined = []
-        for parts in zip(*outputs, strict=True):
-            if not torch.compiler.is_compiling():
-                _layer_checks.check_same_row(op, parts)
-            padding = parts[0].new_zeros((counts[-1], *parts[0].shape[1:]))
-            joined.append(torch.cat((*parts, padding)))
-        return _nests.unflatten(joined, out_spec)
+        counted = self._counted
+        if experts is None:
+            assert isinstance(self.experts, nn.ModuleList)
+            experts = list(self.experts)
+        else:  # experts from elsewhere are like this rank's own
+            counted = counted[:1] * len(experts)
+        return loop_over_experts(op, experts, counted, rows, expert_offsets, rows_per_expert)
 
     def extra_repr(self) -> str:
         """Sizes of the layer."""
