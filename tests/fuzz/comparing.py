@@ -68,8 +68,8 @@ def assert_gradient(
     assert actual.shape == expected.shape, f"{what}: {actual.shape}, expected {expected.shape}"
     if not expected.numel():
         return
-    error = (actual.detach().double() - expected).abs().max()
-    scale = max(SMALLEST_GRADIENT, float(expected.abs().max()))
+    error = (actual.detach().double() - expected.detach()).abs().max()
+    scale = max(SMALLEST_GRADIENT, float(expected.detach().abs().max()))
     # Not "above": NaN is an error.
     assert float(error) <= slack * TOLERANCES[dtype] * scale, (
         f"{what} in {dtype}: off by {float(error):.3e}, scale {scale:.3e}"

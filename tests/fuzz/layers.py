@@ -73,7 +73,6 @@ def draw(rng: Random) -> dict[str, Any]:
         # Rows that a buffer has for each expert; None for no buffers.
         "capacity": rng.choice((None, None, None, 1, 4, 1000)),
     }
-    options["autocast"] = options["dtype"] == "float32" and rng.random() < 0.4
     if kind == "mlp":
         options["activation"] = rng.choice(list(ACTIVATIONS))
         options["bias"] = rng.random() < 0.6
@@ -82,8 +81,10 @@ def draw(rng: Random) -> dict[str, Any]:
         options["mask_dict"] = rng.choice((None, {1: 0.5}, {1: -1.0, 2: 2.0}))
     if (draws or places) and options["masked"] == "some":
         options["masked"] = "behind"
-    if draws:
-        options["dtype"] = "float64"  # float32 has other random numbers
+    if draws or gate == "base":
+        # Float32 has other random numbers; and where one assignment weighs all tokens, every rounding moves many.
+        options["dtype"] = "float64"
+    options["autocast"] = options["dtype"] == "float32" and rng.random() < 0.4
     return options
 
 

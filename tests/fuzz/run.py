@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import collections
 import time
+from collections.abc import Callable
 from random import Random
 from typing import Any, NamedTuple
 
@@ -41,6 +42,11 @@ class Failure(NamedTuple):
     case: Case
     error: BaseException
 
+    def text(self) -> str:
+        """The error as a comment, and the case as a test."""
+        error = f"{type(self.error).__name__}: {self.error}"
+        return "".join(f"# {line}\n" for line in error.splitlines()[:12]) + self.case.as_test()
+
 
 def check(kind: str, seed: int, /, **options: Any) -> None:
     """Run one case; raises what the case raises."""
@@ -64,17 +70,13 @@ class Report(NamedTuple):
     seconds: collections.Counter
 
     def text(self) -> str:
-        """One line per kind, how many there were, and every failure as a test."""
+        """One line per kind, and how many cases there were."""
         lines = [
             f"{kind}: {count} cases, {self.seconds[kind] / count * 1e3:.1f} ms each"
             for kind, count in sorted(self.counts.items())
         ]
         total = sum(self.counts.values())
         lines.append(f"{total} of {self.wanted} cases, {len(self.failures)} failed")
-        for failure in self.failures:
-            error = f"{type(failure.error).__name__}: {failure.error}"
-            comment = "".join(f"# {line}\n" for line in error.splitlines()[:12])
-            lines.append(f"\n{comment}{failure.case.as_test()}")
         return "\n".join(lines)
 
 
@@ -84,6 +86,7 @@ def run(
     seconds: float | None = None,
     kinds: tuple[str, ...] = (),
     stop_after: int = 10,
+    on_failure: Callable[[Failure], None] = lambda _failure: None,
 ) -> Report:
     """Run ``cases`` cases, from ``seed`` on; fewer where ``seconds`` end first or ``stop_after`` have failed."""
     report = Report(cases, collections.Counter(), [], collections.Counter())
@@ -101,6 +104,7 @@ def run(
                 check(case.kind, case.seed, **case.options)
             except Exception as err:
                 report.failures.append(Failure(case, err))
+                on_failure(report.failures[-1])
             report.counts[case.kind] += 1
             report.seconds[case.kind] += time.monotonic() - begin
             if len(report.failures) >= stop_after:
@@ -124,6 +128,13 @@ def main() -> int:
     parser.add_argument("--stop-after", type=int, default=10, help="failures")
     args = parser.parse_args()
     print(f"seed {args.seed}", flush=True)
-    report = run(args.cases, args.seed, args.seconds, tuple(args.kinds), args.stop_after)
+    report = run(
+        args.cases,
+        args.seed,
+        args.seconds,
+        tuple(args.kinds),
+        args.stop_after,
+        on_failure=lambda failure: print(f"\n{failure.text()}", flush=True),
+    )
     print(report.text())
     return 1 if report.failures else 0
