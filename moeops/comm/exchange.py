@@ -57,6 +57,70 @@ def _send(packed, input_splits, output_splits, group_name):
     )
 
 
+_library.define(
+    "start_all_to_all_rows(Tensor packed, SymInt[] input_splits, SymInt[] output_splits, str group_name) -> "
+    "(Tensor sent, Tensor token)"
+)
+_library.define(
+    "finish_all_to_all_rows(Tensor sent, Tensor token, SymInt[] input_splits, SymInt[] output_splits, "
+    "str group_name) -> Tensor"
+)
+
+
+class _TracedStart(torch.autograd.Function):
+    """Begin an exchange in a graph; in the backward, wait for gradients that ``_TracedFinish`` began to send back.
+
+    Torch's own gradient of the collective sends and waits at once. Autograd accepts gradients in the shape of the value
+    only, and those in flight have the shape of what was sent: they are the gradient of a second output, a token of that
+    shape without memory, and the first output, of the other shape, has the token of their exchange for a gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, packed, input_splits, output_splits, group_name):
+        ctx.way_back = (output_splits, input_splits, group_name)
+        return _send(packed, input_splits, output_splits, group_name), _token(packed)
+
+    @staticmethod
+    def backward(ctx, token, sent):
+        return _finish_traced(sent, token, *ctx.way_back), None, None, None
+
+
+class _TracedFinish(torch.autograd.Function):
+    """Wait for what ``_TracedStart`` began; in the backward, begin to send the gradients back."""
+
+    @staticmethod
+    def forward(ctx, sent, token, input_splits, output_splits, group_name):
+        ctx.way_back = (output_splits, input_splits, group_name)
+        return torch.ops._c10d_functional.wait_tensor(sent)
+
+    @staticmethod
+    def backward(ctx, grad):
+        sent, token = _start_traced(grad, *ctx.way_back)
+        return token, sent, None, None, None
+
+
+def _token(packed):
+    return packed.new_zeros(()).expand(packed.shape)
+
+
+def _start_traced(packed, input_splits, output_splits, group_name):
+    if packed.requires_grad and torch.is_grad_enabled():
+        return _TracedStart.apply(packed, input_splits, output_splits, group_name)
+    return _send(packed, input_splits, output_splits, group_name), _token(packed)
+
+
+def _finish_traced(sent, token, input_splits, output_splits, group_name):
+    if sent.requires_grad and torch.is_grad_enabled():
+        return _TracedFinish.apply(sent, token, input_splits, output_splits, group_name)
+    return torch.ops._c10d_functional.wait_tensor(sent)
+
+
+# Composite for the same reason; AOTAutograd runs the functions above, and so knows an order of the backward in which
+# the gradients of all chunks are in flight.
+_library.impl("start_all_to_all_rows", _start_traced, "CompositeImplicitAutograd")
+_library.impl("finish_all_to_all_rows", _finish_traced, "CompositeImplicitAutograd")
+
+
 class Splits(NamedTuple):
     """Sizes of an exchange's blocks on one rank, in rows.
 
@@ -101,6 +165,18 @@ class _AllToAll(Wire):
             process_group(self.group.name),
         )
         return received
+
+    def send_traced(self, packed: Tensor) -> tuple[Tensor, ...]:
+        """Begin the exchange, with gradients that are in flight as the rows are."""
+        return torch.ops.moeops.start_all_to_all_rows(
+            packed, self.input_splits, self.output_splits, self.group.name
+        )
+
+    def wait_traced(self, sent: tuple[Tensor, ...]) -> Tensor:
+        """Wait for it."""
+        return torch.ops.moeops.finish_all_to_all_rows(
+            *sent, self.input_splits, self.output_splits, self.group.name
+        )
 
     def turn(self) -> Wire:
         """The way back."""

@@ -61,6 +61,14 @@ class Wire:
         """Begin: torch's functional collective, whose result nobody may read before ``wait_tensor``."""
         raise NotImplementedError(f"{type(self).__name__}: send must be written by the subclass.")
 
+    def send_traced(self, packed: Tensor) -> tuple[Tensor, ...]:
+        """Begin in a graph, differentiably; what ``wait_traced`` takes."""
+        return (self.send(packed),)
+
+    def wait_traced(self, sent: tuple[Tensor, ...]) -> Tensor:
+        """Wait in a graph for what ``send_traced`` began."""
+        return torch.ops._c10d_functional.wait_tensor(*sent)
+
     def run(self, packed: Tensor) -> Tensor:
         """Do it at once, on the current stream where the backend can."""
         raise NotImplementedError(f"{type(self).__name__}: run must be written by the subclass.")
@@ -151,19 +159,19 @@ class Carried:
     def __init__(self, rows: Tensor, wire: Wire) -> None:
         self._dtype = rows.dtype
         packed = pack_rows(rows)
-        # Graphs hold torch's functional collectives, with torch's gradients.
+        self._wire = wire
+        # Graphs hold torch's functional collectives.
         self._traced = torch.compiler.is_compiling()
         if self._traced:
-            self._sent = wire.send(packed)
+            self._in_graph = wire.send_traced(packed)
             return
-        self._wire = wire
         self._differentiated = differentiated(packed)
         self._sent = (_Start.apply if self._differentiated else _begin)(packed, wire)
 
     def finish(self) -> Tensor:
         """Return the rows that came."""
         if self._traced:
-            return unpack_rows(torch.ops._c10d_functional.wait_tensor(self._sent), self._dtype)
+            return unpack_rows(self._wire.wait_traced(self._in_graph), self._dtype)
         end = _Finish.apply if self._differentiated else _end
         return unpack_rows(end(self._sent, self._wire), self._dtype)
 

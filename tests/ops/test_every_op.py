@@ -58,7 +58,8 @@ def test_every_registered_op_has_samples():
     }
     # A composite op, which graphs hold as what it is made of, and one that tells the host something: see
     # exchange_checks.py and gather_checks.py in tests/distributed.
-    assert registered == set(OP_CASES) | {"all_to_all_rows", "report_lost_pairs"}
+    exchanges = {"all_to_all_rows", "start_all_to_all_rows", "finish_all_to_all_rows"}
+    assert registered == set(OP_CASES) | exchanges | {"report_lost_pairs"}
 
 
 # The last one compiles; for the other samples the tests below do so, and compare values and gradients too.
