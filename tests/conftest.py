@@ -91,3 +91,13 @@ def fresh_dynamo():
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Print what tests want to be in the log, from other processes too: ``record_property("log", text)``."""
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            for name, value in getattr(report, "user_properties", ()):
+                if name == "log" and report.when == "call":
+                    terminalreporter.section(report.nodeid)
+                    terminalreporter.write_line(value)

@@ -71,9 +71,8 @@ class Newest(Generic[T]):
         self.value: T | None = None
         # Of compiled forwards; on the CPU, where reading it waits for nothing.
         self._forwards = torch.zeros((), dtype=torch.int64, device="cpu")
-        self._taken = (
-            0  # the count when a value was handed over; -1 when an eager forward has left a new one
-        )
+        # The count when a value was handed over; -1 when an eager forward has left a new one.
+        self._taken = 0
 
     def set(self, value: T) -> None:
         """Keep the value of this forward."""
