@@ -68,7 +68,7 @@ $(BUILD_STAMP): $(TORCH_STAMP) $(OPTIONS_STAMP) $(BUILD_INPUTS)
 	  --config-settings=cmake.define.MOEOPS_CUDA=$(MOEOPS_CUDA) \
 	  --config-settings=cmake.define.MOEOPS_WERROR=$(MOEOPS_WERROR) \
 	  --config-settings=cmake.define.CMAKE_EXPORT_COMPILE_COMMANDS=ON \
-	  -e ".[examples,dev,numba,peft,transformers]"
+	  -e ".[examples,dev,numba,onnx,peft,transformers]"
 	@touch $@
 
 FORCE:

@@ -145,6 +145,7 @@ struct Writer {
                                                   const CUtensorMap& out, const CUtensorMap& hidden,
                                                   const CUtensorMap& pre) {
     static_assert(!Shape::kGated, "gate and up are two runs of sums");
+    static_assert(kAcross % Shape::kPasses == 0, "passes are of equal length");
     constexpr int kStep = kAcross / Shape::kPasses, kTaken = kStep * kChunkSums;
     float left[kTileColumns / 2];
 #pragma unroll
