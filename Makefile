@@ -7,6 +7,8 @@ VENV ?= .venv
 # moeops supports; AUTO builds it for every GPU where there is nvcc; OFF leaves it out.
 MOEOPS_CUDA ?= NATIVE
 MOEOPS_WERROR ?= OFF
+# ON compiles the general CUDA kernels in half the time, and makes them slow: for checks, not for use.
+MOEOPS_QUICK_CUDA ?= OFF
 # Options for the program that train, test or bench starts, such as ARGS="--no-compare".
 ARGS ?=
 
@@ -55,8 +57,8 @@ $(TORCH_STAMP): FORCE
 	fi
 
 $(OPTIONS_STAMP): $(TORCH_STAMP) FORCE
-	@if [ "$$(cat $@ 2>/dev/null)" != "$(MOEOPS_CUDA) $(MOEOPS_WERROR)" ]; then \
-	  echo "$(MOEOPS_CUDA) $(MOEOPS_WERROR)" > $@; \
+	@if [ "$$(cat $@ 2>/dev/null)" != "$(MOEOPS_CUDA) $(MOEOPS_WERROR) $(MOEOPS_QUICK_CUDA)" ]; then \
+	  echo "$(MOEOPS_CUDA) $(MOEOPS_WERROR) $(MOEOPS_QUICK_CUDA)" > $@; \
 	fi
 
 # Without build isolation moeops is compiled against the torch in $(VENV); the constraint keeps that torch in place.
@@ -67,6 +69,7 @@ $(BUILD_STAMP): $(TORCH_STAMP) $(OPTIONS_STAMP) $(BUILD_INPUTS)
 	  -c $(VENV)/constraints.txt \
 	  --config-settings=cmake.define.MOEOPS_CUDA=$(MOEOPS_CUDA) \
 	  --config-settings=cmake.define.MOEOPS_WERROR=$(MOEOPS_WERROR) \
+	  --config-settings=cmake.define.MOEOPS_QUICK_CUDA=$(MOEOPS_QUICK_CUDA) \
 	  --config-settings=cmake.define.CMAKE_EXPORT_COMPILE_COMMANDS=ON \
 	  -e ".[examples,dev,numba,onnx,peft,transformers]"
 	@touch $@

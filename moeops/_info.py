@@ -48,6 +48,8 @@ def _versions(problems: list[str]) -> list[str]:
         installed = metadata.version("moeops")
     except metadata.PackageNotFoundError:
         installed = moeops.__version__  # on the path, not installed: nothing to compare with
+    if build["quick_cuda"]:
+        cuda += ", slow kernels of MOEOPS_QUICK_CUDA=ON: for checks, not for use"
     if installed != moeops.__version__:
         problems.append(
             f"moeops: the installed version must be {moeops.__version__} like the Python files, got {installed}. "

@@ -10,6 +10,7 @@ py::dict build_info() {
   py::dict info;
   info["torch"] = MOEOPS_TORCH_VERSION;
   info["with_cuda"] = static_cast<bool>(MOEOPS_WITH_CUDA);
+  info["quick_cuda"] = static_cast<bool>(MOEOPS_QUICK_CUDA);
   info["cuda_architectures"] = MOEOPS_CUDA_ARCHITECTURES;
   info["cuda_compiler"] = MOEOPS_CUDA_COMPILER_VERSION;
   info["cxx_compiler"] = MOEOPS_CXX_COMPILER;
