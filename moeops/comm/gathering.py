@@ -1,7 +1,7 @@
 """Rows of all ranks on every rank, and sums of what the ranks made of them. W ranks, T rows on each.
 
 All-gather and reduce-scatter, each the gradient of the other. Every rank must have as many rows: a backend may hang or
-end the process where one has not, and ``check_equal_rows`` finds that out first.
+end the process where one has not, which ``CommonSize.require`` and ``check_equal_rows`` find out first.
 """
 
 from __future__ import annotations

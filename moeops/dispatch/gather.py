@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moeops import _checks, _nests
+from moeops.comm.common_size import CommonSize
 from moeops.comm.gathering import (
     Gathering,
     all_gather_rows,
@@ -45,7 +46,7 @@ class Gather(DispatchOptions):
     """Bring all tokens to all ranks, and the sums of their experts' outputs back: all-gather and reduce-scatter.
 
     Every token leaves its rank once per other rank, whatever ``K`` is, and sizes do not depend on values: nothing is
-    copied to the host. Every rank must have the same number of tokens in a forward.
+    copied to the host. Every rank must have the same number of tokens in a forward; see ``CommonSize.require``.
 
     Attributes:
         rows: what a rank's experts have room for, a factor on ``T * K``, the pairs of a rank's tokens; ``None`` for
@@ -103,11 +104,12 @@ class GatherDispatcher(Dispatcher):
         rows, max_tokens: see ``Gather``.
 
     Raises:
-        ValueError: there are more tokens than ``max_tokens``; with ``MOEOPS_DEBUG_CHECKS=1``, outside of compiled code,
-        on every rank where ranks have different numbers or types of tokens.
+        ValueError: there are more tokens than ``max_tokens``, or, without it, not as many as on the other ranks; with
+        ``MOEOPS_DEBUG_CHECKS=1``, outside of compiled code, ranks have different shapes or types of tokens.
         NotImplementedError: a gate mixes tokens.
         RuntimeError: on every rank, where the forward before had pairs without a row.
-    Host sync: none; experts that are separate modules want one copy per forward, as on one rank.
+    Host sync: none but in the first forward and where the number of tokens changes; experts that are separate modules
+    want one copy per forward, as on one rank.
     """
 
     takes_scaled_inputs = True
@@ -129,6 +131,8 @@ class GatherDispatcher(Dispatcher):
         share = min(Fraction(factor).limit_denominator(10000), Fraction(size))
         self._share = share.as_integer_ratio()  # of T * K
         self._lost = LostPairs()
+        remedy = 'Pad shorter batches, pass Gather(max_tokens=...), or use dispatch="exact".'
+        self._common = CommonSize("gather dispatch", group, self._gather_zeros, remedy)
 
     def rows_for(
         self, num_tokens: int, top_k: int, num_pairs: int | None = None
@@ -166,9 +170,21 @@ class GatherDispatcher(Dispatcher):
         num_tokens = leaves[0].shape[0]
         if self.max_tokens is not None:
             leaves = [_pad(leaf, self._padding(num_tokens)) for leaf in leaves]
+        elif not torch.compiler.is_exporting():
+            zero = self._common.require(leaves, num_tokens)
+            if (
+                torch.compiler.is_compiling()
+            ):  # or a compiler may move the check behind what it is for
+                leaves = [leaf + zero.to(leaf.dtype) for leaf in leaves]
         if _checks.debug_checks() and not torch.compiler.is_compiling():
             check_equal_rows("GatherDispatcher", leaves, self.group)
         return {"gathered": [Gathering(leaf, self.group) for leaf in leaves], "spec": spec}
+
+    def _gather_zeros(self, num_tokens: int, like: Sequence[Tensor]) -> Tensor:
+        """Gather so many tokens with nothing in them; return what arrived last."""
+        for leaf in like:
+            arrived = all_gather_rows(leaf.new_zeros(num_tokens, *leaf.shape[1:]), self.group)
+        return arrived
 
     def run(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from moeops.dispatch.base import (
     chunk_bounds,
     row_size,
 )
+from moeops.dispatch.hooks import StageHooks
 from moeops.dispatch.local import LocalDispatcher, Record
 from moeops.ops.padding import pad_rows, unpad_rows
 from moeops.types import Routing, SlotRouting, TokenPlan
@@ -85,8 +87,9 @@ class StaticDispatcher(Dispatcher):
         group: the ranks, ``None`` for one.
         capacity: ``C``: an int, rows per expert and sending rank; or a float, a factor on ``T * K / E``, rounded up. A
             gate that mixes tokens has its own number of slots, and no rows to drop. Where ``C`` depends on the tokens,
-            ranks with different numbers of them exchange one ``C``, see ``CommonSize``; in compiled code and CUDA
-            graphs, whose sizes are fixed, all ranks must have as many tokens.
+            ranks with different numbers of them exchange one ``C``, see ``CommonSize``; compiled code, whose sizes are
+            fixed, raises ValueError where they differ, see ``CommonSize.require``, and in exported programs and CUDA
+            graphs all ranks must have as many tokens.
         n_chunks: parts, at least 1, the same on every rank.
         hierarchy: how the ranks are arranged as nodes, the same on every rank; ``None`` for the flat exchange.
 
@@ -112,7 +115,10 @@ class StaticDispatcher(Dispatcher):
         self._factor = Fraction(capacity).limit_denominator(10000).as_integer_ratio()
         self.n_chunks = n_chunks
         self.hierarchy = hierarchy
-        self._common = None if self.group.size == 1 else CommonSize("static dispatch", self.group)
+        self._common = None
+        if self.group.size > 1:
+            remedy = "Pad shorter batches, or pass an int as capacity."
+            self._common = CommonSize("static dispatch", self.group, self._send_zeros, remedy)
 
     def capacity_of(self, num_pairs: int) -> int:
         """``C`` for a number of token-expert pairs on this rank."""
@@ -163,7 +169,11 @@ class StaticDispatcher(Dispatcher):
         """Begin to send buffers, as large as those of all ranks; return what is under way and the parts it is in."""
         common, leaf = self._common, _nests.leaves(rows.rows)[0]
         is_fixed = isinstance(self.capacity, int) and rows.expert_offsets is not None
-        if common is None or is_fixed or not can_settle(leaf, rows.wanted):
+        if common is None or is_fixed or torch.compiler.is_exporting():
+            return self._begin(rows, rows.wanted)
+        if torch.compiler.is_compiling():
+            return self._begin_with_fixed_size(rows, common)
+        if not can_settle(leaf, rows.wanted):
             return self._begin(rows, rows.wanted)
         # At least one row, which arrives only from ranks that have begun.
         flights, parts = self._begin(rows, common.begin(max(rows.wanted, 1), leaf.device))
@@ -174,6 +184,7 @@ class StaticDispatcher(Dispatcher):
         assert common.size is not None
         if again:
             return self._begin(rows, common.size)
+        common.warn_of_surplus()
         if rows.expert_offsets is None and common.size < rows.wanted:
             raise ValueError(
                 f"static dispatch: every rank of {describe_group(self.group)} must have as many tokens as the others "
@@ -181,6 +192,26 @@ class StaticDispatcher(Dispatcher):
                 "others. Pad shorter batches."
             )
         return [_Arrived(part) for part in arrived], parts
+
+    def _begin_with_fixed_size(
+        self, rows: _Sorted, common: CommonSize
+    ) -> tuple[list[Any], list[tuple[int, int]]]:
+        """Begin to send buffers whose size a compiler puts into its kernels; raise where ranks' sizes differ."""
+        capacity, leaves = torch.sym_max(rows.wanted, 1), _nests.leaves(rows.rows)
+        if rows.expert_offsets is not None:
+            zero = common.require(leaves, capacity)
+            return self._begin(rows._replace(expert_offsets=rows.expert_offsets + zero), capacity)
+        zero = common.require([leaf.flatten(0, 1) for leaf in leaves], capacity)
+        slots = _nests.map_leaves(lambda leaf: leaf + zero.to(leaf.dtype), rows.rows)
+        return self._begin(rows._replace(rows=slots), capacity)
+
+    def _send_zeros(self, capacity: int, like: Sequence[Tensor]) -> Tensor:
+        """Exchange buffers of a capacity with nothing in them, in as many parts; return what arrived last."""
+        num_experts = self.group.size * self.num_expert
+        buffers = [leaf.new_zeros(num_experts, capacity, *leaf.shape[1:]) for leaf in like]
+        parts = chunk_bounds(capacity, self.n_chunks)
+        flights = [self._send(_part(buffers, *part), hooks=StageHooks()) for part in parts]
+        return [flight.finish() for flight in flights][-1][0]
 
     def _begin(self, rows: _Sorted, capacity: int) -> tuple[list[Any], list[tuple[int, int]]]:
         """Begin to send buffers of a capacity."""
@@ -206,7 +237,7 @@ class StaticDispatcher(Dispatcher):
             out = _nests.map_leaves(lambda leaf: _unpad_leaf(leaf, offsets, num_rows), buffers)
         return LocalDispatcher(self.group.size * self.num_expert).combine(out, rows.record)
 
-    def _send(self, buffers: Any, *, back: bool = False) -> Flight:
+    def _send(self, buffers: Any, *, back: bool = False, hooks: StageHooks | None = None) -> Flight:
         """Begin to send buffers ``[E, C, ...]``, as many to each rank; with one rank they stay as they are."""
         size = self.group.size
         block = self.num_expert * _nests.leaves(buffers)[0].shape[1]
@@ -214,7 +245,7 @@ class StaticDispatcher(Dispatcher):
         splits = Splits([block] * size, [block] * size, [block] * num_middle, equal=True)
         if self._travels_as_rows:
             buffers = _nests.map_leaves(lambda leaf: leaf.flatten(0, 1), buffers)
-        hooks = self.stage_hooks
+        hooks = self.stage_hooks if hooks is None else hooks
         return Flight(buffers, splits, self.group, self.hierarchy, back=back, hooks=hooks)
 
     @property

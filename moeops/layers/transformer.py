@@ -172,8 +172,7 @@ class FMoETransformerMLP(FMoE):
         Raises:
             ValueError: a shape does not fit.  TypeError: ``inp`` is not float.
             NotImplementedError: ``inp`` is nested in another way.
-        Host sync: none with one rank or ``dispatch="gather"``, for "static" none while the number of tokens stays, else
-        one copy.
+        Host sync: none with one rank, for "gather" and "static" none while the number of tokens stays, else one copy.
         """
         op = "FMoETransformerMLP"
         if not isinstance(inp, Tensor):

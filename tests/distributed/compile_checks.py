@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 import pytest
@@ -19,6 +20,7 @@ from parallel_cases import (
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
 
+from moeops.gates import SoftMoEGate
 from processes import Ranks
 
 CASES = (
@@ -143,6 +145,30 @@ def check_order_and_lost_pairs_where_ranks_gather(ranks: Ranks) -> None:
         compiled(x)
         with pytest.raises(RuntimeError, match="got 12 pairs without a row in the forward before"):
             compiled(x)
+
+
+@torch.no_grad()
+def check_numbers_of_tokens_that_differ(ranks: Ranks) -> None:
+    """Where sizes are fixed by the number of tokens, other ones on other ranks are an error on every rank."""
+    mixing = functools.partial(SoftMoEGate, num_slots=3, sequence_length=4)
+    for options in (
+        {"dispatch": "static", "capacity": 4.0, "n_chunks": 2},
+        {"dispatch": "static", "capacity": 4.0, "gate": mixing, "top_k": 1},
+        {"dispatch": "gather", "rows": 4.0},
+    ):
+        torch._dynamo.reset()
+        part, whole = make_pair("mlp", ranks, **options)
+        compiled = torch.compile(part, fullgraph=True, backend="aot_eager")
+        for count in (8, 16):
+            unequal, equal = batch(count + 4 * ranks.rank, ranks.device), batch(count, ranks.device)
+            for x in (unequal, equal):
+                torch._dynamo.decorators.mark_dynamic(x, 0)
+            with pytest.raises(
+                ValueError, match=r"must have as many tokens .* got those for sizes"
+            ):
+                compiled(unequal)
+            for _ in range(2):
+                torch.testing.assert_close(compiled(equal), whole(equal))
 
 
 def check_export_where_ranks_gather(ranks: Ranks) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+from datetime import timedelta
 
 import pytest
 import torch
@@ -132,13 +133,29 @@ def check_refusals(ranks: Ranks) -> None:
 
 
 def check_numbers_of_tokens_that_differ(ranks: Ranks) -> None:
+    """One error on every rank where all have a new number; else on the ranks that have one."""
     part, whole = make_pair("mlp", ranks, dispatch="gather", rows=4.0)
-    x = batch(4, ranks.device)
+    for count in (4, 7):
+        unequal = batch(count + ranks.rank, ranks.device)
+        with pytest.raises(ValueError, match=rf"got those for sizes of \[{count}, {count + 1}"):
+            part(unequal)
+        x = batch(count, ranks.device)
+        for _ in range(2):
+            torch.testing.assert_close(part(x), whole(x))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MOEOPS_DEBUG_CHECKS", "1")
-        with pytest.raises(ValueError, match=r"same shapes and dtypes on every rank .* max_tokens"):
-            part(x[: 4 - (ranks.rank == 1)])
         torch.testing.assert_close(part(x), whole(x))
+        with pytest.raises(ValueError, match=r"same shapes and dtypes on every rank .* max_tokens"):
+            part(x.float() if ranks.rank == 1 else x)
+    # The ranks that have not changed wait for the others, here until the time-out.
+    group = dist.new_group(timeout=timedelta(seconds=2))
+    alone, _ = make_pair("mlp", ranks, dispatch="gather", rows=4.0, moe_group=group)
+    torch.testing.assert_close(alone(x), whole(x))
+    error, message = RuntimeError, "within the time-out of 2 s"
+    if ranks.rank == 0:
+        error, message = ValueError, r"a size of 9 on rank 0, where it was 7 before .* Pad shorter"
+    with pytest.raises(error, match=message):
+        alone(batch(9 if ranks.rank == 0 else 7, ranks.device))
 
 
 class Order(TorchDispatchMode):
@@ -160,6 +177,7 @@ def check_order(ranks: Ranks) -> None:
     part, _ = make_pair("mlp", ranks, dispatch="gather", rows=float(ranks.size))
     x = batch(6, ranks.device).requires_grad_()
     part.gate.set_routing(uneven)
+    part(x)  # the first forward compares numbers of tokens
     with HostReads() as reads:
         loss_of(part(x)).backward()
     assert reads.names == []
@@ -167,8 +185,8 @@ def check_order(ranks: Ranks) -> None:
         loss = loss_of(part(x))
     gather, wait = ["all_gather_into_tensor"], ["wait_tensor"]
     experts, scatter = ["sort_tokens", "moe_mlp"], ["reduce_scatter_tensor"]
-    gate = ["addmm"]
-    assert forward.events == [*gather, *gate, *gather, *wait, *wait, *experts, *scatter, *wait]
+    before, after = ["require_common_size", *gather, "addmm"], [*experts, *scatter, *wait]
+    assert forward.events == [*before, *gather, *wait, *wait, *after]
     with Order() as backward:
         loss.backward()
     sums = [
