@@ -20,8 +20,9 @@ from benchmarks.bench_parallel import BY_PAIR, CAPACITY, ONE_RANK
 from benchmarks.report import table
 from benchmarks.shapes import SHAPES
 from moeops.cost.model import CostModel
+from moeops.planner.configuration import Choice, Configuration
 from moeops.planner.memory import layer_memory
-from moeops.planner.predict import Choice, Configuration, predict
+from moeops.planner.predict import predict
 
 
 class Comparison(NamedTuple):

@@ -28,9 +28,10 @@ from moeops.cost.laws import (
 from moeops.dispatch.gather import GatherDispatcher
 from moeops.dispatch.static import StaticDispatcher
 from moeops.distributed import CostModel
+from moeops.planner.configuration import Choice, Configuration
 from moeops.planner.memory import gate_parameters, layer_memory
 from moeops.planner.plan import make_plan
-from moeops.planner.predict import CHUNKS, Choice, Configuration, choices, predict, recommend
+from moeops.planner.predict import CHUNKS, choices, predict, recommend
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")

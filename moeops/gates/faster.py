@@ -11,12 +11,10 @@ from torch import Tensor
 
 from moeops import _checks
 from moeops._masks import drop_masked, num_unmasked
-from moeops.gates.functional import apply_capacity, router_logits
+from moeops.gates.functional import MILLION, apply_capacity, router_logits
 from moeops.gates.naive import NaiveGate
 from moeops.losses import gshard_loss
 from moeops.ops.routing import topk_route
-
-_MILLION = 1_000_000
 
 
 class FasterGate(NaiveGate):
@@ -172,15 +170,15 @@ class FasterGate(NaiveGate):
         if mask is not None:
             outside = outside & (mask == 0)[:, None]
         # In integers, so that it traces with a symbolic token count.
-        millionths = round(self.outgoing_fraction * _MILLION)
-        quota = num_unmasked(logits, mask) * millionths // _MILLION
+        millionths = round(self.outgoing_fraction * MILLION)
+        quota = num_unmasked(logits, mask) * millionths // MILLION
         # One queue for the tokens that would leave; those with the largest logits get through.
         queue = torch.where(outside, 0, -1)
         leaves = apply_capacity(
             queue,
             logits.gather(1, first),
             1,
-            lambda tokens: tokens * millionths // _MILLION,
+            lambda tokens: tokens * millionths // MILLION,
             policy="priority",
             mask=mask,
         )

@@ -20,7 +20,7 @@ from moeops.ops.balance import topk_route_balance
 from moeops.ops.routing import topk_route
 from moeops.ops.sorting import count_tokens, limit_capacity, sort_tokens
 
-_MILLION = 1_000_000
+MILLION = 1_000_000  # factors count in millionths: integers trace with symbolic sizes, and 1.2 means 6 / 5
 POLICIES = ("position", "choice", "priority", "batch", "random")
 GROUP_POLICIES = ("position", "choice")
 
@@ -153,8 +153,8 @@ def expert_capacity(
         >>> expert_capacity(1.25, 10, 2, 8)
         4
     """
-    divisor = _MILLION * num_experts
-    rows = num_tokens * (round(capacity_factor * _MILLION) * top_k)
+    divisor = MILLION * num_experts
+    rows = num_tokens * (round(capacity_factor * MILLION) * top_k)
     return (rows + divisor - 1) // divisor
 
 

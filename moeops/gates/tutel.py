@@ -11,12 +11,11 @@ from torch import Tensor
 from moeops import _checks
 from moeops._masks import drop_masked, hide_masked
 from moeops.gates.base import check_top_k
-from moeops.gates.functional import Count, apply_capacity, balanced_route, router_logits
+from moeops.gates.functional import MILLION, Count, apply_capacity, balanced_route, router_logits
 from moeops.gates.naive import NaiveGate
 from moeops.losses import cv_squared, masked_score_sums
 from moeops.ops.routing import topk_route
 
-_MILLION = 1_000_000
 DROP_POLICIES = ("choice", "batch")
 BALANCES = ("gshard", "load", False)
 
@@ -192,7 +191,7 @@ class TutelGate(NaiveGate):
     def _capacity(self, num_tokens: Count, top_k: int, factor: float) -> Count:
         """``C`` for a factor above 0, in integers on the factor rounded to millionths."""
         share = (num_tokens + self.tot_expert - 1) // self.tot_expert
-        rows = share * round(factor * _MILLION) // _MILLION * top_k
+        rows = share * round(factor * MILLION) // MILLION * top_k
         return (rows + self.alignment - 1) // self.alignment * self.alignment
 
     def _load_importance_loss(self, clean: Tensor, mark: Tensor, mask: Tensor | None) -> Tensor:

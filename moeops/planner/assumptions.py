@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from moeops.cost.model import CostModel
-from moeops.planner.predict import Configuration
+from moeops.planner.configuration import Configuration
+from moeops.planner.units import gbps, us
 
 
 def assumptions(model: CostModel, config: Configuration) -> list[str]:
@@ -25,8 +26,8 @@ def _links(model: CostModel, config: Configuration) -> list[str]:
     near, far = model.inside_node, model.between_nodes
     if near is not None and config.local_ranks > 1:
         text = (
-            f"inside a node a rank sends {_gbps(near.seconds_per_byte)} to any number of others, as through a switch "
-            f"without contention; {_us(near.peer_seconds)} per message, {_us(near.call_seconds)} per call"
+            f"inside a node a rank sends {gbps(near.seconds_per_byte)} to any number of others, as through a switch "
+            f"without contention; {us(near.peer_seconds)} per message, {us(near.call_seconds)} per call"
         )
         measured = model.machine.get("node_size", 1)
         if 1 < measured < config.local_ranks:
@@ -34,8 +35,8 @@ def _links(model: CostModel, config: Configuration) -> list[str]:
         found.append(text + ".")
     if far is not None and config.nodes > 1:
         found.append(
-            f"between nodes a rank sends {_gbps(far.seconds_per_byte)}, its own share of its node's network, at any "
-            f"scale and without congestion; {_us(far.peer_seconds)} per message, {_us(far.call_seconds)} per call; "
+            f"between nodes a rank sends {gbps(far.seconds_per_byte)}, its own share of its node's network, at any "
+            f"scale and without congestion; {us(far.peer_seconds)} per message, {us(far.call_seconds)} per call; "
             "links inside and between nodes work at the same time."
         )
     if model.overlap_loss is None:
@@ -51,13 +52,3 @@ def _links(model: CostModel, config: Configuration) -> list[str]:
             f"--nproc-per-node=2 -m moeops profile{how})."
         )
     return found
-
-
-def _gbps(seconds_per_byte: float) -> str:
-    return (
-        f"{1e-9 / seconds_per_byte:.4g} GB/s" if seconds_per_byte else "any number of bytes at once"
-    )
-
-
-def _us(seconds: float) -> str:
-    return f"{1e6 * seconds:.3g} us"

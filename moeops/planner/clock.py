@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from statistics import median
 from typing import Any
 
 import torch
@@ -118,7 +119,7 @@ class Clock:
             value = self._sample(call, together)
             if turn >= self._warm_up:
                 times.append(value)
-        return _median(times)
+        return median(times)
 
     def _sample(self, call: Callable[[], Any], together: bool) -> float:
         if together:
@@ -151,15 +152,9 @@ class Clock:
             row = call()
             if turn >= self._warm_up:
                 rows.append(row)
-        return [_median(list(column)) for column in zip(*rows, strict=True)]
+        return [median(column) for column in zip(*rows, strict=True)]
 
     def synchronize(self) -> None:
         """Wait for the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-
-def _median(values: list[float]) -> float:
-    ordered = sorted(values)
-    middle = len(ordered) // 2
-    return (ordered[middle] + ordered[-1 - middle]) / 2

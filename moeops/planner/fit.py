@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import combinations
+from statistics import median
 from typing import Any
 
 import torch
@@ -94,7 +95,7 @@ def fit_model(
         experts=_directions(measurements.get("experts", []), ExpertLaw, _expert_row),
         router=_directions(measurements.get("router", []), RouterLaw, _router_row),
         memory=_bytes_law(measurements.get("memory", [])),
-        host_copy_seconds=_median([row["seconds"] for row in copies]) if copies else None,
+        host_copy_seconds=median([row["seconds"] for row in copies]) if copies else None,
         inside_node=_link_law(measurements.get("inside_node", [])),
         between_nodes=_link_law(measurements.get("between_nodes", [])),
         all_gather=_link_law(measurements.get("all_gather", [])),
@@ -197,13 +198,7 @@ def _overlap_loss(rows: Rows) -> float | None:
         loss = (row["both_seconds"] - max(alone)) / min(alone)
         # Above 1 it would be worse than one after the other: a disturbed sample.
         losses.append(min(max(0.0, loss), 1.0))
-    return _median(losses)
-
-
-def _median(values: Iterable[float]) -> float:
-    ordered = sorted(values)
-    middle = len(ordered) // 2
-    return (ordered[middle] + ordered[-1 - middle]) / 2
+    return median(losses)
 
 
 def _in_order(values: Iterable[str]) -> list[str]:

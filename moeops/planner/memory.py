@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from moeops.cost.laws import ITEM_BYTES
-from moeops.planner.predict import OPTIMIZER_BYTES, Choice, Configuration
+from moeops.planner.configuration import OPTIMIZER_BYTES, Choice, Configuration
 
 
 class Memory(NamedTuple):

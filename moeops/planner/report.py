@@ -7,6 +7,7 @@ from typing import Any
 
 from moeops.cost.laws import Direction, HostCost
 from moeops.cost.model import CostModel
+from moeops.planner.units import gbps, us
 
 MIB = 1 << 20
 
@@ -30,31 +31,31 @@ def model_table(model: CostModel) -> str:
     for dtype, laws in model.experts.items():
         for way, law in _ways(laws):
             text = (
-                f"{2e-12 * _inverse(law.seconds_per_product):.4g} TFLOP/s, rows {_gbps(law.seconds_per_byte)}, "
-                f"{1e12 * law.seconds_per_weight:.3g} us per million weights, {_us(law.call_seconds)} a call"
+                f"{2e-12 * _inverse(law.seconds_per_product):.4g} TFLOP/s, rows {gbps(law.seconds_per_byte)}, "
+                f"{1e12 * law.seconds_per_weight:.3g} us per million weights, {us(law.call_seconds)} a call"
             )
             rows.append((f"experts {dtype} {way}", text, _percent(law.residual)))
     for dtype, laws in model.router.items():
         for way, law in _ways(laws):
             text = (
                 f"{2e-12 * _inverse(law.seconds_per_product):.4g} TFLOP/s, scores "
-                f"{1e12 * law.seconds_per_score:.3g} us per million, x {_gbps(law.seconds_per_byte)}, "
-                f"{_us(law.call_seconds)} a call"
+                f"{1e12 * law.seconds_per_score:.3g} us per million, x {gbps(law.seconds_per_byte)}, "
+                f"{us(law.call_seconds)} a call"
             )
             rows.append((f"router {dtype} {way}", text, _percent(law.residual)))
     if model.memory is not None:
-        text = f"{_gbps(model.memory.seconds_per_byte)}, {_us(model.memory.call_seconds)} a call"
+        text = f"{gbps(model.memory.seconds_per_byte)}, {us(model.memory.call_seconds)} a call"
         rows.append(("memory", text, _percent(model.memory.residual)))
     for name in ("inside_node", "between_nodes", "all_gather", "reduce_scatter", "all_reduce"):
         law = getattr(model, name)
         if law is not None:
             text = (
-                f"{_gbps(law.seconds_per_byte)} per rank, {_us(law.peer_seconds)} a message, "
-                f"{_us(law.call_seconds)} a call"
+                f"{gbps(law.seconds_per_byte)} per rank, {us(law.peer_seconds)} a message, "
+                f"{us(law.call_seconds)} a call"
             )
             rows.append((name, text, _percent(law.residual)))
     if model.host_copy_seconds is not None:
-        rows.append(("copy to the host", _us(model.host_copy_seconds), ""))
+        rows.append(("copy to the host", us(model.host_copy_seconds), ""))
     if model.overlap_loss is not None:
         rows.append(("overlap loss", f"{model.overlap_loss:.2f} of the shorter", ""))
     for mode, costs in model.host.items():
@@ -65,7 +66,7 @@ def model_table(model: CostModel) -> str:
 
 def _host_text(cost: HostCost) -> tuple[str, str]:
     parts = [
-        f"{name} {_us(law.fixed_seconds)} + {_us(law.chunk_seconds)} n"
+        f"{name} {us(law.fixed_seconds)} + {us(law.chunk_seconds)} n"
         for name, law in (
             ("first expert", cost.first),
             ("forward", cost.forward),
@@ -82,14 +83,6 @@ def _ways(laws: Direction):
 
 def _inverse(seconds: float) -> float:
     return 1 / seconds if seconds else float("inf")
-
-
-def _gbps(seconds_per_byte: float) -> str:
-    return f"{1e-9 * _inverse(seconds_per_byte):.4g} GB/s"
-
-
-def _us(seconds: float) -> str:
-    return f"{1e6 * seconds:.3g} us"
 
 
 def _percent(share: float) -> str:

@@ -9,7 +9,7 @@ from parallel_cases import with_record
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import moeops
-from moeops.planner.predict import Configuration
+from moeops.planner.configuration import Configuration
 from processes import Ranks
 
 SIZES = {"num_experts": 8, "top_k": 2, "d_model": 32, "d_hidden": 16, "num_tokens": 40}
