@@ -32,8 +32,27 @@ def test_the_architecture_names_files_and_functions_that_are_there():
             assert found, f"{name} {function}"
 
 
+def anchors(page: Path) -> set[str]:
+    """What a link may name in a page: its headings, as GitHub spells them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    words = [re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings]
+    return {word.replace(" ", "-") for word in words}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_between_pages_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)#\s]*)#?[^)\s]*\)", page.read_text()):
-        if target and "://" not in target:
-            assert (page.parent / target).exists(), target
+    for name, anchor in re.findall(r"\]\(([^)#\s]*)#?([^)\s]*)\)", page.read_text()):
+        if "://" in name:
+            continue
+        target = page.parent / name if name else page
+        assert target.exists(), name
+        assert not anchor or anchor in anchors(target), f"{name}#{anchor}"
+
+
+def test_every_page_is_in_the_index_and_begins_with_a_sentence():
+    """A reader finds every page, and its first lines say what it is good for."""
+    index = (ROOT / "docs" / "index.md").read_text()
+    for page in (ROOT / "docs").glob("*.md"):
+        assert page.name == "index.md" or f"]({page.name})" in index, page.name
+        title, empty, first, *_ = page.read_text().splitlines()
+        assert title.startswith("# ") and not empty and re.match(r"[\w`]", first), page.name
