@@ -13,16 +13,11 @@ from moeops import _checks, _nests
 from moeops.comm.agreement import agreement
 from moeops.comm.groups import moe_group_of, process_group, slice_group_of
 from moeops.comm.slicing import SLICE_GRADIENTS, join_tokens, slice_tokens
-from moeops.dispatch.base import Block, Dispatcher, DispatchOptions, ExpertRanks
+from moeops.dispatch.base import Dispatcher, DispatchOptions, ExpertRanks
 from moeops.dispatch.hooks import STAGES, StageHook, StageHooks
 from moeops.dispatch.options import as_options, build_dispatcher
 from moeops.dispatch.scaled_inputs import scale_inputs, sum_copies
-from moeops.dispatch.weights import (
-    ExpertWeights,
-    SharingDispatcher,
-    check_modules,
-    module_weights,
-)
+from moeops.dispatch.weights import SharingDispatcher
 from moeops.gates.injected_loss import with_gate_losses
 from moeops.gates.naive import NaiveGate
 from moeops.layers import _layer_checks
@@ -31,18 +26,17 @@ from moeops.layers._build import (
     build_expert,
     build_gate,
     set_expert_shards,
-    takes_count,
 )
-from moeops.layers._loop import loop_over_experts
+from moeops.layers._calls import CallsExperts
 from moeops.layers._routings import (
     as_routing,
     fill_masked,
     hide_tokens,
     output_weights,
-    pad_left_out,
     without_masked,
 )
 from moeops.layers._state import hold_experts, take_experts
+from moeops.layers._tags import TagsParameters, restore_tags
 from moeops.types import Routing, SlotRouting
 
 if TYPE_CHECKING:
@@ -55,7 +49,7 @@ GateHook = Callable[[Tensor, Tensor, None], Any]
 RoutingHook = Callable[..., Routing | SlotRouting | None]
 
 
-class FMoE(nn.Module):
+class FMoE(CallsExperts, TagsParameters):
     """Send each token to a few of several experts and sum their outputs, weighted by a gate.
 
     FastMoE's layer of the same name, with its argument names and order. An expert may be any module, the experts may
@@ -140,8 +134,6 @@ class FMoE(nn.Module):
         torch.Size([5, 3])
     """
 
-    experts: nn.Module
-    _counted: tuple[bool, ...]  # for each of several experts
     mask: Tensor | None
     dispatch_table: Tensor | None
     stage_hooks = StageHooks()
@@ -222,7 +214,7 @@ class FMoE(nn.Module):
         self.dtensor_state = False
         self.register_state_dict_post_hook(hold_experts)
         self.register_load_state_dict_pre_hook(take_experts)
-        self.register_load_state_dict_post_hook(_restore_tags_of)
+        self.register_load_state_dict_post_hook(restore_tags)
 
     def _build(
         self,
@@ -294,45 +286,6 @@ class FMoE(nn.Module):
         if self.mask is not None and self._first_mask is not None:
             self.mask = self._first_mask.to(self.mask.device)
 
-    def mark_parallel_comm(self, expert_dp_comm: str = "none") -> None:
-        """Tag parameters with the group that reduces their gradients, as attribute ``dp_comm``.
-
-        The gate's parameters are tagged ``"gate"``. The tags are read by data-parallel wrappers that know them, not by
-        torch's. The layer remembers them: a parameter that torch makes anew (by a move, ``deepcopy``,
-        ``load_state_dict(assign=True)``, sharding, a parametrization) has the layer's tag still where
-        ``moeops.layers.walk.parameter_tags`` is asked, as ``DistributedGroupedDataParallel`` does. A tag that you set
-        on a parameter yourself counts before the layer's, and is lost with the parameter.
-
-        Args:
-            expert_dp_comm: tag of the experts' parameters; ``"none"`` means that no group reduces them.
-        """
-        self.expert_dp_comm = expert_dp_comm
-        for module, tag in self.comm_tags():
-            for parameter in module.parameters():
-                parameter.dp_comm = tag  # type: ignore[attr-defined]
-
-    def comm_tags(self) -> tuple[tuple[nn.Module, str], ...]:
-        """The experts and the gate, each with the tag of its parameters; nothing where the layer has no tags.
-
-        Experts that are spread over ranks are nobody else's, so they are tagged ``"none"`` without
-        ``mark_parallel_comm`` too.
-        """
-        tag = self.expert_dp_comm
-        if tag is None:
-            if self.moe_ranks is None:
-                return ()
-            tag = "none"
-        return (self.experts, tag), (self.gate, "gate")
-
-    def _restore_tags(self) -> None:
-        """Tag parameters that torch made anew; a tag that is there may be the user's own and stays."""
-        if self.expert_dp_comm is None:
-            return
-        for module, tag in self.comm_tags():
-            for parameter in module.parameters():
-                if not hasattr(parameter, "dp_comm"):
-                    parameter.dp_comm = tag  # type: ignore[attr-defined]
-
     def set_stage_hooks(self, **hooks: StageHook | None) -> None:
         """Set what the layer calls between its stages from now on, in the place of all that was set before.
 
@@ -363,12 +316,7 @@ class FMoE(nn.Module):
         table = self.dispatch_table
         if table is not None and not table.is_meta:
             table.copy_(self.dispatcher.table())  # type: ignore[arg-type]  # to_empty leaves anything in it
-        self._restore_tags()
         return out
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._restore_tags()
 
     def forward(self, moe_inp: Any, mask: Tensor | None = None) -> Any:
         """Run tokens through the gate and their experts.
@@ -471,71 +419,6 @@ class FMoE(nn.Module):
         out = self.dispatcher.run(plain, copies, self._run_experts, self._block(), **early)
         return sum_copies(routing, out)
 
-    def _block(self) -> Block | None:
-        """The experts as one call on tokens, if there is one."""
-        return None
-
-    def _check_sharing(self, option: str) -> Any:
-        """Refuse experts whose weights cannot travel; return what of them must be equal on all ranks."""
-        op = type(self).__name__
-        if not self.experts_fused:
-            assert isinstance(self.experts, nn.ModuleList)
-            return check_modules(op, option, list(self.experts))
-        if type(self)._expert_weights is FMoE._expert_weights:
-            raise NotImplementedError(
-                f"{op}: {option} must be None where a subclass sets self.experts and has no _expert_weights. Use "
-                "FMoETransformerMLP, or a list of experts."
-            )
-        return None
-
-    def _expert_weights(self) -> ExpertWeights:
-        """The experts as tensors that can travel."""
-        assert isinstance(self.experts, nn.ModuleList)
-        return module_weights(list(self.experts), self._loop_over_experts)
-
-    def _takes_count(self, expert: nn.Module) -> bool:
-        """An expert is called with the number of its rows too; asked where the layer is built."""
-        return takes_count(expert) if self.expert_call is None else "count" in self.expert_call
-
-    def _run_experts(
-        self, rows: Any, expert_offsets: Tensor, rows_per_expert: list[int] | None
-    ) -> Any:
-        """Call the experts on rows in expert order, a nest of ``[R, ...]``; what they return is one too."""
-        op = type(self).__name__
-        if self.experts_fused:
-            out = self._fused_experts(rows, expert_offsets)
-        else:
-            out = self._loop_over_experts(rows, expert_offsets, rows_per_expert)
-        if not torch.compiler.is_compiling():
-            num_rows = _nests.leaves(rows)[0].shape[0]
-            _layer_checks.check_rows(op, _nests.leaves(out), num_rows)
-        return out
-
-    def _fused_experts(self, rows: Any, expert_offsets: Tensor) -> Any:
-        """Call the module of a subclass that holds all experts; rows of dropped pairs that it leaves out are zero."""
-        num_rows = _nests.leaves(rows)[0].shape[0]
-        out = self.experts(rows, expert_offsets.diff())
-        return _nests.map_leaves(lambda leaf: pad_left_out(leaf, num_rows, expert_offsets), out)
-
-    def _loop_over_experts(
-        self,
-        rows: Any,
-        expert_offsets: Tensor,
-        rows_per_expert: list[int] | None,
-        experts: Sequence[Callable[..., Any]] | None = None,
-    ) -> Any:
-        """Call every expert, this layer's own if none are given, on its slice of the rows; join what they return."""
-        op = type(self).__name__
-        if torch.compiler.is_compiling():
-            _layer_checks.warn_of_folded_rows(op, self.experts)  # type: ignore[arg-type]
-        counted = self._counted
-        if experts is None:
-            assert isinstance(self.experts, nn.ModuleList)
-            experts = list(self.experts)
-        else:  # experts from elsewhere are like this rank's own
-            counted = counted[:1] * len(experts)
-        return loop_over_experts(op, experts, counted, rows, expert_offsets, rows_per_expert)
-
     def extra_repr(self) -> str:
         """Sizes of the layer."""
         text = f"num_expert={self.num_expert}, d_model={self.d_model}, top_k={self.top_k}"
@@ -544,8 +427,3 @@ class FMoE(nn.Module):
         if self.moe_ranks is not None:
             text += f", dispatch={self.dispatch_text}"
         return text
-
-
-def _restore_tags_of(layer: FMoE, _incompatible_keys: Any) -> None:
-    """Tag what ``load_state_dict(assign=True)`` made."""
-    layer._restore_tags()
