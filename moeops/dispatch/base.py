@@ -20,6 +20,7 @@ from moeops.types import Routing, SlotRouting, TokenPlan
 # experts(rows, expert_offsets, rows_per_expert): the last are the offsets' differences where the host knows them.
 Experts = Callable[[Any, Tensor, list[int] | None], Any]
 Block = Callable[[Any, Tensor, TokenPlan], Any]
+Beside = Callable[[], None]
 
 
 class Dispatcher:
@@ -76,6 +77,8 @@ class Dispatcher:
         inp: Any,
         experts: Experts,
         block: Block | None = None,
+        *,
+        beside: Beside | None = None,
     ) -> Any:
         """Bring tokens to their experts, run the experts on this rank, and bring the outputs back.
 
@@ -86,11 +89,15 @@ class Dispatcher:
                 returns a nest of ``[R, ...]``.
             block: the same experts as one call ``block(x, topk_weights, plan)`` that moves the tokens itself, for
                 dispatchers that leave them on this rank.
+            beside: work that waits for nothing, called once, when tokens are on their way and before anyone waits for
+                them.
 
         Returns:
             Nest of ``[T, ...]``, weighted and summed over each token's experts.
         """
         rows, expert_offsets, record = self.dispatch(routing, inp)
+        if beside is not None:
+            beside()
         return self.combine(experts(rows, expert_offsets, None), record)
 
     def dispatch(self, routing: Routing | SlotRouting, inp: Any) -> tuple[Any, Tensor, Any]:

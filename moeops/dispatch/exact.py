@@ -12,6 +12,7 @@ from moeops.comm.exchange import Splits, exchange_counts
 from moeops.comm.groups import RankGroup
 from moeops.comm.hierarchical import Hierarchy, hierarchical_counts
 from moeops.dispatch.base import (
+    Beside,
     Block,
     Dispatcher,
     Experts,
@@ -124,9 +125,13 @@ class ExactDispatcher(Dispatcher):
         inp: Any,
         experts: Experts,
         block: Block | None = None,
+        *,
+        beside: Beside | None = None,
     ) -> Any:
-        """Send every chunk, run the experts on each as it arrives, send it back, combine."""
+        """Send every chunk, do what is beside, run the experts on each as it arrives, send it back, combine."""
         sent, _ = self.send(routing, inp, block)
+        if beside is not None:
+            beside()
         return self.join(self.run_and_send_back(sent, experts, block))
 
     def send(

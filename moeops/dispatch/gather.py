@@ -16,12 +16,12 @@ from moeops import _checks, _nests
 from moeops.comm.common_size import CommonSize
 from moeops.comm.gathering import (
     Gathering,
-    all_gather_rows,
     check_equal_rows,
     reduce_scatter_rows,
 )
 from moeops.comm.groups import RankGroup
 from moeops.dispatch.base import (
+    Beside,
     Block,
     Dispatcher,
     DispatchOptions,
@@ -194,6 +194,8 @@ class GatherDispatcher(Dispatcher):
         block: Block | None = None,
         gathered: list[Gathering] | None = None,
         spec: Any = None,
+        *,
+        beside: Beside | None = None,
     ) -> Any:
         """Gather choices, run this rank's experts on all tokens, add up over the ranks.
 
@@ -204,6 +206,7 @@ class GatherDispatcher(Dispatcher):
             block: the same as one call.
             gathered: from ``start``.
             spec: from ``start``.
+            beside: work to do while tokens and choices are on their way.
         """
         if gathered is None:
             early = self._start(inp)
@@ -218,7 +221,10 @@ class GatherDispatcher(Dispatcher):
         num_tokens, top_k = routing.topk_ids.shape
         num_pairs = routing.num_rows if self.max_tokens is None else None
         num_rows, may_lose = self.rows_for(self._length(num_tokens), top_k, num_pairs)
-        ids, weights = self._gather_choices(routing)
+        choices = self._send_choices(routing)
+        if beside is not None:
+            beside()
+        ids, weights = unpack_choices(choices.finish())
         tokens = _nests.unflatten([gathering.finish() for gathering in gathered], spec)
         tokens = self.stage_hooks.call("after_dispatch", tokens)
         own = own_ids(ids, self.group.rank, self.num_expert)
@@ -267,13 +273,13 @@ class GatherDispatcher(Dispatcher):
             )
         return self.max_tokens - num_tokens
 
-    def _gather_choices(self, routing: Routing) -> tuple[Tensor, Tensor]:
-        """All ranks' ids, counted over all ranks, and weights, ``[W * T, K]`` each, in one collective."""
+    def _send_choices(self, routing: Routing) -> Gathering:
+        """Begin to gather all ranks' ids, counted over all ranks, and weights, ``[W * T, K]`` each, at once."""
         ids, weights = routing.topk_ids, routing.topk_weights
         if self.max_tokens is not None:
             padding = self._padding(ids.shape[0])
             ids, weights = _pad(ids, padding, -1), _pad(weights, padding)
-        return unpack_choices(all_gather_rows(pack_choices(ids, weights), self.group))
+        return Gathering(pack_choices(ids, weights), self.group)
 
     def _plan_what_fits(self, local_ids: Tensor, ids: Tensor, num_rows: int) -> TokenPlan:
         """Sort pairs by expert; those beyond ``num_rows`` are dropped, the last expert's first, and reported.

@@ -9,7 +9,15 @@ from torch import Tensor
 
 from moeops import _checks, _nests
 from moeops._token_groups import join_token_groups, split_token_groups
-from moeops.dispatch.base import Block, Dispatcher, Experts, as_rows, combine_leaf, permute_leaf
+from moeops.dispatch.base import (
+    Beside,
+    Block,
+    Dispatcher,
+    Experts,
+    as_rows,
+    combine_leaf,
+    permute_leaf,
+)
 from moeops.ops.sorting import sort_tokens
 from moeops.types import Routing, SlotRouting, TokenPlan
 
@@ -69,8 +77,12 @@ class LocalDispatcher(Dispatcher):
         inp: Any,
         experts: Experts,
         block: Block | None = None,
+        *,
+        beside: Beside | None = None,
     ) -> Any:
         """Dispatch, run the experts, combine: in one call where there is one for chosen experts."""
+        if beside is not None:
+            beside()
         hooks = self.stage_hooks
         if block is not None and isinstance(routing, Routing) and not hooks.on_rows:
             return block(inp, routing.topk_weights, self._plan(routing))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moeops import _checks, _nests
 from moeops.comm.groups import RankGroup
-from moeops.dispatch.base import Block, Dispatcher, Experts, split_rows
+from moeops.dispatch.base import Beside, Block, Dispatcher, Experts, split_rows
 from moeops.dispatch.weights import (
     ExpertWeights,
     Held,
@@ -223,6 +223,8 @@ class ReplicaDispatcher(SharingDispatcher):
         weights: ExpertWeights | None = None,
         held: Held | None = None,
         table: Tensor | None = None,
+        *,
+        beside: Beside | None = None,
     ) -> Any:
         """Dispatch to slots, run this rank's experts and replicas, combine.
 
@@ -234,6 +236,7 @@ class ReplicaDispatcher(SharingDispatcher):
             weights: from ``start``.
             held: from ``start``.
             table: from ``start``.
+            beside: work to do while tokens and replicas are on their way.
         """
         assert weights is not None
         assert held is not None
@@ -250,7 +253,7 @@ class ReplicaDispatcher(SharingDispatcher):
             assert counts is not None
             return self._run_slots(rows, expert_offsets, counts, experts, weights, held)
 
-        return self.inner.run(slots, inp, run_slots)
+        return self.inner.run(slots, inp, run_slots, beside=beside)
 
     def _run_slots(self, rows, expert_offsets, counts, experts, weights, held) -> Any:
         """Outputs of rows in the order of slots. This rank's own come first: replicas may be on their way still."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moeops import _checks, _nests
 from moeops.comm.collectives import all_gather_counts
-from moeops.dispatch.base import Block, Experts, combine_leaf, permute_leaf
+from moeops.dispatch.base import Beside, Block, Experts, combine_leaf, permute_leaf
 from moeops.dispatch.exact import ExactDispatcher
 from moeops.dispatch.weights import Broadcast, ExpertWeights, SharingDispatcher
 from moeops.ops.sorting import count_tokens, sort_tokens
@@ -206,6 +206,8 @@ class ShadowDispatcher(SharingDispatcher):
         experts: Experts,
         block: Block | None = None,
         weights: ExpertWeights | None = None,
+        *,
+        beside: Beside | None = None,
     ) -> Any:
         """Decide, send rows and weights, run this rank's experts, then the others' on this rank's tokens.
 
@@ -215,6 +217,7 @@ class ShadowDispatcher(SharingDispatcher):
             experts: this rank's own.
             block: the same as one call.
             weights: from ``start``.
+            beside: work to do while tokens, and weights, are on their way.
         """
         assert weights is not None
         if isinstance(routing, SlotRouting):
@@ -230,6 +233,8 @@ class ShadowDispatcher(SharingDispatcher):
         compiling = torch.compiler.is_compiling()
         total = sum(num_sent)
         if not compiling and total == 0:
+            if beside is not None:
+                beside()
             return self.inner.join(self.inner.run_and_send_back(sent, experts, block))
         torch._check(total <= self.max_shadows)
         padding = 0
@@ -239,6 +244,8 @@ class ShadowDispatcher(SharingDispatcher):
         broadcast = Broadcast(
             weights.parameters, self._order(chosen), num_sent, padding, self.group
         )
+        if beside is not None:
+            beside()
         broadcast.spread()
         returns = self.inner.run_and_send_back(sent, experts, block)
         near = self._run_near(

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moeops.dispatch.base import Block, Dispatcher, Experts
+from moeops.dispatch.base import Beside, Block, Dispatcher, Experts
 from moeops.dispatch.hooks import StageHooks
 from moeops.types import Routing, SlotRouting
 
@@ -108,10 +108,12 @@ class ShardedDispatcher(Dispatcher):
         inp: Any,
         experts: Experts,
         block: Block | None = None,
+        *,
+        beside: Beside | None = None,
         **early: Any,
     ) -> Any:
         """Dispatch, run the shards, combine; ``early`` is what ``start`` returned."""
-        return self.inner.run(self._route(routing), inp, experts, block, **early)
+        return self.inner.run(self._route(routing), inp, experts, block, beside=beside, **early)
 
 
 class ShardSpan(NamedTuple):

@@ -16,6 +16,7 @@ from moeops.comm.exchange import Splits
 from moeops.comm.groups import RankGroup, describe_group
 from moeops.comm.hierarchical import Hierarchy
 from moeops.dispatch.base import (
+    Beside,
     Block,
     Dispatcher,
     Experts,
@@ -135,10 +136,14 @@ class StaticDispatcher(Dispatcher):
         inp: Any,
         experts: Experts,
         block: Block | None = None,
+        *,
+        beside: Beside | None = None,
     ) -> Any:
         """Send every part of the buffers, run the experts on each as it arrives, send it back, combine."""
         rows = self._sort(routing, inp)
         flights, parts = self._exchange(rows)
+        if beside is not None:
+            beside()
         returned = []
         for flight, (_, length) in zip(flights, parts, strict=True):
             out = self._run_buffers(self._receive(flight, length), length, experts, block)

@@ -17,7 +17,7 @@ class Llama4Gate(NaiveGate):
     With ``balance`` the loss is that of ``TopKGate``: ``E * sum_e f_e * P_e``, ``f_e`` the share of the ``T * K``
     choices that name ``e``, ``P_e`` the mean over the tokens of ``s_e / sum_j s_j``, 1 at perfect balance.
 
-    Llama 4's layers add a shared expert to this, an MLP beside the layer.
+    Llama 4's layers add a shared expert to this: ``shared_expert=`` of the layer.
 
     Args:
         d_model: ``D``.

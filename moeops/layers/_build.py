@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from moeops import _checks
 from moeops.gates.base import BaseGate
 from moeops.gates.naive import NaiveGate
+
+
+def placed(device: torch.device | str | None) -> contextlib.AbstractContextManager[Any]:
+    """Where modules are built whose constructors need not know of devices."""
+    return contextlib.nullcontext() if device is None else torch.device(device)
 
 
 def build_gate(

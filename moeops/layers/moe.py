@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +24,7 @@ from moeops.layers._build import (
     EXPERT_CALLS,
     build_expert,
     build_gate,
+    placed,
     set_expert_shards,
 )
 from moeops.layers._calls import CallsExperts
@@ -37,6 +37,7 @@ from moeops.layers._routings import (
 )
 from moeops.layers._state import hold_experts, take_experts
 from moeops.layers._tags import TagsParameters, restore_tags
+from moeops.layers.shared import SharedPart, build_shared, shared_structure
 from moeops.types import Routing, SlotRouting
 
 if TYPE_CHECKING:
@@ -110,6 +111,12 @@ class FMoE(CallsExperts, TagsParameters):
         slice_gradients: with a ``slice_group``, "mean" for gradients of gate and experts that are right after they
             are averaged over its ranks, like all others; "fastmoe" for those of this rank's slice alone, which are
             right after they are summed.
+        shared_expert: one more expert, for every token, whose work runs while tokens travel: a class or function called
+            with ``d_model``, or a ready module, called as ``shared_expert(moe_inp)``, which it must not write into;
+            returns what the experts return. In ``FMoETransformerMLP`` also a hidden width.
+        shared_expert_gate: how it is added: ``None`` as it is, as in DeepSeek's models; "sigmoid" times a learned
+            factor per token, as in Qwen2-MoE; "softmax" for PR-MoE's residual experts, with a learned pair of factors
+            per token that add up to 1, the first on the sum of the chosen experts.
         dtype: type of the parameters built here, torch's default if ``None``. Ready modules stay as they are.
         device: device of the parameters built here, torch's default if ``None``.
 
@@ -120,6 +127,9 @@ class FMoE(CallsExperts, TagsParameters):
             ``LoadMonitor`` and ``RoutingReplay`` are made of them.
         moe_ranks, slice_ranks: the groups as ``moeops.distributed.RankGroup``, ``None`` for this rank alone.
         moe_group, slice_group: the same as process groups of torch.distributed.
+        shared_expert: the module, or ``None``.
+        shared_expert_gate: a ``SharedExpertGate`` with the parameters of ``nn.Linear(d_model, 1, bias=False)`` for
+            "sigmoid", ``nn.Linear(d_model, 2)`` for "softmax"; or ``None``.
 
     Raises:
         ValueError: a size or an option does not fit.  TypeError: an argument has the wrong type.
@@ -159,6 +169,8 @@ class FMoE(CallsExperts, TagsParameters):
         expert_tensor_parallel_size: int = 1,
         expert_call: str | None = None,
         slice_gradients: str = "mean",
+        shared_expert: Any = None,
+        shared_expert_gate: str | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -178,6 +190,9 @@ class FMoE(CallsExperts, TagsParameters):
             self.expert_tensor_parallel_size = expert_tensor_parallel_size
             self._build(
                 num_expert, d_model, top_k, gate, expert, gate_bias, dtype=dtype, device=device
+            )
+            self.shared_expert, self.shared_expert_gate = build_shared(
+                op, shared_expert, shared_expert_gate, d_model, dtype, device
             )
             ranks = ExpertRanks(
                 op, self.num_expert, self.moe_ranks, expert_tensor_parallel_size, self.top_k
@@ -199,6 +214,8 @@ class FMoE(CallsExperts, TagsParameters):
                 **options.settings(ranks),
                 expert_tensor_parallel_size=expert_tensor_parallel_size,
                 experts=structure,
+                shared_expert=shared_structure(self.shared_expert),
+                shared_expert_gate=shared_expert_gate,
                 dtype=str(dtype),
                 slices=1 if self.slice_ranks is None else self.slice_ranks.size,
                 slice_gradients=slice_gradients,
@@ -237,9 +254,8 @@ class FMoE(CallsExperts, TagsParameters):
             _checks.check_int(op, name, size, 1, "Sizes are at least 1.")
         self.num_expert = num_expert
         self.d_model = d_model
-        place = torch.device(device) if device is not None else contextlib.nullcontext()
         expert_ranks = self.world_size // self.expert_tensor_parallel_size
-        with place:
+        with placed(device):
             self.gate = build_gate(op, gate, d_model, num_expert, expert_ranks, top_k, gate_bias)
         if dtype is not None and self.gate is not gate:
             self.gate.to(dtype)
@@ -250,7 +266,7 @@ class FMoE(CallsExperts, TagsParameters):
         self.experts_fused = expert is None
         if expert is not None:
             plans = list(expert) if is_list else [expert] * num_expert
-            with place:
+            with placed(device):
                 built = [build_expert(op, plan, d_model, is_list) for plan in plans]
             if dtype is not None:
                 for plan, module in zip(plans, built, strict=True):
@@ -401,7 +417,13 @@ class FMoE(CallsExperts, TagsParameters):
                 routing = replaced if mask is None else without_masked(replaced, mask)
         if self.gate_hook is not None:
             self.gate_hook(routing[0], routing[1], None)
+        shared = None
+        if self.shared_expert is not None:
+            shared = SharedPart(op, self.shared_expert, self.shared_expert_gate, moe_inp, mask)
+            early = {**early, "beside": shared}
         out = self._mixture(routing, moe_inp, early)
+        if shared is not None:
+            out = shared.add_to(out)
         if mask is not None:
             out = fill_masked(out, mask, self.mask_dict, output_weights(every))
         return with_gate_losses(self.gate, out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from moeops.gates.naive import NaiveGate
 from moeops.layers._jagged import jagged_like, jagged_values
 from moeops.layers.experts import Activation, FusedExperts, Uncast, casts_arguments
 from moeops.layers.moe import FMoE, GateHook
+from moeops.layers.shared import SharedMLP
 from moeops.types import TokenPlan
 
 if TYPE_CHECKING:
@@ -47,8 +49,10 @@ class FMoETransformerMLP(FMoE):
         expert_tensor_parallel_size: ``P``, a divisor of ``world_size`` and of ``d_hidden``: each expert is divided
             among that many neighbouring ranks, ``H / P`` hidden units each. Rank ``w * P + p`` holds shard ``p`` of
             the experts ``w * num_expert`` to ``(w + 1) * num_expert``. A token's row goes to all ``P`` of them.
+        shared_expert: as for ``FMoE``, or a hidden width, for a ``SharedMLP`` with the experts' activation and bias.
+            Every rank holds all of it, with ``expert_tensor_parallel_size`` too.
         world_size, mp_group, slice_group, moe_group, top_k, gate, gate_hook, mask, mask_dict, gate_bias, device_mesh,
-            dispatch, slice_gradients, dtype, device: as for ``FMoE``.
+            dispatch, slice_gradients, shared_expert_gate, dtype, device: as for ``FMoE``.
 
     Attributes:
         experts: a ``FusedExperts``: ``experts.w_up``, ``experts.w_down``, ``experts.b_up``, ``experts.b_down``.
@@ -89,6 +93,8 @@ class FMoETransformerMLP(FMoE):
         dispatch: str | DispatchOptions = "auto",
         expert_tensor_parallel_size: int = 1,
         slice_gradients: str = "mean",
+        shared_expert: Any = None,
+        shared_expert_gate: str | None = None,
         init: str = "linear",
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
@@ -97,6 +103,15 @@ class FMoETransformerMLP(FMoE):
             num_projections = 3 if activation == "swiglu" else 2
             dtype_of_experts = dtype or torch.get_default_dtype()
             dispatch = dispatch.for_mlps(d_model, d_hidden, num_projections, dtype_of_experts)
+        if isinstance(shared_expert, int):
+            shared_expert = functools.partial(
+                SharedMLP,
+                d_hidden=shared_expert,
+                activation=activation,
+                bias=bias,
+                dtype=dtype,
+                device=device,
+            )
         super().__init__(
             num_expert,
             d_model,
@@ -114,6 +129,8 @@ class FMoETransformerMLP(FMoE):
             dispatch=dispatch,
             expert_tensor_parallel_size=expert_tensor_parallel_size,
             slice_gradients=slice_gradients,
+            shared_expert=shared_expert,
+            shared_expert_gate=shared_expert_gate,
             dtype=dtype,
             device=device,
         )

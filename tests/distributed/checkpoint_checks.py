@@ -67,6 +67,7 @@ class Net(nn.Module):
             self.mlp = FMoE(share, D, expert=OneExpert, **options)
         self.each = FMoE(share, D, expert=lambda d_model: nn.Linear(d_model, D), **options)
         options.update(activation="swiglu", expert_tensor_parallel_size=num_shards)
+        options.update(shared_expert=7, shared_expert_gate="softmax")
         self.shards = FMoETransformerMLP(share * num_shards, D, SHARDED_H, **options)
         self.copies = FMoETransformerMLP(3, D, H, activation="swiglu", bias=False)
         self.to(ranks.device, torch.float64)

@@ -83,6 +83,15 @@ def in_place(d_model: int) -> nn.Module:
     return nn.Sequential(nn.LeakyReLU(0.5, inplace=True), nn.Linear(d_model, 3))
 
 
+SHARED_OPTIONS = (
+    "gate",
+    "top_k",
+    "dtype",
+    "mask_dict",
+    "expert",
+    "shared_expert",
+    "shared_expert_gate",
+)
 KINDS = ("mlp", "composed", "modules", "nested")
 
 
@@ -111,9 +120,7 @@ def make(kind: str, num_expert: int, device: str, dtype=torch.float64, **options
 def make_pair(kind: str, ranks: Ranks, num_expert: int = 2, **options) -> tuple[FMoE, FMoE]:
     """This rank's part of a layer, and the whole layer on one rank, with the same parameters."""
     torch.manual_seed(1)
-    shared = {
-        n: options[n] for n in ("gate", "top_k", "dtype", "mask_dict", "expert") if n in options
-    }
+    shared = {n: options[n] for n in SHARED_OPTIONS if n in options}
     whole = make(kind, num_expert * ranks.size, ranks.device, **shared)
     part = make(kind, num_expert, ranks.device, world_size=ranks.size, **options)
     copy_share(whole, part, ranks.rank)
@@ -202,7 +209,7 @@ def assert_equals_whole(
     wanted.update(share(whole, ranks.rank, part.num_expert, gradients))
     assert actual.keys() == wanted.keys()
     for name, value in wanted.items():
-        if name.startswith("gate."):
+        if name.startswith(("gate.", "shared_expert")):
             dist.all_reduce(actual[name])
         torch.testing.assert_close(
             actual[name],
