@@ -5,6 +5,7 @@ from moeops import _extension
 _extension.load()
 
 from moeops import (  # noqa: E402  (the ops register themselves on the loaded libraries)
+    compile,  # noqa: F401  (a name of this package; in __all__ it would hide the built-in one)
     dispatch,
     distributed,
     gates,

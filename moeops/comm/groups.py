@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -73,14 +74,19 @@ def process_group(name: str) -> ProcessGroup:
     return torch.distributed.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
 
 
-def timeout_of(group: RankGroup) -> str:
-    """Seconds after which the group gives a collective up, as text for error messages."""
+def timeout_of(group: RankGroup) -> timedelta | None:
+    """Time after which the group gives a collective up; ``None`` for a backend without such an option."""
     resolved = process_group(group.name)
     try:
-        backend = resolved._get_backend(resolved._device_types[0])
-        return f"{backend.options._timeout.total_seconds():g} s"
-    except (AttributeError, IndexError, RuntimeError):  # a backend without such options
-        return "an unknown time"
+        return resolved._get_backend(resolved._device_types[0]).options._timeout
+    except (AttributeError, IndexError, RuntimeError):
+        return None
+
+
+def describe_timeout(group: RankGroup) -> str:
+    """``30 s`` for error messages."""
+    timeout = timeout_of(group)
+    return "an unknown time" if timeout is None else f"{timeout.total_seconds():g} s"
 
 
 def moe_group_of(

@@ -12,7 +12,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from moeops import _checks
-from moeops.comm.groups import RankGroup, describe_group, process_group, rank_group, timeout_of
+from moeops.comm.groups import (
+    RankGroup,
+    describe_group,
+    describe_timeout,
+    process_group,
+    rank_group,
+)
 
 # What gloo and NCCL both send; the rest travels as bytes.
 _SENT_AS_IS = (
@@ -233,6 +239,6 @@ def explained(op: str, group_name: str, err: RuntimeError) -> RuntimeError:
     assert group is not None
     return RuntimeError(
         f"{op}: every rank of {describe_group(group)} must take part within the time-out of "
-        f"{timeout_of(group)}, got: {err}. A rank has ended, hangs or runs another program: read the first error of "
-        "every rank."
+        f"{describe_timeout(group)}, got: {err}. A rank has ended, hangs or runs another program: read the first error "
+        "of every rank."
     )

@@ -1,0 +1,7 @@
+"""The schedule of expert-parallel layers in compiled code: passes over Inductor's graphs, and the options for them."""
+
+from moeops.compile.options import PASSES, options
+from moeops.compile.order import Order
+from moeops.compile.passes import Pass
+
+__all__ = ["PASSES", "Order", "Pass", "options"]
