@@ -172,9 +172,7 @@ class GatherDispatcher(Dispatcher):
             leaves = [_pad(leaf, self._padding(num_tokens)) for leaf in leaves]
         elif not torch.compiler.is_exporting():
             zero = self._common.require(leaves, num_tokens)
-            if (
-                torch.compiler.is_compiling()
-            ):  # or a compiler may move the check behind what it is for
+            if torch.compiler.is_compiling():  # which may move the check behind what it is for
                 leaves = [leaf + zero.to(leaf.dtype) for leaf in leaves]
         if _checks.debug_checks() and not torch.compiler.is_compiling():
             check_equal_rows("GatherDispatcher", leaves, self.group)
@@ -183,7 +181,8 @@ class GatherDispatcher(Dispatcher):
     def _gather_zeros(self, num_tokens: int, like: Sequence[Tensor]) -> Tensor:
         """Gather so many tokens with nothing in them; return what arrived last."""
         for leaf in like:
-            arrived = all_gather_rows(leaf.new_zeros(num_tokens, *leaf.shape[1:]), self.group)
+            zeros = leaf.new_zeros(num_tokens, *leaf.shape[1:])
+            arrived = Gathering(zeros, self.group).finish()
         return arrived
 
     def run(
