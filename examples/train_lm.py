@@ -4,6 +4,7 @@
                                                  and a dense one of equal active FLOPs
     python examples/train_lm.py --no-compare     without the dense one
     python examples/train_lm.py --text my_folder --gate switch --experts 16
+    python examples/train_lm.py --layers 4 --experts 4,8,16,16 --top-k 1 --shared-expert residual      PR-MoE
     torchrun --nproc-per-node=2 examples/train_lm.py --expert-parallel      each rank holds half of the experts
     torchrun --nproc-per-node=4 examples/train_lm.py --expert-parallel --expert-tensor-parallel 2  half of each of them
 
@@ -61,7 +62,15 @@ def make_parser() -> Parser:
         "--gate", choices=tuple(GATES), default="qwen3", help=f"[%(default)s] {help_text()}"
     )
     model.add_argument(
-        "--experts", type=positive_int, default=16, help="experts per layer [%(default)s]"
+        "--experts",
+        type=expert_counts,
+        default=16,
+        help="experts per layer, or a number for each layer, such as 4,8,16,16, PR-MoE's pyramid [%(default)s]",
+    )
+    model.add_argument(
+        "--shared-expert",
+        choices=("sum", "sigmoid", "residual"),
+        help="one more expert, for all tokens: DeepSeek's, Qwen2-MoE's or PR-MoE's form [none]",
     )
     model.add_argument(
         "--top-k", type=positive_int, help="experts per token [1 for switch and base, else 2]"
@@ -158,6 +167,12 @@ def positive_int(text: str) -> int:
     return value
 
 
+def expert_counts(text: str) -> int | tuple[int, ...]:
+    """Option type."""
+    counts = tuple(positive_int(part) for part in text.split(","))
+    return counts[0] if len(counts) == 1 else counts
+
+
 def factor(text: str) -> float:
     """Option type."""
     value = float(text)
@@ -180,11 +195,23 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     if "--quick" in arguments:  # other defaults; what is given still wins
         parser.set_defaults(**QUICK)
     options = parser.parse_args(arguments)
-    if options.top_k is None:
-        options.top_k = default_top_k(options.gate, options.experts)
-    if options.top_k > options.experts:
+    pyramid = not isinstance(options.experts, int)
+    if pyramid and len(options.experts) != options.layers:
         raise UsageError(
-            f"--top-k must be at most --experts = {options.experts}, got {options.top_k}. Lower it."
+            f"--experts must be one number, or one for each of the --layers = {options.layers}, got "
+            f"{len(options.experts)} of them. Change one of them."
+        )
+    fewest = min(options.experts) if pyramid else options.experts
+    if options.top_k is None:
+        options.top_k = default_top_k(options.gate, fewest)
+    if options.top_k > fewest:
+        raise UsageError(
+            f"--top-k must be at most {'the least of --experts' if pyramid else '--experts'} = {fewest}, got "
+            f"{options.top_k}. Lower it."
+        )
+    if options.shared_expert is not None and options.dense:
+        raise UsageError(
+            f"--shared-expert must be left out with --dense, got {options.shared_expert}. Leave one of them out."
         )
     wanted = GATES[options.gate].top_k
     if wanted is not None and options.top_k != wanted:

@@ -17,6 +17,8 @@ from moeops.distributed import Exact, Gather, Static
 from moeops.layers import FMoETransformerMLP
 
 VOCABULARY = 256  # bytes
+# --shared-expert, and FMoETransformerMLP's shared_expert_gate: DeepSeek's, Qwen2-MoE's and PR-MoE's form.
+SHARED = {"sum": None, "sigmoid": "sigmoid", "residual": "softmax"}
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,8 @@ class ModelConfig:
     """Sizes of the model.
 
     Attributes:
-        gate: a name in ``GATES``, or None for one dense MLP of width ``d_hidden * top_k``: equal active FLOPs.
-        experts: experts per layer.
+        gate: a name in ``GATES``, or None for one dense MLP as wide as all experts of a token: equal active FLOPs.
+        experts: experts per layer, or of each layer: PR-MoE's pyramid has more of them in later layers.
         top_k: experts per token.
         d_model: width of the residual stream.
         d_hidden: hidden width of one expert.
@@ -34,10 +36,11 @@ class ModelConfig:
         context: longest sequence in bytes.
         dispatch: how tokens get to experts: "exact", "gather", or "static" with room for ``capacity`` rows.
         capacity: of the static dispatcher: a factor on ``T * K / E``.
+        shared_expert: a key of ``SHARED``: how an expert for all tokens is added; None for no such expert.
     """
 
     gate: str | None
-    experts: int
+    experts: int | tuple[int, ...]
     top_k: int
     d_model: int
     d_hidden: int
@@ -46,12 +49,22 @@ class ModelConfig:
     context: int
     dispatch: str = "exact"
     capacity: float | None = None
+    shared_expert: str | None = None
+
+    def experts_of(self, layer: int) -> int:
+        """Experts of a layer."""
+        return self.experts if isinstance(self.experts, int) else self.experts[layer]
+
+    @property
+    def num_active(self) -> int:
+        """Experts that work on a token."""
+        return self.top_k + (self.shared_expert is not None)
 
 
-def make_gate(config: ModelConfig) -> Callable[..., nn.Module]:
-    """The gate's class with its options, as a layer calls it."""
+def make_gate(config: ModelConfig, experts: int) -> Callable[..., nn.Module]:
+    """The gate's class with its options, as a layer of so many experts calls it."""
     spec = GATES[config.gate]
-    sizes = Sizes(config.experts, config.top_k, config.d_model, config.context)
+    sizes = Sizes(experts, config.top_k, config.d_model, config.context)
     return partial(getattr(gates, spec.cls), **spec.options(sizes))
 
 
@@ -113,16 +126,16 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Pre-norm attention and MLP."""
 
-    def __init__(self, config: ModelConfig, world_size: int, num_shards: int):
+    def __init__(self, config: ModelConfig, experts: int, world_size: int, num_shards: int):
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.d_model)
         self.attention = Attention(config)
         self.mlp_norm = nn.RMSNorm(config.d_model)
         if config.gate is None:
-            self.mlp: nn.Module = DenseMLP(config.d_model, config.d_hidden * config.top_k)
+            self.mlp: nn.Module = DenseMLP(config.d_model, config.d_hidden * config.num_active)
         else:
             self.mlp = FMoETransformerMLP(
-                config.experts // (world_size // num_shards),
+                experts // (world_size // num_shards),
                 config.d_model,
                 config.d_hidden,
                 activation="swiglu",
@@ -131,8 +144,10 @@ class Block(nn.Module):
                 world_size=world_size,
                 expert_tensor_parallel_size=num_shards,
                 top_k=config.top_k,
-                gate=make_gate(config),
+                gate=make_gate(config, experts),
                 dispatch=make_dispatch(config),
+                shared_expert=None if config.shared_expert is None else config.d_hidden,
+                shared_expert_gate=SHARED.get(config.shared_expert),
             )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -153,7 +168,8 @@ class GPT(nn.Module):
         self.expert_ranks = world_size // num_shards
         self.embedding = nn.Embedding(VOCABULARY, config.d_model)
         self.blocks = nn.ModuleList(
-            Block(config, world_size, num_shards) for _ in range(config.layers)
+            Block(config, config.experts_of(layer), world_size, num_shards)
+            for layer in range(config.layers)
         )
         self.norm = nn.RMSNorm(config.d_model)
         self.head = nn.Linear(config.d_model, VOCABULARY, bias=False)
@@ -175,18 +191,19 @@ class GPT(nn.Module):
 
     def num_parameters(self) -> tuple[int, int]:
         """All parameters, those on other ranks included, and those that one token uses."""
-        total = sum(p.numel() for p in self.parameters())
+        total = active = sum(p.numel() for p in self.parameters())
         if self.config.gate is None:
             return total, total
-        here = whole = 0  # parameters of experts, and with the shards on other ranks
-        for block in self.blocks:
+        for layer, block in enumerate(self.blocks):
+            here = whole = 0  # parameters of experts, and with the shards on other ranks
             for name, parameter in block.mlp.experts.named_parameters():
                 span = block.mlp.experts.shard_span(name)
                 here += parameter.numel()
                 whole += parameter.numel() // parameter.shape[span.dim] * span.size
-        experts = whole * self.expert_ranks
-        total += experts - here
-        return total, total - experts + experts * self.config.top_k // self.config.experts
+            experts = whole * self.expert_ranks
+            total += experts - here
+            active += experts * self.config.top_k // self.config.experts_of(layer) - here
+        return total, active
 
     @torch.no_grad()
     def generate(self, prompt: bytes, num_bytes: int, temperature: float, seed: int) -> bytes:

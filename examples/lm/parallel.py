@@ -98,7 +98,11 @@ def start_ranks(device: str | None) -> Iterator[tuple[Ranks, str | None]]:
 
 
 def check_shares(
-    ranks: Ranks, batch: int, experts: int | None, d_hidden: int = 1, num_shards: int = 1
+    ranks: Ranks,
+    batch: int,
+    experts: int | tuple[int, ...] | None,
+    d_hidden: int = 1,
+    num_shards: int = 1,
 ) -> None:
     """Refuse what cannot be divided among the ranks; ``experts`` is None where they are not divided."""
     if ranks.size % num_shards:
@@ -110,12 +114,14 @@ def check_shares(
             f"--d-hidden must be a multiple of --expert-tensor-parallel = {num_shards}, got {d_hidden}. Change one of "
             "them."
         )
+    what = "ranks that hold different experts"
+    counts = (experts,) if isinstance(experts, int) else experts or ()
     shares = (
         ("--batch", batch, ranks.size, "ranks"),
-        ("--experts", experts, ranks.size // num_shards, "ranks that hold different experts"),
+        *(("--experts", count, ranks.size // num_shards, what) for count in counts),
     )
     for name, number, size, what in shares:
-        if number is not None and number % size:
+        if number % size:
             raise UsageError(
                 f"{name} must be a multiple of the {size} {what if num_shards > 1 else 'ranks'}, got {number}. Change "
                 "one of them."

@@ -74,21 +74,22 @@ def _plot_losses_by_time(axes, runs: dict[str, History]) -> None:
 
 def _plot_load(figure, grid, load: list[tuple[int, list[list[float]]]], columns: int) -> None:
     steps = [step for step, _ in load]
-    share = np.asarray([layers for _, layers in load])  # [times, layers, E]
-    num_experts = share.shape[2]
-    balanced = share * num_experts  # 1 is an equal share
+    # Of each layer, which may have a number of experts of its own: [times, E], 1 is an equal share.
+    shares = [np.asarray(times) for times in zip(*(layers for _, layers in load), strict=True)]
+    balanced = [share * share.shape[1] for share in shares]
+    highest = max(2.0, *(layer.max() for layer in balanced))
     panels = []
-    for layer in range(share.shape[1]):
+    for layer, values in enumerate(balanced):
         axes = figure.add_subplot(grid[1 + layer // columns, layer % columns])
         image = axes.imshow(
-            balanced[:, layer].T,
+            values.T,
             aspect="auto",
             origin="lower",
             interpolation="nearest",
             cmap="viridis",
             vmin=0,
-            vmax=max(2.0, balanced.max()),
-            extent=(0, steps[-1], -0.5, num_experts - 0.5),
+            vmax=highest,
+            extent=(0, steps[-1], -0.5, values.shape[1] - 0.5),
         )
         axes.set_title(f"layer {layer}", fontsize=10)
         axes.set_xlabel("step")

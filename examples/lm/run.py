@@ -166,6 +166,7 @@ def make_trainer(
         context=options.context,
         dispatch=options.dispatch,
         capacity=options.capacity,
+        shared_expert=options.shared_expert,
     )
     config = TrainConfig(
         batch=options.batch,

@@ -125,6 +125,7 @@ def test_gates_that_see_the_future_are_not_compared(quick, tmp_path):
         ["--gate", "gshard", "--dtype", "bfloat16"],
         ["--gate", "deepseek", "--dtype", "bfloat16"],
         ["--dense"],
+        ["--experts", "2,4", "--gate", "switch", "--shared-expert", "residual"],
     ],
     ids=lambda o: "-".join(o).replace("--", ""),
 )
@@ -228,15 +229,26 @@ def test_dense_baseline_has_equal_active_parameters():
         "heads": 4,
         "context": 128,
     }
+    for options in ({}, {"experts": (2, 4, 8, 8), "shared_expert": "residual"}):
+        assert_dense_baseline_has_equal_active_parameters({**sizes, **options})
+
+
+def assert_dense_baseline_has_equal_active_parameters(sizes):
     moe = GPT(ModelConfig(gate="naive", **sizes))
     dense = GPT(ModelConfig(gate=None, **sizes))
     _, moe_active = moe.num_parameters()
     total, dense_active = dense.num_parameters()
     assert total == dense_active
-    routers = sum(p.numel() for block in moe.blocks for p in block.mlp.gate.parameters())
-    assert (
-        abs(moe_active - routers - dense_active) / dense_active < 0.002
-    )  # one bias more per layer
+    experts = [len(block.mlp.experts) for block in moe.blocks]
+    assert experts == list(sizes["experts"]) if isinstance(sizes["experts"], tuple) else [8] * 4
+    routers = sum(
+        p.numel()
+        for block in moe.blocks
+        for name, p in block.mlp.named_parameters()
+        if name.startswith(("gate.", "shared_expert_gate."))
+    )
+    # Not those of the biases, of which there are more.
+    assert abs(moe_active - routers - dense_active) / dense_active < 0.003
 
 
 def test_ctrl_c_saves_and_resume_gives_the_uninterrupted_run(text, quick, tmp_path):
@@ -360,6 +372,12 @@ def test_targets_are_one_byte_later_and_steps_are_reproducible(text):
             "--text must be a file or a folder that exists, got /no/such/path",
         ),
         (["--experts", "2", "--top-k", "3"], "--top-k must be at most --experts = 2, got 3"),
+        (
+            ["--experts", "2,3,4"],
+            "--experts must be one number, or one for each of the --layers = 2",
+        ),
+        (["--experts", "4,2", "--top-k", "3"], "at most the least of --experts = 2, got 3"),
+        (["--dense", "--shared-expert", "sum"], "--shared-expert must be left out with --dense"),
         (["--gate", "switch", "--top-k", "2"], "--top-k must be 1 for the switch gate, got 2"),
         (["--d-model", "30"], "--d-model must be a multiple of 2 * --heads = 4, got 30"),
         (["--context", "10000000"], "--text must give more than --context = 10000000 bytes"),

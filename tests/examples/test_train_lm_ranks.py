@@ -40,7 +40,8 @@ def assert_same_curves(actual: Path, expected: Path) -> None:
     held_out = [[loss for _, loss in metrics["held_out"]] for metrics in (got, want)]
     assert held_out[0] == pytest.approx(held_out[1], abs=CURVE_TOLERANCE)
     for (_, load), (_, wanted) in zip(got["load"], want["load"], strict=True):
-        torch.testing.assert_close(torch.tensor(load), torch.tensor(wanted), rtol=0, atol=5e-3)
+        for layers in zip(load, wanted, strict=True):  # which may have different numbers of experts
+            torch.testing.assert_close(*map(torch.tensor, layers), rtol=0, atol=5e-3)
 
 
 @pytest.mark.distributed
@@ -87,12 +88,15 @@ def test_two_ranks_stop_and_resume_and_train_what_one_rank_trains(text, quick, t
     assert_same_curves(alone, tmp_path / "one")
 
 
+PYRAMID = ("--experts", "4,8", "--shared-expert", "sigmoid")
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("num_ranks", "options"),
     [
         # Room for every token, so that no rank drops.
-        (4, ("--eager", "--expert-parallel", "--dispatch", "static", "--capacity", "2")),
+        (4, ("--eager", "--expert-parallel", "--dispatch", "static", "--capacity", "4", *PYRAMID)),
         (2, ("--expert-parallel", "--layers", "1", "--dispatch", "gather")),
         (2, ("--eager",)),
         (4, ("--eager", "--expert-parallel", "--expert-tensor-parallel", "2", "--layers", "1")),
