@@ -71,7 +71,7 @@ $(BUILD_STAMP): $(TORCH_STAMP) $(OPTIONS_STAMP) $(BUILD_INPUTS)
 	  --config-settings=cmake.define.MOEOPS_WERROR=$(MOEOPS_WERROR) \
 	  --config-settings=cmake.define.MOEOPS_QUICK_CUDA=$(MOEOPS_QUICK_CUDA) \
 	  --config-settings=cmake.define.CMAKE_EXPORT_COMPILE_COMMANDS=ON \
-	  -e ".[examples,dev,numba,onnx,peft,transformers]"
+	  -e ".[examples,dev,megatron,numba,onnx,peft,transformers]"
 	@touch $@
 
 FORCE:

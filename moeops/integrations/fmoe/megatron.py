@@ -28,7 +28,8 @@ _NAMES = frozenset(
 def __getattr__(name: str) -> Any:
     if name in _NAMES:
         raise ImportError(
-            f"fmoe.megatron: {name} has no stand-in, because it patches Megatron-LM 2.2 to 3.0. Put "
+            f"fmoe.megatron: {name} has no stand-in, because it patches Megatron-LM 2.2 to 3.0. With Megatron-Core "
+            "call moeops.integrations.megatron.fmoefy, which needs no patches. Elsewhere put "
             "moeops.FMoETransformerMLP in the place of each layer's MLP, wrap the model in "
             "moeops.distributed.DistributedGroupedDataParallel, and save it with moeops.distributed.save_checkpoint."
         )

@@ -1,0 +1,107 @@
+"""Megatron-Core on the CPU: what it asks of CUDA is answered otherwise, in the processes that import this."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel import random
+from megatron.core.transformer import torch_norm
+from megatron.core.transformer.moe import moe_utils, token_dispatcher
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+E, D, H, LAYERS, VOCABULARY, LENGTH, BATCH = 4, 16, 24, 2, 32, 6, 2
+
+
+def on_cpu(tensor, as_numpy: bool = False, record_stream: bool = False):
+    return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
+
+
+def make_norm(cls, config, hidden_size: int, eps: float = 1e-5, **_) -> torch.nn.LayerNorm:
+    norm = torch.nn.LayerNorm(hidden_size, eps)
+    for parameter in norm.parameters():
+        parameter.sequence_parallel = config.sequence_parallel
+    return norm
+
+
+def pretend_that_the_cpu_is_a_gpu() -> None:
+    torch.cuda.current_device = lambda: "cpu"
+    torch.cuda.Stream = mock.MagicMock()
+    torch.cuda.current_stream = mock.MagicMock()
+    torch.cuda.stream = lambda _: contextlib.nullcontext()
+    torch.cuda.synchronize = lambda *_: None
+    random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda *_, **__: None
+    random.initialize_rng_tracker(inference_rng_tracker=True)
+    # Without TransformerEngine Megatron-Core 0.16 leaves this name undefined.
+    moe_utils.te_general_gemm = None
+    token_dispatcher.maybe_move_tensor_to_cpu = on_cpu
+    # What has been written is told in this process; Megatron's queue is another process, which imports torch.
+    results: queue.Queue = queue.Queue()
+    filesystem_async._get_write_results_queue = lambda: results
+    # Norms that know of sequence parallelism come with Apex or TransformerEngine.
+    torch_norm.WrappedTorchNorm.__new__ = make_norm
+
+
+pretend_that_the_cpu_is_a_gpu()
+
+
+_known: dict[tuple, dict] = {}
+
+
+def use_groups(**sizes: int) -> None:
+    """The groups of ``parallel_state`` for these sizes, in the place of those before. They are made once."""
+    place = tuple(sorted(sizes.items()))
+    if place not in _known:
+        parallel_state.destroy_model_parallel()
+        parallel_state.initialize_model_parallel(create_gloo_process_groups=False, **sizes)
+        names = [name for name in vars(parallel_state) if name.isupper() and name[0] == "_"]
+        _known[place] = {name: getattr(parallel_state, name) for name in names}
+    vars(parallel_state).update(_known[place])
+
+
+def make_config(**options) -> TransformerConfig:
+    sizes = {
+        "expert_model_parallel_size": parallel_state.get_expert_model_parallel_world_size(),
+        "expert_tensor_parallel_size": parallel_state.get_expert_tensor_parallel_world_size(),
+        "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
+        "num_moe_experts": E,
+        "moe_router_topk": 2,
+        "moe_ffn_hidden_size": H,
+    }
+    if options.pop("dense", False):
+        sizes = {"tensor_model_parallel_size": sizes["tensor_model_parallel_size"]}
+    sizes["sequence_parallel"] = sizes["tensor_model_parallel_size"] > 1
+    usual = {
+        "num_layers": LAYERS,
+        "hidden_size": D,
+        "ffn_hidden_size": H,
+        "num_attention_heads": 2,
+        "use_cpu_initialization": True,
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "init_method_std": 0.3,
+    }
+    return TransformerConfig(**{**usual, **sizes, **options})
+
+
+def make_gpt(config: TransformerConfig, experts: type | None = None) -> GPTModel:
+    """A GPT with Megatron's MoE layers, or moeops' experts in them, or dense ones, from one seed."""
+    spec = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, moe_grouped_gemm=False)
+    if experts is not None:
+        spec.submodules.mlp.submodules.experts = ModuleSpec(module=experts)
+    torch.manual_seed(5)
+    return GPTModel(
+        config, spec, VOCABULARY, LENGTH, share_embeddings_and_output_weights=False
+    ).double()

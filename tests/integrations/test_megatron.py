@@ -1,0 +1,21 @@
+"""moeops in Megatron-Core on 1 and 2 processes; the checks themselves are in megatron_checks.py."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+
+from processes import run_checks
+
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.skipif(
+        importlib.util.find_spec("megatron") is None, reason="megatron-core is not installed"
+    ),
+]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_gloo(world_size, tmp_path):
+    run_checks("megatron_checks", world_size, "gloo", tmp_path)
