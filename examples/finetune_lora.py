@@ -39,15 +39,15 @@ LEARNING_RATE, LORA_LEARNING_RATE = 3e-3, 5e-3
 PROSE = Path(sysconfig.get_path("stdlib"), "pydoc_data", "topics.py")
 
 
-def new_config() -> Qwen3MoeConfig:
-    """Qwen3-MoE on bytes: 2 layers, 8 experts, 2 per token."""
+def new_config(num_layers: int) -> Qwen3MoeConfig:
+    """Qwen3-MoE on bytes: 8 experts, 2 per token."""
     return Qwen3MoeConfig(
         vocab_size=256,
         hidden_size=96,
         moe_intermediate_size=96,
         num_experts=8,
         num_experts_per_tok=2,
-        num_hidden_layers=2,
+        num_hidden_layers=num_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=24,
@@ -104,6 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--text", type=Path, default=PROSE, help="what the adapter learns")
     parser.add_argument("--out", type=Path, default=Path("runs/finetune_lora"))
     parser.add_argument("--steps", type=int, default=150, help="of the model, and of the adapter")
+    parser.add_argument("--layers", type=int, default=2, help="of the model")
     parser.add_argument("--rank", type=int, default=16, help="of the adapter")
     args = parser.parse_args(argv)
     begin = time.perf_counter()
@@ -116,7 +117,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(str(err))
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(new_config(), experts_implementation="moeops")
+    config = new_config(args.layers)
+    model = AutoModelForCausalLM.from_config(config, experts_implementation="moeops")
     losses = train(model, code, args.steps, LEARNING_RATE)
     print(
         f"pretrained on code, loss {losses[0]:.2f} -> {losses[-1]:.2f}, {time.perf_counter() - begin:.0f} s"
@@ -126,14 +128,14 @@ def main(argv: list[str] | None = None) -> int:
     moeops.integrations.peft.enable()
     base = load(args.out / "model")
     print(*explain(base), sep="\n")
-    config = peft.LoraConfig(
+    lora = peft.LoraConfig(
         r=args.rank,
         lora_alpha=2 * args.rank,
         target_modules=[],
         target_parameters=["experts.gate_up_proj", "experts.down_proj"],
         task_type="CAUSAL_LM",
     )
-    adapted = peft.get_peft_model(base, config)
+    adapted = peft.get_peft_model(base, lora)
     adapted.print_trainable_parameters()
     before = bits_per_byte(adapted, prose)
     adapter_losses = train(adapted, prose, args.steps, LORA_LEARNING_RATE)

@@ -18,7 +18,7 @@ SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "finetune_lora.py"
 @pytest.mark.slow
 def test_example(tmp_path):
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--steps", "12", "--out", str(tmp_path)],
+        [sys.executable, str(SCRIPT), "--steps", "12", "--layers", "1", "--out", str(tmp_path)],
         capture_output=True,
         text=True,
         timeout=600,
