@@ -9,6 +9,7 @@ import signal
 import sys
 import traceback
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from moeops.distributed import (
     save_checkpoint,
 )
 from moeops.distributed.checkpoint import files
+from moeops.gates import DeepSeekV3Gate
 from processes import Ranks, launch
 
 ALONE = Ranks(0, 1, "cpu")
@@ -47,6 +49,26 @@ def test_nccl(tmp_path, cuda_device):
     if torch.cuda.device_count() < 2:
         pytest.skip(f"2 CUDA devices are needed, {torch.cuda.device_count()} are there")
     run_jobs([2, 1], "nccl", tmp_path)
+
+
+def test_a_checkpoint_of_an_earlier_version_loads(tmp_path):
+    """In the archive is what the version of November 22, 2026 saved on two ranks, two experts on each.
+
+    Parameter ``i`` counts up from ``1000 i`` in steps of 1, all over 8; AdamW made a step with a 16th of it as gradient.
+    """
+    ZipFile(Path(__file__).with_name("stored_checkpoint.zip")).extractall(tmp_path)
+    moe = FMoETransformerMLP(4, 4, 3, activation="swiglu", top_k=2, gate=DeepSeekV3Gate)
+    model = nn.ModuleDict({"embed": nn.Linear(4, 4, bias=False), "moe": moe})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.5)
+    assert load_checkpoint(tmp_path, model, optimizer) == {"step": 7, "made": "f57750e"}
+    assert optimizer.param_groups[0]["lr"] == 0.125
+    for i, (name, parameter) in enumerate(model.named_parameters()):
+        stored = (torch.arange(parameter.numel()).view_as(parameter) + 1000.0 * i) / 8
+        assert torch.equal(parameter, stored), name
+        state = optimizer.state[parameter]
+        torch.testing.assert_close(state["exp_avg"], 0.1 * stored / 16)
+        torch.testing.assert_close(state["exp_avg_sq"], 0.001 * (stored / 16).square())
+        assert state["step"] == 1, name
 
 
 def killed_at(number: int, path: Path) -> bool:
