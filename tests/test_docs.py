@@ -30,6 +30,11 @@ def test_the_architecture_names_files_and_functions_that_are_there():
             if function.endswith((".py", ".cpp", ".cu")):
                 continue
             assert found, f"{name} {function}"
+    # A private one anywhere on the page.
+    code = "\n".join(source.read_text() for source in (ROOT / "moeops").rglob("*.py"))
+    private = set(re.findall(r"`(_\w+)`", text))
+    assert len(private) > 10
+    assert [name for name in private if not re.search(rf"(?:def|class) {name}\b", code)] == []
 
 
 def anchors(page: Path) -> set[str]:
