@@ -54,7 +54,7 @@ def test_nccl(tmp_path, cuda_device):
 def test_a_checkpoint_of_an_earlier_version_loads(tmp_path):
     """In the archive is what the version of November 22, 2026 saved on two ranks, two experts on each.
 
-    Parameter ``i`` counts up from ``1000 i`` in steps of 1, all over 8; AdamW made a step with a 16th of it as gradient.
+    Parameter ``i`` counts up from ``1000 i`` in steps of 1, all over 8; its gradient in one step of AdamW was a 16th.
     """
     ZipFile(Path(__file__).with_name("stored_checkpoint.zip")).extractall(tmp_path)
     moe = FMoETransformerMLP(4, 4, 3, activation="swiglu", top_k=2, gate=DeepSeekV3Gate)
