@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from moeops.gates._fastmoe_names import accept_fastmoe_names
@@ -15,7 +16,6 @@ from moeops.gates.functional import (
     check_capacity_options,
     expert_capacity,
     router_logits,
-    uniform_like,
 )
 from moeops.gates.naive import NaiveGate
 from moeops.losses import TINY, masked_score_sums
@@ -129,7 +129,10 @@ class SwitchGate(NaiveGate):
         jitter = self.switch_eps if noisy and self.jitter == "input" else 0.0
         logits = router_logits(inp, self.gate, jitter=jitter)  # [T, E]
         if noisy and self.jitter == "logits":
-            logits = logits + uniform_like(logits, 1 - self.switch_eps, 1 + self.switch_eps)
+            # FastMoE's arithmetic, for its bits.
+            logits = logits + (
+                torch.rand_like(logits) * 2 * self.switch_eps + 1.0 - self.switch_eps
+            )
         group = self._balance_group() if self.balance == "global" else None
         topk_weights, topk_ids, loss = balanced_route(
             logits, 1, balance=bool(self.balance), renormalize=False, group=group, mask=mask

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 
 import pytest
@@ -177,6 +178,19 @@ def check_data_and_expert_parallel(ranks: Ranks) -> None:
             assert_same(own, other * (ranks.size if compat else 1))
     with pytest.raises(TypeError, match=r"Pass groups by name: dp_group="):
         fmoe.DistributedGroupedDataParallel(nn.Linear(1, 1), dist.group.WORLD)
+
+
+def check_data_parallel_of_torch(ranks: Ranks) -> None:
+    """The README's "no extra coding": torch's wrapper around layers that hold all experts."""
+    torch.manual_seed(3)
+    whole = fmoe.FMoETransformerMLP(E_LOCAL, D, H, top_k=2).double().to(ranks.device)
+    model = nn.parallel.DistributedDataParallel(copy.deepcopy(whole))
+    x = torch.randn(4 * ranks.size, D, dtype=torch.float64, device=ranks.device)
+    dist.broadcast(x, 0)
+    model(x.chunk(ranks.size)[ranks.rank]).square().mean().backward()
+    whole(x).square().mean().backward()
+    for own, expected in zip(model.parameters(), whole.parameters(), strict=True):
+        assert_same(own.grad, expected.grad)
 
 
 def check_schedule_and_shadows_by_environment(ranks: Ranks) -> None:

@@ -1,4 +1,4 @@
-"""Programs written for FastMoE on 2 and 4 processes; the checks themselves are in fmoe_checks.py."""
+"""Programs written for FastMoE on several processes; the checks are in fmoe_checks.py and fmoe_grid_checks.py."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ pytestmark = pytest.mark.distributed
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_gloo(world_size, tmp_path):
-    run_checks("fmoe_checks", world_size, "gloo", tmp_path)
+    run_checks("fmoe_checks fmoe_grid_checks", world_size, "gloo", tmp_path)
+
+
+def test_eight_ranks(tmp_path):
+    run_checks("fmoe_grid_checks", 8, "gloo", tmp_path)
 
 
 @pytest.mark.cuda
