@@ -370,6 +370,34 @@ def check_checkpoints(ranks: Ranks) -> None:
             assert_same(run(loaded, ids), expected)
 
 
+def check_lines_of_fastmoes_readme(ranks: Ranks) -> None:
+    """Both versions' calls give every rank as many experts as they say."""
+    from moeops.integrations import fmoe
+
+    fmoe.install()
+    from fmoe.megatron import fmoefy as of_fastmoe
+
+    sizes = EXPERTS if ranks.size == 2 else {}
+    use_groups(**sizes)
+    ids = tokens()
+    for name in ("num_experts", "fmoe_num_experts"):
+        model = of_fastmoe(make_gpt(make_config(dense=True)), **{name: 2}).double()
+        for layer in model.decoder.layers:
+            assert (layer.mlp.num_expert, layer.mlp.tot_expert) == (2, 2 * ranks.size)
+            assert (layer.mlp.d_hidden, layer.mlp.top_k) == (H // 2, 2)
+            assert layer.mlp.balance_loss_weight == 1
+        run(model, ids).backward()
+        assert all(p.grad is not None for p in model.parameters())
+    dense = make_gpt(make_config(dense=True))
+    with pytest.raises(ValueError, match=r"fmoe_num_experts must be given"):
+        of_fastmoe(dense)
+    with pytest.raises(ValueError, match=r"megatron_version must be None, got 'v2\.2'"):
+        of_fastmoe(dense, 2, megatron_version="v2.2")
+    if ranks.size == 2:
+        with pytest.raises(ValueError, match=r"distributed_experts must be True with the 2 ranks"):
+            of_fastmoe(dense, 2, distributed_experts=False)
+
+
 def check_errors(ranks: Ranks) -> None:
     use_groups()
     config = make_config()

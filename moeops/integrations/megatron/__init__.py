@@ -21,5 +21,6 @@ except ImportError as error:
 
 from moeops.integrations.megatron.experts import MoeopsExperts
 from moeops.integrations.megatron.layers import MegatronMLP, fmoefy
+from moeops.integrations.megatron.parameters import get_groups
 
-__all__ = ["MegatronMLP", "MoeopsExperts", "fmoefy"]
+__all__ = ["MegatronMLP", "MoeopsExperts", "fmoefy", "get_groups"]

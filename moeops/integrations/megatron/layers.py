@@ -10,7 +10,6 @@ from megatron.core.distributed.data_parallel_base import _BaseDataParallel
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.moe_utils import (
     MoEAuxLossAutoScaler,
-    get_default_pg_collection,
     save_to_aux_losses_tracker,
 )
 from megatron.core.transformer.transformer_layer import BaseTransformerLayer
@@ -72,7 +71,7 @@ class MegatronMLP(FMoETransformerMLP):
         op = "fmoefy"
         check_config(op, config)
         _checks.check_int(op, "num_experts", num_experts, 1, "Pass the experts of all ranks.")
-        groups = get_default_pg_collection() if pg_collection is None else pg_collection
+        groups = parameters.get_groups(pg_collection)
         if num_experts % groups.ep.size():
             raise ValueError(
                 f"{op}: num_experts must be a multiple of the {groups.ep.size()} ranks of expert_model_parallel_size, "

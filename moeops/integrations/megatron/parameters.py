@@ -78,13 +78,18 @@ class ExpertPlace:
         return 2 if self.gated and name in ("w_up", "b_up") else 1
 
 
+def get_groups(pg_collection: Any = None) -> Any:
+    """Megatron's groups of a MoE layer: the given ``ProcessGroupCollection``, or that of ``parallel_state``."""
+    return get_default_pg_collection() if pg_collection is None else pg_collection
+
+
 def find_place(op: str, num_local: int, config: Any, pg_collection: Any) -> ExpertPlace:
     """Read the groups of Megatron's ``parallel_state``, or of a ``ProcessGroupCollection``.
 
     Raises:
         ValueError: the experts have biases and are cut in shards.
     """
-    groups = get_default_pg_collection() if pg_collection is None else pg_collection
+    groups = get_groups(pg_collection)
     num_shards = groups.expt_tp.size()
     if num_shards > 1 and config.add_bias_linear:
         raise ValueError(
