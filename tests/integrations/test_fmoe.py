@@ -16,7 +16,7 @@ import moeops
 import moeops.integrations.fmoe as stand_in
 from moeops.distributed import Exact, ShadowPolicy
 from moeops.integrations.fmoe import _settings
-from moeops.integrations.fmoe.convert import merge_ranks, split_ranks
+from moeops.integrations.fmoe.convert import megatron_file, merge_ranks, split_ranks
 
 T, E = 9, 4
 
@@ -506,6 +506,34 @@ def test_files_of_all_ranks_become_one_and_back(world_size, layout, fmoe):
     other.load_state_dict(merge_ranks(states))
     x = torch.randn(T, D)
     assert torch.equal(other(x), model(x))
+
+
+def test_files_of_the_adapter_for_megatron(fmoe, tmp_path):
+    """Dicts of dicts, all of rank 0 and the experts of the others, in the folders that the adapter names."""
+    layer = fmoe.FMoETransformerMLP(E, D, H)
+    state = {
+        "embedding": {"weight": torch.randn(5, D)},
+        "encoder": {f"layers.0.mlp.{name}": value for name, value in layer.state_dict().items()},
+    }
+    parts = split_ranks({"language_model": state}, 2, experts_only=True)
+    assert set(parts[1]["language_model"]) == {"encoder"}
+    assert len(parts[1]["language_model"]["encoder"]) == 4 * E // 2
+    for rank, part in enumerate(parts):
+        file = megatron_file(tmp_path, rank, pipeline_rank=1)
+        file.parent.mkdir()
+        torch.save({"model": part}, file)
+    folders = {file.parent.name for file in tmp_path.rglob("*.pt")}
+    assert folders == {"mp_rank_00_001", "mp_rank_00_001_dp_rank_0001"}
+    files = [megatron_file(tmp_path, rank, pipeline_rank=1) for rank in range(2)]
+    merged = merge_ranks([torch.load(file)["model"] for file in files])["language_model"]
+    assert torch.equal(merged["embedding"]["weight"], state["embedding"]["weight"])
+    other = fmoe.FMoETransformerMLP(E, D, H)
+    start = "layers.0.mlp."
+    other.load_state_dict({k.removeprefix(start): v for k, v in merged["encoder"].items()})
+    x = torch.randn(T, D)
+    assert torch.equal(other(x), layer(x))
+    with pytest.raises(ValueError, match=r"got \['m\.experts\.b_up'\] on one of the ranks"):
+        merge_ranks([{"m": {"experts.b_up": torch.ones(1)}}, {}])
 
 
 def test_lists_of_experts_are_numbered_anew(fmoe):
