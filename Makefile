@@ -16,18 +16,20 @@ BIN := $(VENV)/bin
 TORCH_STAMP := $(VENV)/torch.stamp
 OPTIONS_STAMP := $(VENV)/options.stamp
 BUILD_STAMP := $(VENV)/build.stamp
+DOCS_STAMP := $(VENV)/docs.stamp
 # What the compiled libraries and the list of installed packages depend on.
 BUILD_INPUTS := pyproject.toml CMakeLists.txt cmake/native_gpu.cmake \
   $(shell find moeops -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name __init__.py)
 CPP_SOURCES := $(shell find moeops/csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help train test build lint format bench cuda-check dist-check clean FORCE
+.PHONY: help train test build docs lint format bench cuda-check dist-check clean FORCE
 
 help:
 	@echo "make train        train the example language model; ARGS=\"--help\" lists its options"
 	@echo "make test         run every test that this machine can run"
 	@echo "make build        build and install moeops in $(VENV), with TORCH=\"$(TORCH)\""
+	@echo "make docs         build the site into build/site, with every link checked; needs Python 3.11"
 	@echo "make lint         ruff, clang-format, mypy and the floors of the layout"
 	@echo "make format       apply ruff and clang-format"
 	@echo "make bench        measure; ARGS=\"--help\" lists its options"
@@ -75,6 +77,16 @@ $(BUILD_STAMP): $(TORCH_STAMP) $(OPTIONS_STAMP) $(BUILD_INPUTS)
 	@touch $@
 
 FORCE:
+
+# The requirements of the extra alone: to install moeops with it would compile moeops once more.
+$(DOCS_STAMP): $(BUILD_STAMP) pyproject.toml
+	$(BIN)/python -c "import tomllib; f = open('pyproject.toml', 'rb'); \
+	  print(*tomllib.load(f)['project']['optional-dependencies']['docs'], sep='\n')" > $(VENV)/docs.txt
+	$(BIN)/python -m pip install --quiet -c $(VENV)/constraints.txt -r $(VENV)/docs.txt
+	@touch $@
+
+docs: $(DOCS_STAMP)
+	$(BIN)/python scripts/site/build.py $(ARGS)
 
 lint: build
 	$(BIN)/ruff check .
