@@ -23,7 +23,11 @@ BUILD_INPUTS := pyproject.toml CMakeLists.txt cmake/native_gpu.cmake \
 CPP_SOURCES := $(shell find moeops/csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
+<<<<<<< HEAD
 .PHONY: help train test build docs lint format bench cuda-check dist-check clean FORCE
+=======
+.PHONY: help train test build lint format bench cuda-check dist-check sanitize clean FORCE
+>>>>>>> 633c2e1 ([build] Run the op tests under AddressSanitizer and UBSan by make sanitize)
 
 help:
 	@echo "make train        train the example language model; ARGS=\"--help\" lists its options"
@@ -35,6 +39,7 @@ help:
 	@echo "make bench        measure; ARGS=\"--help\" lists its options"
 	@echo "make cuda-check   compile every CUDA source and check the libraries' symbols; needs nvcc, no GPU"
 	@echo "make dist-check   sdist, wheel, pip install and editable install, each in its own environment"
+	@echo "make sanitize     the op tests under AddressSanitizer and UndefinedBehaviorSanitizer; needs GCC"
 	@echo "make clean        remove $(VENV), build folders and caches"
 
 train: build
@@ -111,6 +116,9 @@ cuda-check:
 
 dist-check: build
 	$(BIN)/python scripts/check_dist.py
+
+sanitize: build
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python scripts/sanitize_cpu.py -n 2 -q -m "not cuda" $(ARGS)
 
 clean:
 	rm -rf "$(VENV)" build dist .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
