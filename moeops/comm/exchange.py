@@ -36,7 +36,7 @@ def _all_to_all_rows(rows, input_splits, output_splits, group_name):
     if unobserved(rows):
         group = rank_group(process_group(group_name))
         assert group is not None
-        return carry(rows, _AllToAll(input_splits, output_splits, group))
+        return carry(rows, AllToAll(input_splits, output_splits, group))
     return _functional(rows, input_splits, output_splits, group_name)
 
 
@@ -136,7 +136,7 @@ class Splits(NamedTuple):
     equal: bool = False
 
 
-class _AllToAll(Wire):
+class AllToAll(Wire):
     """Every rank sends every other its part of the rows."""
 
     def __init__(
@@ -180,7 +180,7 @@ class _AllToAll(Wire):
 
     def turn(self) -> Wire:
         """The way back."""
-        return _AllToAll(self.output_splits, self.input_splits, self.group)
+        return AllToAll(self.output_splits, self.input_splits, self.group)
 
 
 class Exchange(Carried):
@@ -198,7 +198,7 @@ class Exchange(Carried):
         output_splits: Sequence[int],
         group: RankGroup,
     ) -> None:
-        wire = _AllToAll(input_splits, output_splits, group)
+        wire = AllToAll(input_splits, output_splits, group)
         if _checks.debug_checks() and not torch.compiler.is_compiling():
             _check_agreement(rows, wire)
         super().__init__(rows, wire)
@@ -239,7 +239,7 @@ def all_to_all_rows(
     if not torch.compiler.is_compiling():
         check_splits("all_to_all_rows", rows, input_splits, output_splits, group)
         if group.size > 1:
-            wire = _AllToAll(input_splits, output_splits, group)
+            wire = AllToAll(input_splits, output_splits, group)
             if _checks.debug_checks():
                 _check_agreement(rows, wire)
             return carry(rows, wire)
@@ -289,7 +289,7 @@ def exchange_detached(
     if group.size == 1:
         return rows.clone(memory_format=torch.contiguous_format)
     if unobserved(rows) and not differentiated(rows):
-        wire = _AllToAll(sends, receives, group, op)
+        wire = AllToAll(sends, receives, group, op)
         return unpack_rows(wire.run_guarded(pack_rows(rows)), rows.dtype)
     return guarded(op, group, _functional, rows, sends, receives, group.name)
 

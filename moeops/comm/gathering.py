@@ -33,7 +33,7 @@ def blocking_reduce_scatter(received: Tensor, sent: Tensor, group: ProcessGroup)
     call(received, sent, group=group)
 
 
-class _Gather(Wire):
+class AllGather(Wire):
     """Every rank gets the rows of all, in the order of ranks."""
 
     def __init__(self, group: RankGroup) -> None:
@@ -53,10 +53,10 @@ class _Gather(Wire):
 
     def turn(self) -> Wire:
         """Gradients of a rank's rows come from all ranks."""
-        return _Scatter(self.group)
+        return ReduceScatter(self.group)
 
 
-class _Scatter(Wire):
+class ReduceScatter(Wire):
     """Every rank gets the sum over the ranks of its part of the rows."""
 
     def __init__(self, group: RankGroup) -> None:
@@ -76,14 +76,14 @@ class _Scatter(Wire):
 
     def turn(self) -> Wire:
         """The gradient of a sum goes to all ranks that added to it."""
-        return _Gather(self.group)
+        return AllGather(self.group)
 
 
 class Gathering(Carried):
     """An all-gather on its way: construction begins it, ``finish`` returns what ``all_gather_rows`` does."""
 
     def __init__(self, rows: Tensor, group: RankGroup) -> None:
-        super().__init__(rows, _Gather(group))
+        super().__init__(rows, AllGather(group))
 
 
 def all_gather_rows(rows: Tensor, group: RankGroup) -> Tensor:
@@ -100,7 +100,7 @@ def all_gather_rows(rows: Tensor, group: RankGroup) -> Tensor:
         RuntimeError: a rank did not take part within the group's time-out.
     Gradients: ``rows``, by ``reduce_scatter_rows``.  Host sync: none.  Deterministic: yes.
     """
-    return _carry(rows, _Gather(group))
+    return _carry(rows, AllGather(group))
 
 
 def reduce_scatter_rows(rows: Tensor, group: RankGroup) -> Tensor:
@@ -118,7 +118,7 @@ def reduce_scatter_rows(rows: Tensor, group: RankGroup) -> Tensor:
         RuntimeError: a rank did not take part within the group's time-out.
     Gradients: ``rows``, by ``all_gather_rows``.  Host sync: none.  Deterministic: as the backend's reduce-scatter is.
     """
-    return _carry(rows, _Scatter(group))
+    return _carry(rows, ReduceScatter(group))
 
 
 def _carry(rows: Tensor, wire: Wire) -> Tensor:

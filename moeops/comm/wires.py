@@ -182,6 +182,38 @@ class Carried:
         return unpack_rows(end(self._sent, self._wire), self._dtype)
 
 
+class InFlight:
+    """Rows on their way, without gradients: construction sends them, ``finish`` waits for what comes.
+
+    For code that is a gradient itself, or has one of its own.
+
+    Args:
+        rows: ``[R, ...]``, any dtype.
+        wire: what is done with them.
+        begun: what is under way already, in the place of the rows: ``sent`` of another one.
+
+    Attributes:
+        sent: what the collective returned; nobody may read it before ``finish``.
+    """
+
+    def __init__(self, rows: Tensor, wire: Wire, begun: Tensor | None = None) -> None:
+        self._dtype = rows.dtype
+        self._wire = wire
+        self._plain = torch.compiler.is_compiling() or not unobserved(rows)
+        if begun is not None:
+            self.sent = begun
+        elif self._plain:
+            self.sent = wire.send(pack_rows(rows))
+        else:
+            self.sent = _begin(pack_rows(rows), wire)
+
+    def finish(self) -> Tensor:
+        """Return the rows that came."""
+        wait = torch.ops._c10d_functional.wait_tensor
+        received = wait(self.sent) if self._plain else _end(self.sent, self._wire)
+        return unpack_rows(received, self._dtype)
+
+
 def unobserved(rows: Tensor) -> bool:
     """No tracer, no mode and no subclass looks at the collectives of these rows.
 

@@ -1,7 +1,9 @@
 """The schedule of expert-parallel layers in compiled code: passes over Inductor's graphs, and the options for them."""
 
+from moeops.compile.degrees import SetDegrees
+from moeops.compile.explain import explain
 from moeops.compile.options import PASSES, options
 from moeops.compile.order import Order
 from moeops.compile.passes import Pass
 
-__all__ = ["PASSES", "Order", "Pass", "options"]
+__all__ = ["PASSES", "Order", "Pass", "SetDegrees", "explain", "options"]

@@ -1,6 +1,7 @@
 """From tokens to the experts that a gate chose, on whatever rank they are, and back: one dispatcher per file."""
 
 from moeops.dispatch.base import Dispatcher, DispatchOptions, ExpertRanks
+from moeops.dispatch.degrees import AutoChunks
 from moeops.dispatch.gather import Gather
 from moeops.dispatch.hooks import StageHooks
 from moeops.dispatch.local import LocalDispatcher
@@ -10,6 +11,7 @@ from moeops.dispatch.shadowing import ShadowPolicy
 
 __all__ = [
     "Auto",
+    "AutoChunks",
     "DispatchOptions",
     "Dispatcher",
     "Exact",

@@ -13,6 +13,8 @@ from moeops import _checks, _nests
 from moeops.comm.exchange import Splits
 from moeops.comm.groups import RankGroup
 from moeops.comm.hierarchical import Hierarchy, start_exchange
+from moeops.cost.schedule import LayerSizes, MlpSizes
+from moeops.dispatch.degrees import AutoChunks, Degrees, NumChunks, as_auto, as_degrees
 from moeops.dispatch.hooks import StageHooks
 from moeops.ops.permute import permute_tokens, unpermute_tokens
 from moeops.types import Routing, SlotRouting, TokenPlan
@@ -21,6 +23,17 @@ from moeops.types import Routing, SlotRouting, TokenPlan
 Experts = Callable[[Any, Tensor, list[int] | None], Any]
 Block = Callable[[Any, Tensor, TokenPlan], Any]
 Beside = Callable[[], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class RegionBlock:
+    """A block that also takes a ``Region`` in the place of a plan, and then runs the experts of all ranks."""
+
+    run: Callable[[Any, Any, Any], Any]
+
+    def __call__(self, x: Any, topk_weights: Any, plan: Any) -> Any:
+        """Run tokens through their experts."""
+        return self.run(x, topk_weights, plan)
 
 
 class Dispatcher:
@@ -38,11 +51,15 @@ class Dispatcher:
         takes_scaled_inputs: ``run`` reads a ``Routing`` with ``scale_inputs``, too.
         takes_stage_hooks: ``run`` calls those of ``stage_hooks`` that are for rows.
         stage_hooks: what the layer was given.
+        degrees: chunks of each direction.
+        built_from: the record, and the ranks, where a layer has built it.
     """
 
     takes_scaled_inputs = False
     takes_stage_hooks = False
     stage_hooks = StageHooks()
+    degrees = Degrees()
+    built_from: tuple[DispatchOptions, ExpertRanks] | None = None
 
     def start(self, inp: Any, weights: Callable[[], Any], table: Tensor | None) -> dict[str, Any]:
         """Begin what can begin before the gate; return what ``run`` needs beside its other arguments.
@@ -66,6 +83,13 @@ class Dispatcher:
                 "Exact, Static or Gather without replicas and shadowing, or before_moe_start and before_moe_end alone."
             )
         self.stage_hooks = hooks
+
+    def set_degrees(self, degrees: Degrees) -> None:
+        """Work in so many chunks from now on, on all ranks alike."""
+        if degrees != (1, 1):
+            raise NotImplementedError(
+                f"{type(self).__name__}: n_chunks must be 1, got {degrees}. Use Exact, Static or Gather."
+            )
 
     def table(self) -> Tensor | None:
         """Numbers on the host that the dispatcher wants on the device in every forward: a layer keeps them there."""
@@ -147,7 +171,12 @@ class DispatchOptions:
     A record is made anywhere, and its values are read in the layer: there an error on one rank is an error on all.
     A new record is a frozen dataclass in the file of its dispatcher, and an entry of ``DISPATCHES`` in
     ``moeops.dispatch.options``.
+
+    Attributes:
+        mlps: sizes of experts that are MLPs, which the layer fills in.
     """
+
+    mlps: MlpSizes | None = dataclasses.field(default=None, kw_only=True, repr=False, compare=False)
 
     def check(self, ranks: ExpertRanks) -> None:
         """Raise where an option is wrong, or does not fit the layer's ranks; ``ranks.op`` begins the message."""
@@ -162,14 +191,27 @@ class DispatchOptions:
 
     def settings(self, ranks: ExpertRanks) -> dict[str, Any]:
         """Say what must be equal on all ranks, by option: values that can be pickled and compared."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.compare}
         return {"dispatch": type(self).__name__, **values}
 
     def for_mlps(
         self, d_model: int, d_hidden: int, num_projections: int, dtype: torch.dtype
     ) -> DispatchOptions:
-        """Fill in what depends on the size of experts that are MLPs."""
-        return self
+        """Fill in what depends on the size of experts that are MLPs; ``d_hidden`` is that of a whole expert."""
+        name = str(dtype).removeprefix("torch.")
+        return dataclasses.replace(self, mlps=MlpSizes(d_model, d_hidden, num_projections, name))
+
+    def auto_chunks(self, op: str) -> AutoChunks | None:
+        """What chooses ``n_chunks``, where a cost model does."""
+        return None
+
+    def layer_sizes(self, ranks: ExpertRanks, num_tokens: int | None) -> LayerSizes | None:
+        """Sizes of the layer for a cost model; ``None`` where it has no stages that a model knows.
+
+        Raises:
+            ValueError: they depend on the number of tokens, and that is ``None``.
+        """
+        return None
 
 
 class Flight:
@@ -226,6 +268,64 @@ class Flight:
 
     def _arrived(self, leaves: list[Tensor]) -> Any:
         return self._hooks.call(self._arrival, _nests.unflatten(leaves, self._spec))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChunkedOptions(DispatchOptions):
+    """Base of the records of dispatchers that work in chunks.
+
+    Attributes:
+        n_chunks: parts of the work: all are sent before the first expert runs, and each goes back while the next is
+            computed. A pair ``(forward, backward)`` gives the backward parts of its own, for experts that are one call.
+            "auto" lets a cost model choose, ``AutoChunks`` says which, for ``FMoETransformerMLP``.
+    """
+
+    n_chunks: NumChunks = 1
+
+    def degrees(self, op: str) -> Degrees:
+        """Chunks in each direction; one where a cost model is yet to choose."""
+        return Degrees() if self.auto_chunks(op) is not None else as_degrees(op, self.n_chunks)
+
+    def auto_chunks(self, op: str) -> AutoChunks | None:
+        """What chooses ``n_chunks``, where a cost model does."""
+        return as_auto(op, self.n_chunks)
+
+    def check(self, ranks: ExpertRanks) -> None:
+        """Raise where ``n_chunks`` is wrong, or nothing is known by which to choose."""
+        self.degrees(ranks.op)
+        auto = self.auto_chunks(ranks.op)
+        if auto is None:
+            return
+        auto.check(ranks.op)
+        if self.mlps is None:
+            raise NotImplementedError(
+                f"{ranks.op}: n_chunks must be a number for experts that are modules, whose cost no model knows, got "
+                f"{self.n_chunks!r}. Pass a number, or use FMoETransformerMLP."
+            )
+        self.layer_sizes(ranks, auto.num_tokens)
+
+    def settings(self, ranks: ExpertRanks) -> dict[str, Any]:
+        """The fields; of a cost model nothing, because rank 0's decides."""
+        auto = self.auto_chunks(ranks.op)
+        n_chunks = self.n_chunks if auto is None else ("auto", auto.num_tokens, self.mlps)
+        return {**super().settings(ranks), "n_chunks": n_chunks}
+
+    def _sizes(
+        self, kind: str, ranks: ExpertRanks, num_tokens: int | None, capacity: int = 0
+    ) -> LayerSizes | None:
+        """The layer as a cost model knows it."""
+        if self.mlps is None or ranks.group is None or ranks.group.size == 1:
+            return None
+        if num_tokens is None:
+            raise ValueError(
+                f"{ranks.op}: num_tokens must be given for a cost model, got None. Pass the tokens of a rank, as in "
+                "n_chunks=AutoChunks(cost_model=..., num_tokens=8192)."
+            )
+        mlps = self.mlps._replace(d_hidden=self.mlps.d_hidden // ranks.num_shards)
+        top_k = ranks.top_k * ranks.num_shards
+        return LayerSizes(
+            kind, mlps, num_tokens, top_k, ranks.group.size, ranks.num_expert, capacity
+        )
 
 
 def chunk_bounds(total: int, n_chunks: int) -> list[tuple[int, int]]:

@@ -17,12 +17,16 @@ from moeops.dispatch.base import (
     Dispatcher,
     Experts,
     Flight,
+    RegionBlock,
     chunk_bounds,
     row_size,
 )
+from moeops.dispatch.degrees import Degrees, as_degrees, cut_points, one_degree
 from moeops.dispatch.forms import ByPair, ByRank, Form, Load
 from moeops.dispatch.hooks import StageHooks
 from moeops.dispatch.local import LocalDispatcher, Record
+from moeops.dispatch.region import Region
+from moeops.ops.sorting import count_tokens
 from moeops.types import Routing, SlotRouting
 
 
@@ -72,7 +76,8 @@ class ExactDispatcher(Dispatcher):
     Args:
         num_expert: ``E_local``, the same on every rank.
         group: the ranks, more than one; rank ``r`` holds experts ``r * E_local`` to ``(r + 1) * E_local``.
-        n_chunks: parts, at least 1, the same on every rank.
+        n_chunks: parts, at least 1, or a pair of these, forward and backward; the same on every rank. They differ where
+            the experts are one call only, without a hierarchy and without hooks on rows.
         hierarchy: how the ranks are arranged as nodes, the same on every rank; ``None`` for the flat exchange. In the
             form "2d" a token that travels by rank goes to each node once, and from there on inside of it.
         onward: the dispatcher that brings tokens which arrived to ``E_local`` experts; ``None`` where they are here.
@@ -92,13 +97,13 @@ class ExactDispatcher(Dispatcher):
         num_expert: int,
         group: RankGroup,
         *,
-        n_chunks: int = 1,
+        n_chunks: int | tuple[int, int] = 1,
         hierarchy: Hierarchy | None = None,
         onward: Dispatcher | None = None,
     ) -> None:
         self.num_expert = num_expert
         self.group = group
-        self.n_chunks = n_chunks
+        self.set_degrees(as_degrees("ExactDispatcher", n_chunks))
         self.hierarchy = hierarchy
         self._by_pair = ByPair(num_expert, group.size)
         self._by_rank = ByRank(
@@ -112,6 +117,13 @@ class ExactDispatcher(Dispatcher):
                 n_chunks=n_chunks,
                 onward=ExactDispatcher(num_expert, hierarchy.inside),
             )
+
+    def set_degrees(self, degrees: Degrees) -> None:
+        """Work in so many chunks from now on."""
+        self.degrees = degrees
+        # Where cells begin, in numbers, which compilers know.
+        points = cut_points(degrees)
+        self._points = [(point.numerator, point.denominator) for point in points]
 
     def set_stage_hooks(self, hooks: StageHooks) -> None:
         """Call these on each chunk; of rows that go to nodes first, only on their way between nodes."""
@@ -129,10 +141,40 @@ class ExactDispatcher(Dispatcher):
         beside: Beside | None = None,
     ) -> Any:
         """Send every chunk, do what is beside, run the experts on each as it arrives, send it back, combine."""
+        # Between the stages of a region there is no place for other work.
+        in_regions = self._works_in_regions and (beside is None or not self.degrees.are_equal)
+        if in_regions and isinstance(block, RegionBlock) and isinstance(routing, Routing):
+            if beside is not None:
+                beside()
+            return self._run_region(routing, inp, block)
         sent, _ = self.send(routing, inp, block)
         if beside is not None:
             beside()
         return self.join(self.run_and_send_back(sent, experts, block))
+
+    @property
+    def _works_in_regions(self) -> bool:
+        """There are chunks, and nothing between the stages."""
+        return (
+            self.degrees != (1, 1)
+            and (self.hierarchy is None or self.hierarchy.is_flat)
+            and not self.stage_hooks.on_rows
+        )
+
+    def _run_region(self, routing: Routing, inp: Any, block: RegionBlock) -> Any:
+        """Exchange counts of all chunks of both directions, and leave the rest to the region."""
+        form, size, ids = self._by_rank, self.group.size, routing.topk_ids
+        owners, firsts = form.owners(ids)
+        counted = [_count_cells(ranks, size, self._points) for ranks in (firsts, owners)]
+        counts, _ = self._host_counts(form, torch.stack(counted, 2), inp, None)
+        sizes = [*self.degrees]
+        sizes += [n for cell in counts for n in cell.splits.input_splits]
+        sizes += [n for cell in counts for n in cell.splits.output_splits]
+        sizes += [n for cell in counts for n in cell.sizes]
+        received = torch.stack([cell.received[:, 0] for cell in counts], 1)  # [W, cells]
+        tables = [ids, firsts, received]
+        region = Region("exact", tables, sizes, self.group, self.num_expert, self.degrees)
+        return block(inp, routing.topk_weights, region)
 
     def send(
         self,
@@ -157,7 +199,9 @@ class ExactDispatcher(Dispatcher):
             return self._by_node.send(routing, inp, block, extra)
         form = self._by_rank if by_rank else self._by_pair
         loads = self._loads(form, routing, inp)
-        counts, numbers = self._host_counts(form, loads, inp, extra)
+        # By rank to which they go, and chunk.
+        sends = torch.stack([load.counts for load in loads], 1)  # [W, n_chunks, C]
+        counts, numbers = self._host_counts(form, sends, inp, extra)
         return [self._post(form, *pair) for pair in zip(loads, counts, strict=True)], numbers
 
     def run_and_send_back(
@@ -181,20 +225,20 @@ class ExactDispatcher(Dispatcher):
     def _loads(self, form: Form, routing: Routing | SlotRouting, inp: Any) -> list[Load]:
         """Cut the tokens into chunks, and sort each by where it goes; slots are mixed, in one chunk."""
         if isinstance(routing, Routing):
-            return [form.load(*part) for part in _chunk_tokens(routing, inp, self.n_chunks)]
-        if self.n_chunks > 1:
+            n_chunks = one_degree("ExactDispatcher", self.degrees)
+            return [form.load(*part) for part in _chunk_tokens(routing, inp, n_chunks)]
+        if self.degrees != (1, 1):
             raise NotImplementedError(
-                f"ExactDispatcher: n_chunks must be 1 for a gate that mixes tokens, got {self.n_chunks}. A slot holds "
+                f"ExactDispatcher: n_chunks must be 1 for a gate that mixes tokens, got {self.degrees}. A slot holds "
                 "tokens of all chunks."
             )
         return [self._by_pair.load_slots(routing, inp)]
 
     def _host_counts(
-        self, form: Form, loads: list[Load], inp: Any, extra: Tensor | None
+        self, form: Form, sends: Tensor, inp: Any, extra: Tensor | None
     ) -> tuple[list[_Counts], list[int]]:
         """Exchange how many rows travel, and copy all that the host needs at once; see ``send``."""
-        n_chunks = len(loads)
-        sends = torch.stack([load.counts for load in loads], 1)  # [W, n_chunks, C], to whom
+        n_chunks = sends.shape[1]
         # Size and type of a row go with the counts, so that ranks that disagree all see it.
         leaves = _nests.leaves(inp)
         signature = _row_signature(leaves)
@@ -263,6 +307,17 @@ class ExactDispatcher(Dispatcher):
                     f"{self.group.rank} of {self.group.size} and {_describe_signature(*theirs)} on rank {rank}. Check "
                     "the layer's input on these ranks."
                 )
+
+
+def _count_cells(ranks: Tensor, size: int, points: list[tuple[int, int]]) -> Tensor:
+    """Count each rank among ``[T, K]``, cell by cell of the tokens: ``[W, cells]``."""
+    num_cells = len(points) - 1
+    if num_cells > 1:
+        token = torch.arange(ranks.shape[0], device=ranks.device)
+        inner = [token >= ranks.shape[0] * above // below for above, below in points[1:-1]]
+        cell = torch.stack(inner).sum(0, keepdim=True).t().to(ranks.dtype)  # [T, 1]
+        ranks = torch.where(ranks < 0, -1, ranks + size * cell)
+    return count_tokens(ranks, num_cells * size).view(num_cells, size).t()
 
 
 def _cut(values: list[int], lengths: list[int]) -> list[list[int]]:

@@ -15,24 +15,37 @@ from torch import Tensor
 from moeops import _checks, _nests
 from moeops.comm.common_size import CommonSize
 from moeops.comm.gathering import (
+    AllGather,
     Gathering,
     check_equal_rows,
     reduce_scatter_rows,
 )
 from moeops.comm.groups import RankGroup
+from moeops.comm.wires import InFlight
+from moeops.cost.schedule import LayerSizes
 from moeops.dispatch.base import (
     Beside,
     Block,
+    ChunkedOptions,
     Dispatcher,
-    DispatchOptions,
     ExpertRanks,
     Experts,
+    RegionBlock,
+    chunk_bounds,
     combine_leaf,
     permute_leaf,
 )
+from moeops.dispatch.degrees import Degrees, as_degrees
 from moeops.dispatch.forms import own_ids, pack_choices, unpack_choices
 from moeops.dispatch.local import LocalDispatcher
 from moeops.dispatch.lost_pairs import LostPairs, raise_for_lost_pairs
+from moeops.dispatch.plans import (
+    gathered_rows,
+    gathered_rows_of_pairs,
+    plan_what_fits,
+    rows_of_leg,
+)
+from moeops.dispatch.region import Region
 from moeops.dispatch.scaled_inputs import scale_inputs, sum_copies
 from moeops.ops.sorting import count_tokens, sort_tokens
 from moeops.types import Routing, SlotRouting, TokenPlan
@@ -42,7 +55,7 @@ DEFAULT_ROWS = 1.5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gather(DispatchOptions):
+class Gather(ChunkedOptions):
     """Bring all tokens to all ranks, and the sums of their experts' outputs back: all-gather and reduce-scatter.
 
     Every token leaves its rank once per other rank, whatever ``K`` is, and sizes do not depend on values: nothing is
@@ -54,10 +67,11 @@ class Gather(DispatchOptions):
             next forward, on all ranks.
         max_tokens: an upper bound of ``T``, the same on every rank: tokens are padded to it, and ranks may then have
             different numbers of them. ``None`` sends no padding.
+        n_chunks: see ``ChunkedOptions``; for experts that are one call. With ``rows`` every part has its share of them.
 
     Example:
         >>> Gather(rows=1.25)
-        Gather(rows=1.25, max_tokens=None)
+        Gather(n_chunks=1, rows=1.25, max_tokens=None)
     """
 
     rows: float | None = None
@@ -66,6 +80,7 @@ class Gather(DispatchOptions):
     def check(self, ranks: ExpertRanks) -> None:
         """Raise ValueError or TypeError for a wrong option."""
         op, rows = ranks.op, self.rows
+        super().check(ranks)
         if self.max_tokens is not None:
             _checks.check_int(op, "max_tokens", self.max_tokens, 0, "Use None for no padding.")
         if rows is None:
@@ -85,8 +100,16 @@ class Gather(DispatchOptions):
         if ranks.group is None or ranks.group.size == 1:
             return LocalDispatcher(ranks.num_expert)
         return GatherDispatcher(
-            ranks.num_expert, ranks.group, rows=self.rows, max_tokens=self.max_tokens
+            ranks.num_expert,
+            ranks.group,
+            rows=self.rows,
+            max_tokens=self.max_tokens,
+            n_chunks=self.degrees(ranks.op),
         )
+
+    def layer_sizes(self, ranks: ExpertRanks, num_tokens: int | None) -> LayerSizes | None:
+        """Sizes of the layer for a cost model."""
+        return self._sizes("gather", ranks, num_tokens or self.max_tokens)
 
 
 class GatherDispatcher(Dispatcher):
@@ -101,7 +124,7 @@ class GatherDispatcher(Dispatcher):
     Args:
         num_expert: ``E_local``, the same on every rank.
         group: the ranks, more than one; rank ``r`` holds experts ``r * E_local`` to ``(r + 1) * E_local``.
-        rows, max_tokens: see ``Gather``.
+        rows, max_tokens, n_chunks: see ``Gather``.
 
     Raises:
         ValueError: there are more tokens than ``max_tokens``, or, without it, not as many as on the other ranks; with
@@ -122,11 +145,13 @@ class GatherDispatcher(Dispatcher):
         *,
         rows: float | None = None,
         max_tokens: int | None = None,
+        n_chunks: int | tuple[int, int] = 1,
     ) -> None:
         size = group.size
         self.num_expert = num_expert
         self.group = group
         self.max_tokens = max_tokens
+        self.degrees = as_degrees("GatherDispatcher", n_chunks)
         factor = (size if size == 2 else DEFAULT_ROWS) if rows is None else rows
         share = min(Fraction(factor).limit_denominator(10000), Fraction(size))
         self._share = share.as_integer_ratio()  # of T * K
@@ -147,19 +172,13 @@ class GatherDispatcher(Dispatcher):
         Returns:
             ``R``, and whether more pairs can come.
         """
-        size, (numerator, denominator) = self.group.size, self._share
         if num_pairs is None:
-            # A gate that chooses no expert twice sends a token to E_local of them at most.
-            numerator *= top_k
-            most = size * min(top_k, self.num_expert)
-            if numerator > most * denominator:
-                numerator, denominator = most, 1
-            may_lose = numerator < size * top_k * denominator
-            num_pairs = num_tokens
-        else:
-            may_lose = numerator < size * denominator
-        # In integers, which stay exact where the number is symbolic.
-        return -(-num_pairs * numerator // denominator), may_lose
+            return gathered_rows(num_tokens, top_k, self.group.size, self.num_expert, self._share)
+        return gathered_rows_of_pairs(num_pairs, self.group.size, self._share)
+
+    def set_degrees(self, degrees: Degrees) -> None:
+        """Work in so many chunks from now on."""
+        self.degrees = degrees
 
     def start(self, inp: Any, weights: Callable[[], Any], table: Tensor | None) -> dict[str, Any]:
         """Begin to gather tokens: what is sent does not depend on the gate."""
@@ -176,13 +195,22 @@ class GatherDispatcher(Dispatcher):
                 leaves = [leaf + zero.to(leaf.dtype) for leaf in leaves]
         if _checks.debug_checks() and not torch.compiler.is_compiling():
             check_equal_rows("GatherDispatcher", leaves, self.group)
+        if self.degrees != (1, 1) and not self.stage_hooks.on_rows:
+            # The region brings their gradients.
+            ahead, parts = (
+                leaves[0].detach(),
+                chunk_bounds(leaves[0].shape[0], self.degrees.forward),
+            )
+            begun = [InFlight(ahead.narrow(0, *part), AllGather(self.group)) for part in parts]
+            return {"gathered": begun, "spec": leaves[0]}
         return {"gathered": [Gathering(leaf, self.group) for leaf in leaves], "spec": spec}
 
     def _gather_zeros(self, num_tokens: int, like: Sequence[Tensor]) -> Tensor:
-        """Gather so many tokens with nothing in them; return what arrived last."""
+        """Gather so many tokens with nothing in them, in as many chunks; return what arrived last."""
         for leaf in like:
             zeros = leaf.new_zeros(num_tokens, *leaf.shape[1:])
-            arrived = Gathering(zeros, self.group).finish()
+            for part in chunk_bounds(num_tokens, self.degrees.forward):
+                arrived = Gathering(zeros.narrow(0, *part), self.group).finish()
         return arrived
 
     def run(
@@ -217,6 +245,8 @@ class GatherDispatcher(Dispatcher):
                 "GatherDispatcher: the gate must choose experts, got one that mixes tokens, whose slots belong to one "
                 'expert each. Pass dispatch="exact".'
             )
+        if self.degrees != (1, 1):
+            return self._run_region(routing, block, gathered, spec, beside)
         num_tokens, top_k = routing.topk_ids.shape
         num_pairs = routing.num_rows if self.max_tokens is None else None
         num_rows, may_lose = self.rows_for(self._length(num_tokens), top_k, num_pairs)
@@ -248,6 +278,57 @@ class GatherDispatcher(Dispatcher):
             return out
         return _nests.map_leaves(lambda leaf: leaf.narrow(0, 0, num_tokens), out)
 
+    def _run_region(
+        self,
+        routing: Routing,
+        block: Block | None,
+        gathered: list[Any],
+        x: Any,
+        beside: Beside | None,
+    ) -> Tensor:
+        """Gather choices, and leave the rest to the region; ``x`` is what ``gathered`` are chunks of."""
+        if not isinstance(block, RegionBlock) or routing.scale_inputs or self.stage_hooks.on_rows:
+            for gathering in gathered:
+                gathering.finish()
+            raise NotImplementedError(
+                "GatherDispatcher: n_chunks must be 1 where experts are modules or have an activation of your own, "
+                f"where weights scale inputs, and where hooks see rows, got {self.degrees}. Pass n_chunks=1, or "
+                'dispatch="exact".'
+            )
+        num_tokens = routing.topk_ids.shape[0]
+        num_pairs = routing.num_rows if self.max_tokens is None else None
+        sizes = [*self._share, -1 if num_pairs is None else num_pairs]
+        topk_weights = self._padded(routing.topk_weights, 0)
+        choices = self._send_choices(Routing(routing.topk_ids, routing.topk_weights.detach()))
+        if beside is not None:
+            beside()
+        ids, weights = unpack_choices(choices.finish())
+        ids = self._report_lost_pairs(ids, sizes)
+        tables = [ids, weights, *(gathering.sent for gathering in gathered)]
+        region = Region("gather", tables, sizes, self.group, self.num_expert, self.degrees)
+        out = block(x, topk_weights, region)
+        return out if self.max_tokens is None else out.narrow(0, 0, num_tokens)
+
+    def _report_lost_pairs(self, ids: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Report what finds no row in the chunks of either direction, on any rank; return the ids."""
+        size, top_k = self.group.size, ids.shape[1]
+        length = ids.shape[0] // size
+        by_rank = torch.where(ids < 0, -1, ids // self.num_expert).view(size, length, top_k)
+        lost = ids.new_zeros(1, dtype=torch.int64)
+        for degree in self.degrees[:1] if self.degrees.are_equal else self.degrees:
+            for start, num_tokens in chunk_bounds(length, degree):
+                rows, may_lose = rows_of_leg(num_tokens, top_k, size, self.num_expert, sizes)
+                if not may_lose:
+                    return ids
+                owners = by_rank.narrow(1, start, num_tokens).flatten(0, 1)
+                lost = lost + self._surplus(owners, rows)
+        return self._lost.report(ids, lost)
+
+    def _surplus(self, owners: Tensor, num_rows: int) -> Tensor:
+        """Pairs beyond so many rows of each rank, ``[1]``; ``owners [T, K]`` are ranks, -1 for none."""
+        surplus = (count_tokens(owners, self.group.size).long() - num_rows).clamp(min=0)
+        return surplus.sum(0, keepdim=True)
+
     def raise_for_lost_pairs(self) -> None:
         """Raise RuntimeError if the last forward had pairs without a row; waits for it.
 
@@ -274,11 +355,15 @@ class GatherDispatcher(Dispatcher):
 
     def _send_choices(self, routing: Routing) -> Gathering:
         """Begin to gather all ranks' ids, counted over all ranks, and weights, ``[W * T, K]`` each, at once."""
-        ids, weights = routing.topk_ids, routing.topk_weights
-        if self.max_tokens is not None:
-            padding = self._padding(ids.shape[0])
-            ids, weights = _pad(ids, padding, -1), _pad(weights, padding)
+        ids = self._padded(routing.topk_ids, -1)
+        weights = self._padded(routing.topk_weights, 0)
         return Gathering(pack_choices(ids, weights), self.group)
+
+    def _padded(self, leaf: Tensor, value: int) -> Tensor:
+        """Entries ``[T, ...]``, and this value up to ``max_tokens``."""
+        if self.max_tokens is None:
+            return leaf
+        return _pad(leaf, self._padding(leaf.shape[0]), value)
 
     def _plan_what_fits(self, local_ids: Tensor, ids: Tensor, num_rows: int) -> TokenPlan:
         """Sort pairs by expert; those beyond ``num_rows`` are dropped, the last expert's first, and reported.
@@ -288,18 +373,10 @@ class GatherDispatcher(Dispatcher):
             ids: the same pairs' ids over all ranks, from which every rank knows what each of them loses.
             num_rows: ``R``, of every rank.
         """
-        whole = sort_tokens(local_ids, self.num_expert)
-        torch._check(num_rows <= whole.row_to_pair.shape[0])
+        plan = plan_what_fits(local_ids, self.num_expert, num_rows)
         owners = torch.where(ids < 0, -1, ids // self.num_expert)
-        surplus = (count_tokens(owners, self.group.size).long() - num_rows).clamp(min=0)
-        lost = surplus.sum(0, keepdim=True)
-        offsets = self._lost.report(whole.expert_offsets.clamp(max=num_rows), lost)
-        kept = whole.pair_to_row < offsets[-1]
-        return TokenPlan(
-            whole.row_to_pair.narrow(0, 0, num_rows),
-            torch.where(kept, whole.pair_to_row, num_rows),
-            offsets,
-        )
+        lost = self._surplus(owners, num_rows)
+        return plan._replace(expert_offsets=self._lost.report(plan.expert_offsets, lost))
 
 
 def _pad(leaf: Tensor, padding: int, value: int = 0) -> Tensor:

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 
 from moeops import _checks
+from moeops.comm.agreement import everywhere
 from moeops.comm.hierarchical import Hierarchy, check_hierarchy
 from moeops.cost.model import CostModel
-from moeops.dispatch.base import Dispatcher, DispatchOptions, ExpertRanks
+from moeops.cost.schedule import LayerSizes, schedule_of
+from moeops.dispatch.base import ChunkedOptions, Dispatcher, DispatchOptions, ExpertRanks
+from moeops.dispatch.degrees import Degrees
 from moeops.dispatch.exact import ExactDispatcher
 from moeops.dispatch.gather import Gather
 from moeops.dispatch.local import LocalDispatcher
@@ -27,12 +31,11 @@ from moeops.dispatch.static import StaticDispatcher, check_row_capacity
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExchangeOptions(DispatchOptions):
+class ExchangeOptions(ChunkedOptions):
     """What ``Exact`` and ``Static`` have in common.
 
     Attributes:
-        n_chunks: parts of the work: all are sent before the first expert runs, and each goes back while the next is
-            computed.
+        n_chunks: see ``ChunkedOptions``. Both directions have as many with the options below.
         hierarchy: how the ranks of ``moe_group`` are arranged as nodes, from ``moeops.distributed.build_hierarchy``;
             ``None`` for the flat exchange.
         replicas: dict of expert, from 0 to ``E``, to ranks of ``moe_group`` that hold it beside its owner; its tokens
@@ -40,16 +43,17 @@ class ExchangeOptions(DispatchOptions):
             and no buffers.
     """
 
-    n_chunks: int = 1
     hierarchy: Hierarchy | None = None
     replicas: Mapping[int, int | Iterable[int]] | None = None
 
     def check(self, ranks: ExpertRanks) -> None:
         """Raise ValueError or TypeError for a wrong option, NotImplementedError for two that exclude each other."""
-        _checks.check_int(ranks.op, "n_chunks", self.n_chunks, 1, "Use 1 for no overlap.")
+        super().check(ranks)
         check_hierarchy(ranks.op, self.hierarchy, ranks.group)
         if self._placement(ranks) is not None:
             _refuse_shards("replicas", ranks)
+        self._check_one_degree("hierarchy", self.hierarchy, ranks)
+        self._check_one_degree("replicas", self._placement(ranks), ranks)
 
     def build(self, ranks: ExpertRanks) -> Dispatcher:
         """Make the dispatcher."""
@@ -68,6 +72,15 @@ class ExchangeOptions(DispatchOptions):
             "hierarchy": None if hierarchy is None else (hierarchy.node_size, hierarchy.form),
             "replicas": self._placement(ranks),
         }
+
+    def _check_one_degree(self, option: str, value: Any, ranks: ExpertRanks) -> None:
+        """With another option, both directions have as many chunks, and no model chooses them."""
+        is_one = self.auto_chunks(ranks.op) is None and self.degrees(ranks.op).are_equal
+        if value is not None and not is_one:
+            raise NotImplementedError(
+                f"{ranks.op}: n_chunks must be one number for both directions with {option}, got {self.n_chunks!r}. "
+                f"Pass an int, or {option}=None."
+            )
 
     def _placement(self, ranks: ExpertRanks) -> Placement | None:
         return place_replicas(ranks.op, self.replicas, ranks.num_expert, ranks.group)
@@ -112,6 +125,7 @@ class Exact(ExchangeOptions):
                 f"{ranks.op}: replicas must be None with shadowing, got both. Choose one of them."
             )
         _refuse_shards("shadowing", ranks)
+        self._check_one_degree("shadowing", policy, ranks)
 
     def build(self, ranks: ExpertRanks) -> Dispatcher:
         """Make the dispatcher; with one rank nothing is sent, and it is the local one."""
@@ -128,8 +142,10 @@ class Exact(ExchangeOptions):
         self, d_model: int, d_hidden: int, num_projections: int, dtype: torch.dtype
     ) -> Exact:
         """Let a cost model price these experts."""
+        filled = super().for_mlps(d_model, d_hidden, num_projections, dtype)
+        assert isinstance(filled, Exact)
         if not isinstance(self.shadowing, CostModel):
-            return self
+            return filled
         policy = functools.partial(
             ShadowPolicy.from_cost_model,
             self.shadowing,
@@ -138,7 +154,11 @@ class Exact(ExchangeOptions):
             num_projections=num_projections,
             dtype=dtype,
         )
-        return dataclasses.replace(self, shadowing=policy)
+        return dataclasses.replace(filled, shadowing=policy)
+
+    def layer_sizes(self, ranks: ExpertRanks, num_tokens: int | None) -> LayerSizes | None:
+        """Sizes of the layer for a cost model."""
+        return self._sizes("exact", ranks, num_tokens)
 
     def _policy(self, ranks: ExpertRanks) -> Any:
         """The policy, or what a user passed in its place."""
@@ -150,7 +170,7 @@ class Exact(ExchangeOptions):
         if ranks.group is None or ranks.group.size == 1:
             return LocalDispatcher(num_slots)
         return ExactDispatcher(
-            num_slots, ranks.group, n_chunks=self.n_chunks, hierarchy=self.hierarchy
+            num_slots, ranks.group, n_chunks=self.degrees(ranks.op), hierarchy=self.hierarchy
         )
 
 
@@ -175,12 +195,27 @@ class Static(ExchangeOptions):
         super().check(ranks)
         check_row_capacity(ranks.op, self.capacity)
 
+    def layer_sizes(self, ranks: ExpertRanks, num_tokens: int | None) -> LayerSizes | None:
+        """Sizes of the layer for a cost model; an int capacity says how many tokens are balanced."""
+        capacity = self.capacity
+        size = 1 if ranks.group is None else ranks.group.size
+        num_experts, top_k = ranks.num_expert * size, max(1, ranks.top_k * ranks.num_shards)
+        if isinstance(capacity, int):
+            num_tokens = num_tokens or math.ceil(capacity * num_experts / top_k)
+        elif num_tokens is not None:
+            capacity = math.ceil(capacity * num_tokens * top_k / num_experts)
+        return self._sizes("static", ranks, num_tokens, int(capacity))
+
     def _build_plain(self, ranks: ExpertRanks, num_slots: int) -> Dispatcher:
         capacity = self.capacity
         if isinstance(capacity, float):
             capacity *= num_slots / ranks.num_expert  # a share of the experts, not of the slots
         return StaticDispatcher(
-            num_slots, ranks.group, capacity, n_chunks=self.n_chunks, hierarchy=self.hierarchy
+            num_slots,
+            ranks.group,
+            capacity,
+            n_chunks=self.degrees(ranks.op),
+            hierarchy=self.hierarchy,
         )
 
 
@@ -203,7 +238,7 @@ class Auto(DispatchOptions):
         >>> Auto().choose(ranks)[0]
         Exact(n_chunks=1, hierarchy=None, replicas=None, shadowing=None)
         >>> Auto(equal_tokens=True).choose(ranks)[0]
-        Gather(rows=None, max_tokens=None)
+        Gather(n_chunks=1, rows=None, max_tokens=None)
     """
 
     equal_tokens: bool = False
@@ -222,14 +257,16 @@ class Auto(DispatchOptions):
         """The record, and why: from ``W``, ``K`` and the options, which all ranks have alike."""
         size = 1 if ranks.group is None else ranks.group.size
         if size == 1:
-            return Exact(), "one rank"
+            return Exact(mlps=self.mlps), "one rank"
         slots = ranks.top_k * ranks.num_shards
         if size > slots:
-            return Exact(), f"{size} ranks are more than {slots} experts per token"
+            return Exact(mlps=self.mlps), f"{size} ranks are more than {slots} experts per token"
         if not self.equal_tokens and self.max_tokens is None:
-            return Exact(), "ranks may have different numbers of tokens: see equal_tokens"
+            return Exact(
+                mlps=self.mlps
+            ), "ranks may have different numbers of tokens: see equal_tokens"
         why = f"{size} ranks, {slots} experts per token"
-        return Gather(max_tokens=self.max_tokens), why
+        return Gather(max_tokens=self.max_tokens, mlps=self.mlps), why
 
 
 DISPATCHES: dict[str, type[DispatchOptions]] = {
@@ -267,11 +304,38 @@ def build_dispatcher(options: DispatchOptions, ranks: ExpertRanks) -> Dispatcher
     options.check(ranks)
     options, _ = options.choose(ranks)
     dispatcher = options.build(ranks)
-    if ranks.num_shards == 1:
-        return dispatcher
-    assert ranks.group is not None
-    expert_ranks = ranks.group.size // ranks.num_shards
-    return ShardedDispatcher(dispatcher, ranks.num_expert, expert_ranks, ranks.num_shards)
+    if ranks.num_shards > 1:
+        assert ranks.group is not None
+        expert_ranks = ranks.group.size // ranks.num_shards
+        dispatcher = ShardedDispatcher(dispatcher, ranks.num_expert, expert_ranks, ranks.num_shards)
+    dispatcher.built_from = options, ranks
+    return dispatcher
+
+
+def choose_degrees(dispatcher: Dispatcher, device: Any) -> None:
+    """Let the cost model of rank 0 choose the chunks of a dispatcher that is to have them chosen; all ranks call it.
+
+    Args:
+        dispatcher: what ``build_dispatcher`` returned on every rank of the group.
+        device: as for ``agreement``.
+
+    Raises:
+        ValueError: the model lacks a law that it needs.  RuntimeError: the same, on another rank.
+    """
+    assert dispatcher.built_from is not None
+    options, ranks = dispatcher.built_from
+    auto = options.auto_chunks(ranks.op)
+    if auto is None or ranks.group is None or ranks.group.size == 1:
+        return
+
+    def choose() -> tuple[int, int]:
+        sizes = options.layer_sizes(ranks, auto.num_tokens)
+        assert sizes is not None
+        assert auto.cost_model is not None
+        best = schedule_of(sizes, auto.cost_model).best()
+        return best.forward, best.backward
+
+    dispatcher.set_degrees(Degrees(*everywhere(ranks.op, ranks.group, choose, device)[0]))
 
 
 def _refuse_shards(option: str, ranks: ExpertRanks) -> None:

@@ -186,7 +186,7 @@ class ShadowDispatcher(SharingDispatcher):
     option = "shadowing"
 
     def __init__(self, inner: ExactDispatcher, policy: ShadowPolicy) -> None:
-        self.inner = inner
+        self.inner: ExactDispatcher = inner
         self.policy = policy
         self.num_expert = inner.num_expert
         self.group = inner.group

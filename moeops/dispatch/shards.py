@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from moeops.dispatch.base import Beside, Block, Dispatcher, Experts
+from moeops.dispatch.degrees import Degrees
 from moeops.dispatch.hooks import StageHooks
 from moeops.types import Routing, SlotRouting
 
@@ -94,6 +95,15 @@ class ShardedDispatcher(Dispatcher):
     def set_stage_hooks(self, hooks: StageHooks) -> None:
         """Call these where ``inner`` does."""
         self.inner.set_stage_hooks(hooks)
+
+    @property
+    def degrees(self) -> Degrees:  # type: ignore[override]
+        """Those of ``inner``."""
+        return self.inner.degrees
+
+    def set_degrees(self, degrees: Degrees) -> None:
+        """Set those of ``inner``."""
+        self.inner.set_degrees(degrees)
 
     def start(self, inp: Any, weights: Callable[[], Any], table: Tensor | None) -> dict[str, Any]:
         """Begin what ``inner`` begins."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -21,14 +21,19 @@ from moeops.dispatch.base import (
     Dispatcher,
     Experts,
     Flight,
+    RegionBlock,
     as_rows,
     chunk_bounds,
     row_size,
 )
+from moeops.dispatch.degrees import Degrees, as_degrees, one_degree
 from moeops.dispatch.hooks import StageHooks
 from moeops.dispatch.local import LocalDispatcher, Record
+from moeops.dispatch.plans import plan_of_buffers
+from moeops.dispatch.region import Region
+from moeops.dispatch.transports import StaticTransport
 from moeops.ops.padding import pad_rows, unpad_rows
-from moeops.types import Routing, SlotRouting, TokenPlan
+from moeops.types import Routing, SlotRouting
 
 
 def check_row_capacity(op: str, capacity: Any) -> None:
@@ -63,11 +68,15 @@ class _Sorted(NamedTuple):
     wanted: int
 
 
+# begin(rows, capacity): what is under way, and how it is cut.
+_Begin = Callable[[_Sorted, int], tuple[list[Any], Any]]
+
+
 class _Arrived:
     """In the place of a ``Flight`` whose rows are there."""
 
     def __init__(self, rows: Any) -> None:
-        self.rows = rows
+        self.rows = self.sent = rows
 
     def finish(self) -> Any:
         """Return the rows."""
@@ -91,7 +100,9 @@ class StaticDispatcher(Dispatcher):
             ranks with different numbers of them exchange one ``C``, see ``CommonSize``; compiled code, whose sizes are
             fixed, raises ValueError where they differ, see ``CommonSize.require``, and in exported programs and CUDA
             graphs all ranks must have as many tokens.
-        n_chunks: parts, at least 1, the same on every rank.
+        n_chunks: parts, at least 1, or a pair of these, forward and backward; the same on every rank. They differ where
+            the experts are one call only, without a hierarchy and without hooks on rows. With one rank there is no
+            backward of its own.
         hierarchy: how the ranks are arranged as nodes, the same on every rank; ``None`` for the flat exchange.
 
     Host sync: none while ``C`` stays what it is; where it is a factor one in the first forward, and one where a rank's
@@ -106,7 +117,7 @@ class StaticDispatcher(Dispatcher):
         group: RankGroup | None,
         capacity: int | float,
         *,
-        n_chunks: int = 1,
+        n_chunks: int | tuple[int, int] = 1,
         hierarchy: Hierarchy | None = None,
     ) -> None:
         check_row_capacity("StaticDispatcher", capacity)
@@ -114,12 +125,16 @@ class StaticDispatcher(Dispatcher):
         self.group = group or RankGroup("", 1, 0)
         self.capacity = capacity
         self._factor = Fraction(capacity).limit_denominator(10000).as_integer_ratio()
-        self.n_chunks = n_chunks
+        self.degrees = as_degrees("StaticDispatcher", n_chunks)
         self.hierarchy = hierarchy
         self._common = None
         if self.group.size > 1:
             remedy = "Pad shorter batches, or pass an int as capacity."
             self._common = CommonSize("static dispatch", self.group, self._send_zeros, remedy)
+
+    def set_degrees(self, degrees: Degrees) -> None:
+        """Work in so many chunks from now on."""
+        self.degrees = degrees
 
     def capacity_of(self, num_pairs: int) -> int:
         """``C`` for a number of token-expert pairs on this rank."""
@@ -141,7 +156,9 @@ class StaticDispatcher(Dispatcher):
     ) -> Any:
         """Send every part of the buffers, run the experts on each as it arrives, send it back, combine."""
         rows = self._sort(routing, inp)
-        flights, parts = self._exchange(rows)
+        if self._works_in_regions and isinstance(block, RegionBlock):
+            return self._run_region(rows, block, beside)
+        flights, parts = self._exchange(rows, self._begin)
         if beside is not None:
             beside()
         returned = []
@@ -155,6 +172,32 @@ class StaticDispatcher(Dispatcher):
         if len(outs) == 1:
             return self._drain(outs[0], rows)
         return self._drain(_nests.map_leaves(lambda *leaves: torch.cat(leaves, 1), *outs), rows)
+
+    @property
+    def _works_in_regions(self) -> bool:
+        """There are chunks, and nothing between the stages."""
+        return (
+            self.degrees != (1, 1)
+            and self.group.size > 1
+            and (self.hierarchy is None or self.hierarchy.is_flat)
+            and not self.stage_hooks.on_rows
+        )
+
+    def _run_region(self, rows: _Sorted, block: RegionBlock, beside: Beside | None) -> Any:
+        """Send buffers, and leave the rest to the region."""
+        flights, buffers = self._exchange(rows, self._begin_region)
+        if beside is not None:
+            beside()
+        tables = [flight.sent for flight in flights]
+        region = Region("static", tables, [], self.group, self.num_expert, self.degrees)
+        return self._drain(block(buffers, None, region), rows)
+
+    def _begin_region(self, rows: _Sorted, capacity: int) -> tuple[list[Any], Any]:
+        """Begin to send buffers of a capacity, to which the region brings gradients."""
+        buffers = _nests.map_leaves(lambda leaf: self._pad(leaf, rows, capacity), rows.rows)
+        ahead = buffers.detach()
+        transport = StaticTransport(ahead, [], [], self.group, self.num_expert)
+        return [leg.send(ahead) for leg in transport.legs(self.degrees.forward)], buffers
 
     def _sort(self, routing: Routing | SlotRouting, inp: Any) -> _Sorted:
         """Bring tokens into expert order."""
@@ -170,25 +213,25 @@ class StaticDispatcher(Dispatcher):
         )
         return _Sorted(slots, record, None, num_slots, num_slots)
 
-    def _exchange(self, rows: _Sorted) -> tuple[list[Any], list[tuple[int, int]]]:
-        """Begin to send buffers, as large as those of all ranks; return what is under way and the parts it is in."""
+    def _exchange(self, rows: _Sorted, begin: _Begin) -> tuple[list[Any], Any]:
+        """Begin to send buffers, as large as those of all ranks; return what ``begin`` does for that capacity."""
         common, leaf = self._common, _nests.leaves(rows.rows)[0]
         is_fixed = isinstance(self.capacity, int) and rows.expert_offsets is not None
         if common is None or is_fixed or torch.compiler.is_exporting():
-            return self._begin(rows, rows.wanted)
+            return begin(rows, rows.wanted)
         if torch.compiler.is_compiling():
-            return self._begin_with_fixed_size(rows, common)
+            return self._begin_with_fixed_size(rows, common, begin)
         if not can_settle(leaf, rows.wanted):
-            return self._begin(rows, rows.wanted)
+            return begin(rows, rows.wanted)
         # At least one row, which arrives only from ranks that have begun.
-        flights, parts = self._begin(rows, common.begin(max(rows.wanted, 1), leaf.device))
+        flights, parts = begin(rows, common.begin(max(rows.wanted, 1), leaf.device))
         if not common.changed:
             return flights, parts
         arrived = [flight.finish() for flight in flights]
         again = common.settle(_nests.leaves(arrived[-1])[0])
         assert common.size is not None
         if again:
-            return self._begin(rows, common.size)
+            return begin(rows, common.size)
         common.warn_of_surplus()
         if rows.expert_offsets is None and common.size < rows.wanted:
             raise ValueError(
@@ -199,29 +242,32 @@ class StaticDispatcher(Dispatcher):
         return [_Arrived(part) for part in arrived], parts
 
     def _begin_with_fixed_size(
-        self, rows: _Sorted, common: CommonSize
-    ) -> tuple[list[Any], list[tuple[int, int]]]:
+        self, rows: _Sorted, common: CommonSize, begin: _Begin
+    ) -> tuple[list[Any], Any]:
         """Begin to send buffers whose size a compiler puts into its kernels; raise where ranks' sizes differ."""
         capacity, leaves = torch.sym_max(rows.wanted, 1), _nests.leaves(rows.rows)
         if rows.expert_offsets is not None:
             zero = common.require(leaves, capacity)
-            return self._begin(rows._replace(expert_offsets=rows.expert_offsets + zero), capacity)
+            return begin(rows._replace(expert_offsets=rows.expert_offsets + zero), capacity)
         zero = common.require([leaf.flatten(0, 1) for leaf in leaves], capacity)
         slots = _nests.map_leaves(lambda leaf: leaf + zero.to(leaf.dtype), rows.rows)
-        return self._begin(rows._replace(rows=slots), capacity)
+        return begin(rows._replace(rows=slots), capacity)
 
     def _send_zeros(self, capacity: int, like: Sequence[Tensor]) -> Tensor:
         """Exchange buffers of a capacity with nothing in them, in as many parts; return what arrived last."""
         num_experts = self.group.size * self.num_expert
         buffers = [leaf.new_zeros(num_experts, capacity, *leaf.shape[1:]) for leaf in like]
-        parts = chunk_bounds(capacity, self.n_chunks)
+        parts = chunk_bounds(capacity, self.degrees.forward)
         flights = [self._send(_part(buffers, *part), hooks=StageHooks()) for part in parts]
         return [flight.finish() for flight in flights][-1][0]
 
     def _begin(self, rows: _Sorted, capacity: int) -> tuple[list[Any], list[tuple[int, int]]]:
         """Begin to send buffers of a capacity."""
         buffers = _nests.map_leaves(lambda leaf: self._pad(leaf, rows, capacity), rows.rows)
-        parts = chunk_bounds(capacity, self.n_chunks)
+        one_rank = self.group.size == 1
+        degrees = self.degrees
+        n_chunks = degrees.forward if one_rank else one_degree("StaticDispatcher", degrees)
+        parts = chunk_bounds(capacity, n_chunks)
         return [self._send(_part(buffers, start, length)) for start, length in parts], parts
 
     def _pad(self, leaf: Tensor, rows: _Sorted, capacity: int) -> Tensor:
@@ -278,12 +324,7 @@ class StaticDispatcher(Dispatcher):
             return _nests.map_leaves(lambda leaf: self._by_rank(leaf, capacity), out)
         # Each row a token with one expert, and the plan is known: the transposition of ranks and experts.
         size, num_expert = self.group.size, self.num_expert
-        index = torch.arange(size * num_expert * capacity, dtype=torch.int32, device=device)
-        plan = TokenPlan(
-            index.view(size, num_expert, capacity).transpose(0, 1).reshape(-1),
-            index.view(num_expert, size, capacity).transpose(0, 1).reshape(-1, 1),
-            offsets,
-        )
+        plan = plan_of_buffers(size, num_expert, capacity, device)
         rows = received.flatten(0, 1)
         dtype = _checks.accumulate_dtype(rows.dtype)
         ones = torch.ones(rows.shape[0], 1, dtype=dtype, device=device)

@@ -18,6 +18,7 @@ from moeops import _nests
 from moeops.comm.exchange import Exchange
 from moeops.comm.groups import RankGroup
 from moeops.dispatch.base import Block, Dispatcher
+from moeops.dispatch.degrees import Degrees
 
 
 class ExpertWeights(NamedTuple):
@@ -43,9 +44,16 @@ class SharingDispatcher(Dispatcher):
 
     Attributes:
         option: the layer's argument that asks for it.
+        inner: what brings tokens to the ranks.
     """
 
     option: str
+    inner: Any
+
+    @property
+    def degrees(self) -> Degrees:  # type: ignore[override]
+        """Those of ``inner``."""
+        return self.inner.degrees
 
 
 def fused_weights(experts: nn.Module) -> ExpertWeights:

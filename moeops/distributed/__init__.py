@@ -14,6 +14,7 @@ from moeops.comm.hierarchical import (
     hierarchical_counts,
 )
 from moeops.cost.model import CostModel
+from moeops.dispatch.degrees import AutoChunks
 from moeops.dispatch.gather import Gather
 from moeops.dispatch.options import Auto, Exact, Static
 from moeops.dispatch.replicas import Placement
@@ -33,6 +34,7 @@ from moeops.distributed.grad_sync import (
 
 __all__ = [
     "Auto",
+    "AutoChunks",
     "CostModel",
     "DistributedGroupedDataParallel",
     "Exact",

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moeops import _checks
+from moeops.dispatch.region import Region
 from moeops.dispatch.shards import ShardSpan, take_shard
 from moeops.layers._fastmoe_keys import fused_names
 from moeops.layers._weights import plain_weight
@@ -293,7 +294,7 @@ class FusedExperts(nn.Module):
         self,
         x: Tensor,
         topk_weights: Tensor | Uncast | None = None,
-        plan: TokenPlan | None = None,
+        plan: TokenPlan | Region | None = None,
         *,
         expert_offsets: Tensor | None = None,
     ) -> Tensor:
@@ -302,7 +303,8 @@ class FusedExperts(nn.Module):
         Args:
             x: tokens, ``[T, D]``; with ``expert_offsets`` rows in expert order, ``[R, D]``.
             topk_weights: ``[T, K]`` float, for tokens; in an ``Uncast`` where FSDP would round them.
-            plan: what ``moeops.sort_tokens`` returned for these tokens.
+            plan: what ``moeops.sort_tokens`` returned for these tokens; or a dispatcher's ``Region``, with which ``x``
+                and ``topk_weights`` are what that wants, and experts of all ranks run.
             expert_offsets: ``[E + 1]`` int32, for rows: expert ``e`` owns rows ``[e]`` to ``[e + 1]``.
 
         Returns:
@@ -313,6 +315,16 @@ class FusedExperts(nn.Module):
         """
         if isinstance(topk_weights, Uncast):
             topk_weights = topk_weights.weights
+        if isinstance(plan, Region):
+            return plan.run(
+                x,
+                topk_weights,
+                self._weight("w_up"),  # type: ignore[arg-type]
+                self._weight("w_down"),  # type: ignore[arg-type]
+                b_up=self._weight("b_up"),
+                b_down=self._whole_b_down(),
+                activation=self.fused_activation,  # type: ignore[arg-type]
+            )
         if (topk_weights is None, plan is None) != (expert_offsets is not None,) * 2:
             raise TypeError(
                 "FusedExperts: topk_weights and plan must be given for tokens, or expert_offsets alone for rows, got "

@@ -14,7 +14,7 @@ from moeops.comm.groups import moe_group_of, process_group, slice_group_of
 from moeops.comm.slicing import SLICE_GRADIENTS, join_tokens, slice_tokens
 from moeops.dispatch.base import Dispatcher, DispatchOptions, ExpertRanks
 from moeops.dispatch.hooks import STAGES, StageHook, StageHooks
-from moeops.dispatch.options import as_options, build_dispatcher
+from moeops.dispatch.options import as_options, build_dispatcher, choose_degrees
 from moeops.dispatch.scaled_inputs import scale_inputs, sum_copies
 from moeops.dispatch.weights import SharingDispatcher
 from moeops.gates.injected_loss import with_gate_losses
@@ -200,7 +200,6 @@ class FMoE(CallsExperts, TagsParameters):
             options = as_options(op, dispatch)
             self.dispatcher: Dispatcher = build_dispatcher(options, ranks)
             options, why = options.choose(ranks)
-            self.dispatch_text = f"{options} ({why})" if why else str(options)
             structure, table = None, self.dispatcher.table()
             if isinstance(self.dispatcher, SharingDispatcher):
                 structure = self._check_sharing(self.dispatcher.option)
@@ -220,6 +219,10 @@ class FMoE(CallsExperts, TagsParameters):
                 slices=1 if self.slice_ranks is None else self.slice_ranks.size,
                 slice_gradients=slice_gradients,
             )
+        choose_degrees(self.dispatcher, device)
+        if options.auto_chunks(op) is not None:
+            why = f"n_chunks {self.dispatcher.degrees}"
+        self.dispatch_text = f"{options} ({why})" if why else str(options)
         self.gate_hook = gate_hook
         # A plain attribute: a compiler sees it change, which it does not with torch's hooks on the gate.
         self.routing_hooks: tuple[RoutingHook, ...] = ()

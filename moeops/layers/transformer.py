@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from moeops import _checks
 from moeops.comm.agreement import agreement
-from moeops.dispatch.base import Block, DispatchOptions
+from moeops.dispatch.base import Block, DispatchOptions, RegionBlock
+from moeops.dispatch.options import DISPATCHES
+from moeops.dispatch.region import Region
 from moeops.dispatch.weights import (
     ExpertWeights,
     SharingDispatcher,
@@ -99,6 +101,8 @@ class FMoETransformerMLP(FMoE):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
+        if isinstance(dispatch, str) and dispatch in DISPATCHES:
+            dispatch = DISPATCHES[dispatch]()
         if isinstance(dispatch, DispatchOptions):
             num_projections = 3 if activation == "swiglu" else 2
             dtype_of_experts = dtype or torch.get_default_dtype()
@@ -162,10 +166,16 @@ class FMoETransformerMLP(FMoE):
         return fused_weights(self.experts)
 
     def _block(self) -> Block:
-        return self._run_block
+        if self.experts.fused_activation is None:
+            return self._run_block
+        return RegionBlock(self._run_block)
 
-    def _run_block(self, x: Tensor, topk_weights: Tensor, plan: TokenPlan) -> Tensor:
-        weights = Uncast(topk_weights) if casts_arguments(self.experts) else topk_weights
+    def _run_block(
+        self, x: Tensor, topk_weights: Tensor | None, plan: TokenPlan | Region
+    ) -> Tensor:
+        weights: Tensor | Uncast | None = topk_weights
+        if topk_weights is not None and casts_arguments(self.experts):
+            weights = Uncast(topk_weights)
         return self.experts(x, weights, plan)
 
     def _run_experts(

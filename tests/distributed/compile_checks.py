@@ -105,21 +105,6 @@ def check_order_of_collectives(ranks: Ranks) -> None:
     assert sends[:6] == [True] * 6, calls[0]
 
 
-def check_chunks_are_in_flight_in_the_backward_too(ranks: Ranks) -> None:
-    """All gradients are on their way before the first expert's backward, and each goes on before the next one's."""
-    torch._dynamo.reset()
-    layer, _ = make_pair("mlp", ranks, dispatch="static", capacity=6, n_chunks=2)
-    x = batch(6, ranks.device).requires_grad_()
-    options = {"reorder_for_peak_memory": False}
-    compiled = torch.compile(layer, fullgraph=True, options=options)
-    _, codes = run_and_get_code(lambda: compiled(x).square().sum().backward())
-    ops = r"torch\.ops\.(?:_c10d_functional|moeops)\.(\w+)\.default\("
-    send, wait = "all_to_all_single", "wait_tensor"
-    for code, block in zip(codes, ("moe_mlp", "moe_mlp_backward"), strict=True):
-        calls = [name for name in re.findall(ops, code) if name in (send, wait, block)]
-        assert calls == [send, send, *[wait, block, send] * 2, wait, wait]
-
-
 def check_order_and_lost_pairs_where_ranks_gather(ranks: Ranks) -> None:
     """Two all-gathers and a reduce-scatter, one graph, and an error in the forward after one that lost pairs."""
     torch._dynamo.reset()

@@ -2,22 +2,285 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import time
 
 import pytest
 import torch
+import torch.distributed as dist
+from parallel_cases import TableGate, batch, dropped, make, step, uneven
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
 
+from moeops import FMoETransformerMLP
 from moeops import compile as schedule
 from moeops.comm.order import _compared
+from moeops.cost.model import CostModel
+from moeops.dispatch.degrees import Degrees
+from moeops.distributed import AutoChunks, Exact, Gather, Static
 from processes import GROUP_TIMEOUT, Ranks
 
+D, H = 6, 5
+PAIRS = [Degrees(*pair) for pair in itertools.product((1, 2, 3, 4), repeat=2)]
+RECORDS = (Exact(), Static(7), Static(1.25), Gather(), Gather(rows=1.999), Gather(max_tokens=13))
 
-def calls_of(code: str, *names: str) -> list[str]:
-    """The ops of these names that generated code calls, in order."""
+
+class IntegerGate(TableGate):
+    """Weights are integers, so that sums come out the same in every order."""
+
+    def forward(self, x):
+        ids = self.table[x[:, 0].round().long()]
+        return ids, self.gate(x).gather(1, ids.clamp(min=0))
+
+
+def integers(record, ranks: Ranks, **options) -> FMoETransformerMLP:
+    """A layer whose numbers are small integers, the same on all ranks."""
+    layer = FMoETransformerMLP(
+        2,
+        D,
+        H,
+        activation="relu",
+        gate=IntegerGate,
+        dispatch=record,
+        world_size=ranks.size,
+        dtype=torch.float64,
+        device=ranks.device,
+        **options,
+    )
+    generator = torch.Generator().manual_seed(7 + ranks.rank)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            values = torch.randint(-2, 3, parameter.shape, generator=generator)
+            parameter.copy_(values)
+    return layer
+
+
+def tokens_of(record, ranks: Ranks) -> torch.Tensor:
+    """Integers; other numbers of tokens on other ranks where a dispatcher takes them."""
+    unequal = not isinstance(record, Gather) or record.max_tokens is not None
+    return batch(11 - 5 * ranks.rank * unequal, ranks.device).mul(2).round()
+
+
+def one_step(layer, module, x: torch.Tensor, routing) -> dict[str, torch.Tensor]:
+    x = x.clone()
+    x[:, 0] = torch.arange(len(x))
+    return step(module, layer, "mlp", x, routing)
+
+
+def check_all_pairs_of_degrees_equal_one_chunk(ranks: Ranks) -> None:
+    """Outputs and all gradients, to the bit: with integers no order of sums matters."""
+    for record, routing in itertools.product(RECORDS, (uneven, dropped)):
+        layer = integers(record, ranks)
+        x = tokens_of(record, ranks)
+        expected = one_step(layer, layer, x, routing)
+        assert any(value.count_nonzero() for value in expected.values())
+        for degrees in PAIRS:
+            layer.dispatcher.set_degrees(degrees)
+            actual = one_step(layer, layer, x, routing)
+            for name, value in expected.items():
+                assert torch.equal(actual[name], value), (record, degrees, name)
+
+
+def check_only_some_gradients(ranks: Ranks) -> None:
+    """Tokens, weights of experts, or nothing at all have no gradient."""
+    for record in (Exact(n_chunks=(2, 3)), Static(7, n_chunks=(3, 1)), Gather(n_chunks=(1, 2))):
+        layer = integers(record, ranks)
+        x = tokens_of(record, ranks)
+        expected = one_step(layer, layer, x, uneven)
+        layer.experts.requires_grad_(False)
+        leaf = x.clone()
+        leaf[:, 0] = torch.arange(len(x))
+        leaf.requires_grad_()
+        y = layer(leaf)
+        (y * y + y).sum().backward()
+        assert torch.equal(leaf.grad, expected["x"])
+        layer.experts.requires_grad_()
+        layer.gate.requires_grad_(False)
+        layer.zero_grad(set_to_none=True)
+        y = layer(leaf.detach())
+        (y * y + y).sum().backward()
+        assert torch.equal(layer.experts.w_up.grad, expected["experts.w_up"])
+        assert layer.gate.gate.weight.grad is None
+        with torch.no_grad():
+            assert torch.equal(layer(leaf), expected["y"])
+        layer.requires_grad_()
+        (grad,) = torch.autograd.grad(layer(leaf).sum(), leaf, create_graph=True)
+        with pytest.raises(NotImplementedError, match="ep_region: a gradient must be differ"):
+            grad.sum().backward()
+
+
+def check_compiled_pairs_equal_eager(ranks: Ranks) -> None:
+    """One graph each, for any number of tokens where the dispatcher takes any."""
+    for record in (Exact(n_chunks=(2, 3)), Static(7, n_chunks=(3, 2)), Gather(n_chunks=(2, 3))):
+        torch._dynamo.reset()
+        layer = integers(record, ranks)
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(layer, fullgraph=True, backend=counter)
+        x = tokens_of(record, ranks)
+        for rows in (x, x[:4]):
+            torch._dynamo.decorators.mark_unbacked(rows, 0)
+            expected = one_step(layer, layer, rows, uneven)
+
+            def run(inp, compiled=compiled):
+                torch._dynamo.decorators.mark_unbacked(inp, 0)
+                return compiled(inp)
+
+            actual = one_step(layer, run, rows, uneven)
+            for name, value in expected.items():
+                assert torch.equal(actual[name], value), (record, name)
+        assert counter.frame_count == 1
+
+
+OPS = {
+    "all_to_all_single": "send",
+    "all_gather_into_tensor": "gather",
+    "reduce_scatter_tensor": "scatter",
+    "wait_tensor": "wait",
+    "moe_mlp": "experts",
+    "moe_mlp_backward": "experts",
+}
+
+
+def stages_of(code: str) -> list[str]:
+    """The stages that generated code calls, in order."""
     calls = re.findall(r"torch\.ops\.(?:_c10d_functional|moeops)\.(\w+)\.default\(", code)
-    return [name for name in calls if name in names]
+    return [OPS[name] for name in calls if name in OPS]
+
+
+def check_order_in_generated_code(ranks: Ranks) -> None:
+    """All chunks of either direction are sent before its first expert, and each goes back before the next one's."""
+    layer = integers(Static(7, n_chunks=(2, 3)), ranks)
+    x = tokens_of(Static(7), ranks)
+    expected = one_step(layer, layer, x, uneven)
+    compiled = torch.compile(layer, fullgraph=True, options=schedule.options(layer))
+    actual, codes = run_and_get_code(lambda: one_step(layer, compiled, x, uneven))
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
+    for code, degree in zip(codes, (2, 3), strict=True):
+        wanted = [*["send"] * degree, *["wait", "experts", "send"] * degree, *["wait"] * degree]
+        assert stages_of(code) == wanted
+        assert code.index("check_order_") < code.index("all_to_all_single.default(")
+    every: list = [None] * ranks.size
+    dist.all_gather_object(every, [stages_of(code) for code in codes])
+    assert all(other == every[0] for other in every)
+
+
+def check_a_pass_sets_degrees(ranks: Ranks) -> None:
+    """Those of a layer that gathers, whose chunks are begun before the gate; code from a cache keeps them."""
+    layer = integers(Gather(n_chunks=2), ranks)
+    x = tokens_of(Gather(), ranks)
+    expected = one_step(layer, layer, x, uneven)
+    counters = torch._dynamo.utils.counters
+    for run in ("compiled", "from a cache"):
+        torch._dynamo.reset()
+        counters.clear()
+        options = schedule.options(layer, degrees=(3, 1))
+        compiled = torch.compile(layer, fullgraph=True, options=options)
+        one_step(layer, compiled, x, uneven)
+        with torch.profiler.profile() as profile:
+            actual = one_step(layer, compiled, x, uneven)
+        for name, value in expected.items():
+            assert torch.equal(actual[name], value), (run, name)
+        names = [event.name for event in profile.events()]
+        # Tokens of three chunks, all choices, and in the backward the gradients in one.
+        assert names.count("_c10d_functional::all_gather_into_tensor") == 3 + 1 + 1, run
+        # Sums of three chunks, and gradients of tokens and of weights.
+        assert names.count("_c10d_functional::reduce_scatter_tensor") == 3 + 2, run
+    assert counters["aot_autograd"]["autograd_cache_hit"] == 1, dict(counters)
+
+
+def check_what_passes_refuse(ranks: Ranks) -> None:
+    """Degrees without counts, degrees that no layer has, and other degrees on other ranks."""
+    exact = integers(Exact(n_chunks=(2, 3)), ranks)
+    x = tokens_of(Exact(), ranks)
+    for options, message in (
+        (schedule.options(exact, degrees=(4, 3)), r"got \(4, 3\). Build the layer with n_chunks="),
+        (schedule.options(integers(Exact(n_chunks=2), ranks)), r"layers, 2, got \(2, 3\). Call"),
+    ):
+        torch._dynamo.reset()
+        with pytest.raises(RuntimeError, match=f"SetDegrees: .*{message}"):
+            torch.compile(exact, fullgraph=True, options=options)(x)
+    last = ranks.rank == ranks.size - 1
+    with pytest.raises(ValueError, match=r"options: degrees must be the same on every rank"):
+        schedule.options(exact, degrees=2 + last)
+    with pytest.raises((ValueError, RuntimeError), match=r"n_chunks must be at least 1, got 0"):
+        schedule.options(exact, degrees=0 if last else 2)
+    with pytest.raises(ValueError, match="n_chunks must be the same on every rank"):
+        integers(Exact(n_chunks=(2, 3 + last)), ranks)
+
+
+def check_pairs_that_a_layer_cannot_have(ranks: Ranks) -> None:
+    x = batch(4, ranks.device)
+    for dispatch, kind in itertools.product((Exact, Gather, Static), ("composed", "modules")):
+        layer = make(
+            kind, 2, ranks.device, world_size=ranks.size, dispatch=dispatch(n_chunks=(1, 2))
+        )
+        with pytest.raises(NotImplementedError, match=r"n_chunks must be .* got \(1, 2\)"):
+            layer(x)
+    with pytest.raises(NotImplementedError, match=r"one number .* with replicas, got \(1, 2\)"):
+        make(
+            "mlp",
+            2,
+            ranks.device,
+            world_size=ranks.size,
+            dispatch=Exact(n_chunks=(1, 2), replicas={0: 1}),
+        )
+
+
+def check_lost_pairs_of_chunks(ranks: Ranks) -> None:
+    """Chunks of either direction have their share of the rows; what has none is an error in the next forward."""
+    for n_chunks in ((1, 4), (4, 1)):
+        layer = integers(Gather(rows=1.0, n_chunks=n_chunks), ranks)
+        layer.gate.set_routing(lambda index, num: torch.stack([index % 2, 2 + index % 2], 1))
+        x = batch(8, ranks.device).mul(2).round()
+        for _ in range(2):
+            layer(x)  # each expert has a pair of every second token
+        layer.gate.set_routing(
+            lambda index, num: torch.stack([index // 4 % 2 * 2, index // 4 % 2 * 2 + 1], 1)
+        )
+        layer(x)
+        with pytest.raises(
+            RuntimeError, match=r"got \d+ pairs without a row in the forward before"
+        ):
+            layer(x)
+
+
+SLOW_LINKS = CostModel.from_rates(
+    products_per_second=1e9,
+    link_bytes_per_second=4e8,
+    memory_bytes_per_second=1e12,
+    dtypes=("float64",),
+)
+FAST_LINKS = CostModel.from_rates(
+    products_per_second=1e9,
+    link_bytes_per_second=1e15,
+    memory_bytes_per_second=1e12,
+    dtypes=("float64",),
+)
+
+
+def check_a_cost_model_chooses(ranks: Ranks) -> None:
+    """Rank 0's, for all ranks."""
+    for models, many in (((SLOW_LINKS, FAST_LINKS), True), ((FAST_LINKS, SLOW_LINKS), False)):
+        chunks = AutoChunks(cost_model=models[ranks.rank], num_tokens=4096)
+        for record in (Exact(n_chunks=chunks), Gather(n_chunks=chunks), Static(n_chunks=chunks)):
+            layer = integers(record, ranks)
+            every: list = [None] * ranks.size
+            dist.all_gather_object(every, tuple(layer.dispatcher.degrees))
+            assert every == [every[0]] * ranks.size
+            assert (min(every[0]) > 1) == many, (record, every)
+            assert f"n_chunks {layer.dispatcher.degrees}" in repr(layer)
+            text = schedule.explain(layer)
+            assert f"chunks: {every[0][0]} forward, {every[0][1]} backward" in text
+    with pytest.raises(ValueError, match="num_tokens must be given for a cost model, got None"):
+        integers(Exact(n_chunks=AutoChunks(cost_model=FAST_LINKS)), ranks)
+    with pytest.raises(TypeError, match="cost_model must be a CostModel where n_chunks is chosen"):
+        integers(Exact(n_chunks="auto"), ranks)
+    with pytest.raises(
+        NotImplementedError, match="n_chunks must be a number for experts that are modules"
+    ):
+        make("modules", 2, ranks.device, world_size=ranks.size, dispatch=Exact(n_chunks=chunks))
 
 
 def check_another_order_is_an_error_on_every_rank(ranks: Ranks) -> None:
@@ -45,7 +308,7 @@ def check_another_order_is_an_error_on_every_rank(ranks: Ranks) -> None:
     assert len(_compared["0"]) == before + 1
     # Before the first collective, in code that did not have to be compiled on the other ranks.
     for code in codes:
-        calls = calls_of(code, "check_order_", "all_reduce", "all_reduce_")
-        assert [name.rstrip("_") for name in calls] == ["check_order", *["all_reduce"] * 2]
+        calls = re.findall(r"(check_order|all_reduce)_?\.default\(", code)
+        assert calls == ["check_order", *["all_reduce"] * 2]
     assert torch.equal(compiled(x, False), x * (ranks.size - 1))
     assert len(_compared["0"]) == before + 1

@@ -67,7 +67,7 @@ def test_a_name_is_its_record_with_defaults():
         dispatcher = make(dispatch=dispatch).dispatcher
         assert isinstance(dispatcher, StaticDispatcher)
         assert dispatcher.capacity == 1.25
-    assert make(dispatch=Static(7, n_chunks=3)).dispatcher.n_chunks == 3
+    assert make(dispatch=Static(7, n_chunks=(3, 2))).dispatcher.degrees == (3, 2)
 
 
 def test_records_are_values():

@@ -1,0 +1,154 @@
+"""What a cost model says of a model's layers, in words. T tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from moeops import _checks
+from moeops.compile.walk import named_dispatchers
+from moeops.cost.model import CostModel
+from moeops.cost.pipeline import Pipeline
+from moeops.cost.schedule import Schedule, schedule_of
+from moeops.dispatch.base import Dispatcher
+
+_COLUMNS = 60
+_CASES = {
+    1: "the gradients' all-reduce lasts longest",
+    2: "the experts last longest",
+    3: "the exchanges last longest",
+    4: "the links inside a node last longest",
+}
+_LANES = {"between": "links", "inside": "inside", "device": "experts"}
+
+
+def explain(
+    model: nn.Module, *, cost_model: CostModel | None = None, num_tokens: int | None = None
+) -> str:
+    """Say of every layer in how many chunks it works, what its stages cost and how they overlap, by a cost model.
+
+    Args:
+        model: a module with expert-parallel layers, or what ``torch.compile`` made of it.
+        cost_model: for layers whose chunks were not chosen by one; ``None`` leaves their times out.
+        num_tokens: ``T`` of a rank, for layers that were not told; ``None`` for what they were told.
+
+    Returns:
+        A text: by layer its degrees and, in both directions, the times of its stages, the case of FSMoE's Algorithm 1
+        and a timeline in which every column is a part of the time and holds the number of the chunk.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: the model has no such layer, the cost model lacks a law, or times need ``num_tokens``.
+    """
+    op = "explain"
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"{op}: model must be a torch.nn.Module, got {_checks.describe(model)}. Pass the model."
+        )
+    if cost_model is not None and not isinstance(cost_model, CostModel):
+        raise TypeError(
+            f"{op}: cost_model must be a CostModel or None, got {_checks.describe(cost_model)}. Pass "
+            "moeops.distributed.CostModel.load(...)."
+        )
+    layers = list(named_dispatchers(model))
+    if not layers:
+        raise ValueError(
+            f"{op}: model must have a layer with a dispatcher, such as FMoETransformerMLP, got none in "
+            f"{type(model).__name__}. Pass the module that holds the layers."
+        )
+    return "\n\n".join(
+        f"{name or type(model).__name__}: {_of_layer(dispatcher, cost_model, num_tokens)}"
+        for name, dispatcher in layers
+    )
+
+
+def _of_layer(dispatcher: Dispatcher, cost_model: CostModel | None, num_tokens: int | None) -> str:
+    forward, backward = dispatcher.degrees
+    head = f"{_name(dispatcher)}, chunks: {forward} forward, {backward} backward"
+    schedule = _schedule(dispatcher, cost_model, num_tokens)
+    if schedule is None:
+        return f"{head}\n  no cost model, or no exchange that one knows"
+    sizes, best = schedule.sizes, schedule.best()
+    lines = [
+        head,
+        f"  {sizes.num_tokens} tokens, K {sizes.top_k}, {sizes.world_size} ranks, {sizes.num_expert} experts each, "
+        f"{sizes.mlps.d_model} x {sizes.mlps.d_hidden}, {sizes.mlps.dtype}",
+        f"  the cost model's choice: {best.forward} forward, {best.backward} backward, {_ms(best.seconds)}",
+        *_direction("forward", schedule.forward, forward, schedule.forward_seconds(forward)),
+        *_direction(
+            "backward",
+            schedule.backward,
+            backward,
+            schedule.backward_seconds(backward, forward),
+        ),
+    ]
+    return "\n".join(lines)
+
+
+def _name(dispatcher: Dispatcher) -> str:
+    name = type(dispatcher).__name__.removesuffix("Dispatcher").lower()
+    inner: Any = getattr(dispatcher, "inner", None)
+    return f"{name}({_name(inner)})" if isinstance(inner, Dispatcher) else name
+
+
+def _schedule(
+    dispatcher: Dispatcher, cost_model: CostModel | None, num_tokens: int | None
+) -> Schedule | None:
+    if dispatcher.built_from is None:
+        return None
+    options, ranks = dispatcher.built_from
+    auto = options.auto_chunks(ranks.op)
+    if auto is not None:
+        cost_model = cost_model or auto.cost_model
+        num_tokens = num_tokens or auto.num_tokens
+    if cost_model is None:
+        return None
+    sizes = options.layer_sizes(ranks, num_tokens)
+    return None if sizes is None else schedule_of(sizes, cost_model)
+
+
+def _direction(name: str, pipeline: Pipeline, degree: int, seconds: float) -> list[str]:
+    case = pipeline.case(degree)
+    stages = (("exchange", pipeline.all_to_all, 2), ("experts", pipeline.experts, 1))
+    parts = [
+        f"{stage} {_ms(passes * degree * part.seconds(degree))} ({_ms(part.seconds(degree))} a chunk)"
+        for stage, part, passes in stages
+    ]
+    return [
+        f"  {name}: {_ms(seconds)}, case {case.number}: {_CASES[case.number]}",
+        f"    {', '.join(parts)}",
+        *(f"    {line}" for line in text_timeline(pipeline, degree)),
+    ]
+
+
+def text_timeline(pipeline: Pipeline, degree: int, columns: int = _COLUMNS) -> list[str]:
+    """Draw lanes over time in characters: the number of the chunk, modulo 10, "r" for an all-reduce, "." for none.
+
+    Args:
+        pipeline: in one direction.
+        degree: chunks.
+        columns: characters for the whole time.
+
+    Returns:
+        A line per lane that does anything.
+    """
+    tasks = [task for task in pipeline.timeline(degree) if task.end > task.start]
+    end = max((task.end for task in tasks), default=0.0)
+    lines = []
+    for lane, label in _LANES.items():
+        own = [task for task in tasks if task.lane == lane]
+        if not own:
+            continue
+        marks = ["."] * columns
+        for task in own:
+            first = int(task.start / end * columns)
+            last = max(first + 1, round(task.end / end * columns))
+            mark = "r" if task.name == "all_reduce" else str((task.chunk + 1) % 10)
+            marks[first:last] = mark * (min(last, columns) - first)
+        lines.append(f"{label:8}{''.join(marks)}")
+    return lines
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.3f} ms"

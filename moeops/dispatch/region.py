@@ -1,0 +1,363 @@
+"""Dispatch, experts and combine as one region with chunks of its own in each direction. T tokens, K experts, R rows.
+
+Autograd reverses what it recorded, so that a backward has the chunks of its forward. The region is one function to it:
+the forward sends all its chunks before the first expert runs, and sends each back while the next one is computed; the
+backward does the same with gradients, in as many chunks as it likes. Experts are one op, whose gradient is another, so
+that what the forward keeps of all rows can be cut anew: rows, and their pre-activations by the place of their pair.
+
+``torch.ops.moeops.ep_region`` is composite. Dynamo's graph shows it with both degrees, where a pass may set them;
+graphs below autograd show torch's collectives and moeops' ops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moeops import _checks
+from moeops.comm.groups import RankGroup, process_group, rank_group
+from moeops.comm.wires import InFlight
+from moeops.dispatch.degrees import Degrees
+from moeops.dispatch.forms import unpack_choices
+from moeops.dispatch.transports import TRANSPORTS, Choices, Leg, Transport
+from moeops.ops._autocast import cast_for_autocast
+from moeops.types import TokenPlan
+
+_library = torch.library.Library("moeops", "FRAGMENT")
+_library.define(
+    "ep_region(Tensor x, Tensor? topk_weights, Tensor[] tables, SymInt[] sizes, Tensor w_up, Tensor w_down, "
+    "Tensor? b_up, Tensor? b_down, str activation, str transport, str group_name, int num_expert, int r_fwd, "
+    "int r_bwd) -> Tensor"
+)
+
+
+class _Spec(NamedTuple):
+    """What a region is made of, beside tensors."""
+
+    transport: str
+    sizes: Sequence[int]
+    group: RankGroup
+    num_expert: int
+    degrees: Degrees
+    activation: str
+
+    def build(self, like: Tensor, tables: Sequence[Tensor]) -> Transport:
+        kind = TRANSPORTS[self.transport]
+        return kind(like, tables[: kind.num_tables], self.sizes, self.group, self.num_expert)
+
+
+class _Block(NamedTuple):
+    """The experts' weights."""
+
+    w_up: Tensor
+    w_down: Tensor
+    b_up: Tensor | None
+    b_down: Tensor | None
+
+
+class _Work(NamedTuple):
+    """What experts are given of a leg, and what they keep.
+
+    Attributes:
+        rows: ``[R, D]``.
+        weights: ``[R, K]``.
+        plan: of these rows.
+        pre_activation: a row per row of the plan.
+        ids: ``[R, K]``, where they travel with the rows and may have to be cut anew.
+    """
+
+    rows: Tensor
+    weights: Tensor
+    plan: TokenPlan
+    pre_activation: Tensor
+    ids: Tensor | None
+
+    def tensors(self) -> list[Tensor]:
+        every = [self.rows, self.weights, *self.plan, self.pre_activation]
+        return every if self.ids is None else [*every, self.ids]
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> _Work:
+        rows, weights, *plan, pre_activation = tensors[:6]
+        return cls(rows, weights, TokenPlan(*plan), pre_activation, *(tensors[6:] or (None,)))
+
+
+def _run(
+    spec: _Spec,
+    x: Tensor,
+    topk_weights: Tensor | None,
+    block: _Block,
+    tables: Sequence[Tensor],
+    keep: bool,
+) -> tuple[Tensor, list[Leg], list[_Work]]:
+    """The forward: what comes out, and what a backward needs."""
+    transport = spec.build(x, tables)
+    legs = transport.legs(spec.degrees.forward)
+    begun = tables[transport.num_tables :]
+    packed = transport.packed_choices(topk_weights)
+    flights: list[tuple[InFlight, InFlight | None]] = []
+    for number, leg in enumerate(legs):
+        flight = leg.resume(x, begun[number]) if begun else leg.send(x)
+        flights.append((flight, None if packed is None else leg.send(packed)))
+    works, returns = [], []
+    for leg, (flight, beside) in zip(legs, flights, strict=True):
+        rows = flight.finish().to(x.dtype)
+        choices = leg.choices() if beside is None else Choices(*unpack_choices(beside.finish()))
+        assert choices is not None
+        plan = leg.plan(choices)
+        y, pre_activation = torch.ops.moeops.moe_mlp(
+            rows, *plan, choices.weights, *block, activation=spec.activation, keep_pre=keep
+        )
+        returns.append(leg.turn(y))
+        ids = choices.ids if beside is not None and not spec.degrees.are_equal else None
+        works.append(_Work(rows, choices.weights, plan, pre_activation, ids))
+    parts = [leg.combine(flight.finish()) for leg, flight in zip(legs, returns, strict=True)]
+    return transport.join(parts), legs, works
+
+
+class _Recut:
+    """What the legs of the forward keep, for legs of another degree."""
+
+    def __init__(self, transport: Transport, works: list[_Work]) -> None:
+        self.transport = transport
+        self.degree = len(works)
+        self.rows = _cat([work.rows for work in works])
+        self.weights = _cat([work.weights for work in works])
+        self.ids = None if works[0].ids is None else _cat([work.ids for work in works])  # type: ignore[misc]
+        self.pre_activation = _cat([work.pre_activation for work in works])
+        ends, pair_rows = 0, []
+        for work in works:
+            pair_rows.append(work.plan.pair_to_row.long() + ends)
+            ends = ends + work.pre_activation.shape[0]
+        self.pair_rows = _cat(pair_rows)  # [R, K], of each pair in what all legs keep
+
+    def work(self, leg: Leg) -> _Work:
+        """What a leg's experts would have been given, and have kept."""
+        positions = self.transport.positions(self.degree, leg)
+        choices = leg.choices()
+        if choices is None:
+            assert self.ids is not None
+            choices = Choices(
+                self.ids.index_select(0, positions), self.weights.index_select(0, positions)
+            )
+        plan = leg.plan(choices)
+        pairs = self.pair_rows.index_select(0, positions).flatten()
+        # Rows without a pair may point anywhere: nobody reads them.
+        rows = pairs.index_select(0, plan.row_to_pair).clamp(max=self.pre_activation.shape[0] - 1)
+        return _Work(
+            self.rows.index_select(0, positions),
+            choices.weights,
+            plan,
+            self.pre_activation.index_select(0, rows),
+            None,
+        )
+
+
+class _Region(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, spec, x, topk_weights, w_up, w_down, b_up, b_down, *tables):
+        block = _Block(w_up, w_down, b_up, b_down)
+        out, legs, works = _run(spec, x, topk_weights, block, tables, keep=True)
+        ctx.spec = spec
+        own = tables[: TRANSPORTS[spec.transport].num_tables]
+        kept = [tuple(leg.kept) for leg in legs] if spec.degrees.are_equal else []
+        groups = [own, tuple(block), *kept, *(work.tensors() for work in works)]
+        ctx.lengths = [len(group) for group in groups]
+        ctx.num_legs, ctx.num_tables = len(works), len(tables)
+        ctx.save_for_backward(*(tensor for group in groups for tensor in group))
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        grads = _Region._gradients(ctx, grad)
+        if torch.is_grad_enabled():  # for a second backward pass
+            grads = [g if g is None else _Once.apply(g.detach().requires_grad_()) for g in grads]
+        return None, *grads, *[None] * ctx.num_tables
+
+    @staticmethod
+    @torch.no_grad()
+    def _gradients(ctx, grad):
+        spec = ctx.spec
+        saved = iter(ctx.saved_tensors)
+        tables, weights, *rest = ([next(saved) for _ in range(n)] for n in ctx.lengths)
+        works = [_Work.of(tensors) for tensors in rest[-ctx.num_legs :]]
+        transport, block = spec.build(grad, tables), _Block(*weights)
+        if spec.degrees.are_equal:
+            legs = transport.legs_again(rest[: ctx.num_legs])
+        else:
+            legs = transport.legs(spec.degrees.backward)
+        flights = [leg.send(grad) for leg in legs]
+        recut = None if spec.degrees.are_equal else _Recut(transport, works)
+        _, need_x, need_weights, *need_block = ctx.needs_input_grad[:7]
+        returns: list[tuple[InFlight | None, InFlight | None]] = []
+        sums: list[Tensor | None] = [None] * 4
+        for number, (leg, flight) in enumerate(zip(legs, flights, strict=True)):
+            work = works[number] if recut is None else recut.work(leg)
+            grad_rows, grad_weights, *grads = _backward_of(
+                flight.finish(), work, block, spec.activation, need_x, need_weights, need_block
+            )
+            returns.append(
+                (
+                    leg.turn(grad_rows) if need_x else None,
+                    leg.turn(grad_weights) if need_weights else None,
+                )
+            )
+            for i, need in enumerate(need_block):
+                if need:
+                    so_far = sums[i]
+                    sums[i] = grads[i] if so_far is None else so_far + grads[i]
+        grad_x, grad_topk_weights = (
+            _land(transport, legs, [pair[i] for pair in returns]) for i in range(2)
+        )
+        return [grad_x, grad_topk_weights, *sums]
+
+
+class _Once(torch.autograd.Function):
+    """A gradient as it is, which has none itself."""
+
+    @staticmethod
+    def forward(ctx, grad):
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise NotImplementedError(
+            "ep_region: a gradient must be differentiated once only, got a second backward pass through it. Build the "
+            "experts from modules, and pass n_chunks=1."
+        )
+
+
+def _backward_of(grad, work, block, activation, need_x, need_weights, need_block):
+    """Gradients of rows, of weights, and of the experts' weights by a leg's experts."""
+    w_up, w_down, b_up, b_down = need_block
+    return torch.ops.moeops.moe_mlp_backward(
+        grad,
+        work.rows,
+        *work.plan,
+        work.weights,
+        *block,
+        work.pre_activation,
+        activation=activation,
+        need_x=need_x,
+        need_topk_weights=need_weights,
+        need_w_up=w_up or b_up,
+        need_w_down=w_down or b_down,
+    )
+
+
+def _land(
+    transport: Transport, legs: list[Leg], flights: Sequence[InFlight | None]
+) -> Tensor | None:
+    """What came back for all rows of this rank, if it was sent."""
+    parts = [
+        leg.combine(flight.finish())
+        for leg, flight in zip(legs, flights, strict=True)
+        if flight is not None
+    ]
+    return transport.join(parts) if parts else None
+
+
+def _cat(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _ep_region(
+    x,
+    topk_weights,
+    tables,
+    sizes,
+    w_up,
+    w_down,
+    b_up,
+    b_down,
+    activation,
+    transport,
+    group_name,
+    num_expert,
+    r_fwd,
+    r_bwd,
+):
+    group = rank_group(process_group(group_name))
+    assert group is not None
+    degrees = Degrees(r_fwd, r_bwd)
+    spec = _Spec(transport, sizes, group, num_expert, degrees, activation)
+    block = _Block(w_up, w_down, b_up, b_down)
+    wanted = (x, topk_weights, *block)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in wanted):
+        return _Region.apply(spec, *wanted, *tables)
+    return _run(spec, x, topk_weights, block, tables, keep=False)[0]
+
+
+_library.impl("ep_region", _ep_region, "CompositeImplicitAutograd")
+
+
+class Region(NamedTuple):
+    """A region on its way to the experts, which a dispatcher hands to them in the place of a plan.
+
+    Attributes:
+        transport: a name of ``TRANSPORTS``.
+        tables: as the transport wants them; then, if they are under way, the chunks of the forward.
+        sizes: as the transport wants them.
+        group: the ranks, more than one.
+        num_expert: ``E_local``.
+        degrees: chunks in each direction.
+    """
+
+    transport: str
+    tables: Sequence[Tensor]
+    sizes: Sequence[int]
+    group: RankGroup
+    num_expert: int
+    degrees: Degrees
+
+    def run(
+        self,
+        x: Tensor,
+        topk_weights: Tensor | None,
+        w_up: Tensor,
+        w_down: Tensor,
+        *,
+        b_up: Tensor | None,
+        b_down: Tensor | None,
+        activation: str,
+    ) -> Tensor:
+        """Dispatch rows of this rank, run the experts of all ranks on them, combine.
+
+        Args:
+            x: tokens ``[T, D]``, or buffers ``[E, C, D]``.
+            topk_weights: ``[T, K]``; ``None`` for buffers.
+            w_up: this rank's experts, as for ``moe_mlp``.
+            w_down: the same.
+            b_up: the same.
+            b_down: the same.
+            activation: the same.
+
+        Returns:
+            Sums ``[T, D_out]``, or buffers ``[E, C, D_out]``.
+
+        Gradients: ``x``, ``topk_weights``, weights and biases, once.  Host sync: none.
+        """
+        x, w_up, w_down, b_up, b_down = cast_for_autocast(  # type: ignore[assignment]
+            x, w_up, w_down, b_up, b_down
+        )
+        if topk_weights is not None:
+            topk_weights = topk_weights.to(_checks.accumulate_dtype(x.dtype))
+        run = torch.ops.moeops.ep_region if torch.compiler.is_compiling() else _ep_region
+        return run(
+            x,
+            topk_weights,
+            list(self.tables),
+            list(self.sizes),
+            w_up,
+            w_down,
+            b_up,
+            b_down,
+            activation,
+            self.transport,
+            self.group.name,
+            self.num_expert,
+            *self.degrees,
+        )
