@@ -1,4 +1,4 @@
-"""What the site is built from: a place for every page, and recorded runs that say what the page of benchmarks says."""
+"""What the site is built from: a place for every page, and numbers that are those of the page of benchmarks."""
 
 from __future__ import annotations
 
@@ -81,3 +81,18 @@ def test_a_recorded_run_has_the_numbers_of_the_page(path):
         assert any(span == numbers for span in spans), (
             f"{name}: {numbers} stand in no table of the page"
         )
+
+
+def test_the_readme_compares_with_numbers_of_the_page():
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    row = r"^\| [^|]+ \| ([\d.,]+) (ms|tokens/s) \| ([\d.,]+) \2, [^|]+ \| ([\d.]+) \| ([A-Z]) \|$"
+    readme = (ROOT / "README.md").read_text()
+    rows = re.findall(row, readme, re.MULTILINE)
+    assert len(rows) == 9
+    for ours, unit, other, times, command in rows:
+        for number in (ours, other):
+            assert re.search(rf"(?<![\d.,]){re.escape(number)}(?![\d.,]*\d)", page), number
+        ours, other = (float(number.replace(",", "")) for number in (ours, other))
+        ratio = other / ours if unit == "ms" else ours / other
+        assert f"{ratio:.{len(times.partition('.')[2])}f}" == times, (ours, other)
+        assert re.search(rf"^\| {command} \| `python -m benchmarks", readme, re.MULTILINE)

@@ -18,11 +18,13 @@ class Page(NamedTuple):
 
     Attributes:
         module: dotted name.
-        names: public names in the order of the page; none for a module whose docstring says all.
+        names: what Griffe shall show, dotted, in the order of the page.
+        elsewhere: public names of the module that another page has, with that page's module.
     """
 
     module: str
     names: list[str]
+    elsewhere: dict[str, str]
 
     @property
     def file(self) -> str:
@@ -36,11 +38,14 @@ class Page(NamedTuple):
             f"::: {self.module}\n    options:\n      members: []\n      show_root_heading: false\n"
             "      show_root_toc_entry: false\n",
         ]
-        lines += [f"::: {self.module}.{name}\n" for name in self.names]
+        for page in dict.fromkeys(self.elsewhere.values()):
+            here = [f"`{name}`" for name, other in self.elsewhere.items() if other == page]
+            lines.append(f"In [{page}]({page}.md): {', '.join(here)}.\n")
+        lines += [f"::: {name}\n" for name in self.names]
         return "\n".join(lines)
 
 
-# In the order of the navigation. Names of moeops itself that have a page of their own are left out there.
+# In the order of the navigation.
 MODULES = (
     "moeops",
     "moeops.layers",
@@ -54,20 +59,22 @@ MODULES = (
     "moeops.reference",
     "moeops.cost.pipeline",
     "moeops.integrations.fmoe",
+    "moeops.integrations.fmoe.convert",
     "moeops.integrations.megatron",
     "moeops.integrations.peft",
     "moeops.integrations.torchtitan",
     "moeops.integrations.transformers",
 )
+# Pages that others leave a name to: the first of these that exports the same object has it.
+OWNERS = ("moeops.layers", "moeops.losses", "moeops.gates", "moeops.dispatch", "moeops.distributed")
 
 
 def pages() -> list[Page]:
-    """The pages of all modules that are there.
+    """The page of every module.
 
     Raises:
-        ValueError: a module of ``moeops`` that the reference should have is missing from ``MODULES``.
+        ValueError: ``MODULES`` misses an integration, or names a module that is not there.
     """
-    found = [(name, path) for name in MODULES if (path := _file(name)) is not None]
     integrations = {
         f"moeops.integrations.{path.stem}"
         for path in (ROOT / "moeops" / "integrations").iterdir()
@@ -78,7 +85,29 @@ def pages() -> list[Page]:
         raise ValueError(
             f"api_pages: MODULES must name every integration, got none of {missing}. Add them there."
         )
-    return [Page(name, _names(name, path)) for name, path in found]
+    names = {module: _names(module) for module in MODULES}
+    made = []
+    for module in MODULES:
+        elsewhere = {
+            name: owner
+            for name, origin in names[module].items()
+            if module in ("moeops", *OWNERS)
+            and (owner := next((o for o in OWNERS if names[o].get(name) == origin), module))
+            != module
+        }
+        shown = [
+            _directive(module, name, origin)
+            for name, origin in names[module].items()
+            if name not in elsewhere
+        ]
+        made.append(Page(module, shown, elsewhere))
+    return made
+
+
+def _directive(module: str, name: str, origin: str) -> str:
+    """The name as users write it, but where Griffe would take the module of the same name for it."""
+    package = origin.rpartition(".")[0]
+    return f"{package}.{name}" if package.rpartition(".")[2] == name else f"{module}.{name}"
 
 
 def _file(module: str) -> Path | None:
@@ -86,19 +115,37 @@ def _file(module: str) -> Path | None:
     return next((p for p in (base / "__init__.py", base.with_suffix(".py")) if p.exists()), None)
 
 
-def _names(module: str, path: Path) -> list[str]:
-    """``__all__`` without modules; where there is none, the functions and classes that the file defines."""
-    tree = ast.parse(path.read_text())
-    exported = [
-        ast.literal_eval(node.value)
-        for node in tree.body
-        if isinstance(node, ast.Assign)
-        and any(isinstance(target, ast.Name) and target.id == "__all__" for target in node.targets)
-    ]
-    if exported:
-        return [name for name in exported[0] if _file(f"{module}.{name}") is None]
-    return [
-        node.name
-        for node in tree.body
-        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
-    ]
+def _names(module: str) -> dict[str, str]:
+    """Public names of a module and where each is defined: ``__all__`` without modules, or what the file defines."""
+    path = _file(module)
+    if path is None:
+        raise ValueError(
+            f"api_pages: MODULES must name modules of moeops, got {module!r}. Mend it there."
+        )
+    body = ast.parse(path.read_text()).body
+    exported = next((ast.literal_eval(node.value) for node in body if _assigns_all(node)), None)
+    if exported is None:
+        exported = [
+            node.name
+            for node in body
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
+        ]
+    origins = {name: _origin(module, name) for name in exported}
+    return {name: origin for name, origin in origins.items() if _file(origin) is None}
+
+
+def _assigns_all(node: ast.stmt) -> bool:
+    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+    return any(isinstance(target, ast.Name) and target.id == "__all__" for target in targets)
+
+
+def _origin(module: str, name: str) -> str:
+    """Dotted name of the definition: through ``from X import name`` as far as it goes."""
+    path = _file(module)
+    for node in ast.walk(ast.parse(path.read_text())) if path else ():
+        if not isinstance(node, ast.ImportFrom) or node.module in (None, module):
+            continue
+        for alias in node.names:
+            if (alias.asname or alias.name) == name:
+                return _origin(node.module, alias.name)
+    return f"{module}.{name}"

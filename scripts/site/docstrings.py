@@ -31,6 +31,7 @@ class Docstrings(griffe.Extension):
 def rewrite(text: str) -> str:
     """One error per entry of ``Raises:``, one list entry per fact, and what else Griffe expects."""
     text = re.sub(r"(?m)^Example:$", "Examples:", text)
+    text = re.sub(r"(?m)^ *\.\. code-block:: \w+\n|(?<=:):$", "", text)
     text = _SPLIT_NAMES.sub(r"\1 ", text)
     text = re.sub(r"(?m)^Raises:\n(?:[ ]+\S.*\n?)+", lambda found: _errors(found.group()), text)
     return _FACTS.sub(lambda found: _as_list(found.group()), text)
