@@ -1,9 +1,9 @@
 """Command line of moeops.
 
-``python -m moeops info`` describes the installation; exit code 1 and a line per problem when something is missing or
-broken. ``python -m moeops profile`` measures the machine, ``python -m moeops plan`` predicts layers on as many ranks as
-one likes; exit code 2 and one line for arguments that do not fit. If moeops cannot even be imported, Python itself
-prints the cause, from ``moeops._extension``, with exit code 1.
+``python -m moeops info`` describes the installation, what is fast on this machine and what is not there; exit code 1
+and a line per problem when something is broken. ``python -m moeops profile`` measures the machine, ``python -m moeops
+plan`` predicts layers on as many ranks as one likes; exit code 2 and one line for arguments that do not fit. If
+moeops cannot even be imported, Python itself prints the cause, from ``moeops._extension``, with exit code 1.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser(
-        "info", help="versions, libraries, GPUs, ops; exit code 1 when something is broken"
+        "info",
+        help="versions, libraries, GPUs, what is fast here, what is missing, ops; exit code 1 when something is broken",
     )
     for name, module in (("profile", profile), ("plan", plan)):
         command = commands.add_parser(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
+import shutil
+import sys
 from importlib import import_module, metadata
 from pathlib import Path
 
@@ -13,6 +16,14 @@ import moeops
 from moeops import _extension
 
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
+# Distributions that parts of moeops work with, their oldest versions, and what pip installs for them.
+PROJECTS = (
+    ("transformers", "5.8", "moeops[transformers]"),
+    ("peft", "0.19", "moeops[peft]"),
+    ("megatron-core", "0.16", "moeops[megatron]"),
+    ("torchtitan", "0.3", "torchtitan"),
+    ("onnxscript", "0", "moeops[onnx]"),
+)
 
 
 def report() -> tuple[str, list[str]]:
@@ -20,13 +31,16 @@ def report() -> tuple[str, list[str]]:
 
     Returns:
         A text of several lines, and the problems found, one sentence each; none means that everything that should
-        work here does. CUDA is not initialised on a machine without a usable GPU.
+        work here does. Packages that are not installed and the reasons for slower kernels are in the text alone. CUDA
+        is not initialised on a machine without a usable GPU.
     """
     problems: list[str] = []
     sections = [
         _versions(problems),
         ["libraries", *_libraries()],
         ["GPUs", *_gpus(problems)],
+        ["what is fast here", *_cpu_speed(), *_gpu_speed(), *_compilers(), *_numba()],
+        ["other projects", *_projects()],
         _ops(problems),
     ]
     if not problems:  # a broken installation has said enough
@@ -99,6 +113,109 @@ def _driver_version() -> str | None:
         return None
     found = re.search(r"\b\d{3,}\.\d+(\.\d+)?\b", text)
     return found.group() if found else None
+
+
+def _cpu_speed() -> list[str]:
+    threads, cores = torch.get_num_threads(), _usable_cores()
+    text = f"yes, {threads} threads on {cores} cores, vector code for {torch.backends.cpu.get_cpu_capability()}"
+    if threads < cores:
+        text += "; torch.set_num_threads or OMP_NUM_THREADS gives them more"
+    return [_row("CPU ops", text)]
+
+
+def _usable_cores() -> int:
+    """Cores that this process may run on."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def _gpu_speed() -> list[str]:
+    """Which kernels run on which GPU, and why no better ones."""
+    if not torch.cuda.is_available():
+        return [_row("CUDA ops", "no, torch sees no GPU")]
+    if _extension.CUDA_LIBRARY not in _extension.loaded_libraries():
+        return [_row("CUDA ops", f"no, the library is {_extension.cuda_status()}")]
+    rows = []
+    for index in range(torch.cuda.device_count()):
+        reason = _no_hopper(torch.cuda.get_device_properties(index).major)
+        text = (
+            f"general kernels: {reason}"
+            if reason
+            else "Hopper kernels for half types, general ones else"
+        )
+        rows.append(_row(f"cuda:{index} ops", text))
+    return rows
+
+
+def _no_hopper(capability: int) -> str | None:
+    """Why nothing runs in the Hopper kernels on a GPU of this major capability: the rules of ``hopper/refusals.cu``."""
+    build = import_module("moeops._C").build_info()
+    if os.environ.get("MOEOPS_KERNELS") == "general":
+        return "MOEOPS_KERNELS is general"
+    if capability != 9:
+        return "wgmma exists on compute capability 9 only"
+    if "90a" not in build["cuda_architectures"]:
+        return f"built for {build['cuda_architectures']}, without 90a. Rebuild with MOEOPS_CUDA=ON"
+    return None
+
+
+def _compilers() -> list[str]:
+    """What ``torch.compile`` needs beside torch: a C++ compiler for CPU code, Triton for a GPU's."""
+    name = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    compiler = shutil.which(name)
+    text = (
+        f"yes, with {compiler}" if compiler else f"no {name}: install one, or name another in CXX"
+    )
+    rows = [_row("compiled on CPU", text)]
+    if torch.cuda.is_available():
+        triton = _version("triton")
+        text = f"yes, with triton {triton}" if triton else "no Triton: pip install triton"
+        rows.append(_row("compiled on CUDA", text))
+    return rows
+
+
+def _numba() -> list[str]:
+    """Whether prototypes compile: Numba refuses some versions of numpy, and says so when it is imported."""
+    advice = "pip install 'moeops[numba]'"
+    installed = _version("numba")
+    if installed is None:
+        return [_row("Numba on CPU", f"missing: {advice}")]
+    try:
+        import_module("numba")
+    except ImportError as err:
+        return [_row("Numba on CPU", f"numba {installed} does not import: {err}. {advice}")]
+    rows = [_row("Numba on CPU", f"yes, numba {installed}")]
+    if torch.cuda.is_available():
+        cuda = _version("numba-cuda")
+        text = f"yes, numba-cuda {cuda}" if cuda else "missing: pip install 'moeops[numba-cuda]'"
+        rows.append(_row("Numba on CUDA", text))
+    return rows
+
+
+def _projects() -> list[str]:
+    rows = []
+    for name, oldest, package in PROJECTS:
+        installed = _version(name)
+        text = f"missing: pip install '{package}'" if installed is None else installed
+        if installed is not None and _numbers(installed) < _numbers(oldest):
+            text = (
+                f"{installed} is too old: pip install --upgrade '{package}' for {oldest} or newer"
+            )
+        rows.append(_row(name, text))
+    return rows
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """The release of a version, without what follows it: (0, 19) of 0.19rc1."""
+    found = re.match(r"\d+(?:\.\d+)*", version)
+    return tuple(int(part) for part in found.group().split(".")) if found else ()
 
 
 def _ops(problems: list[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -34,6 +35,8 @@ def test_names_versions_libraries_and_every_op(tmp_path):
     assert f"torch              {torch.__version__}" in result.stdout
     assert str(_extension.loaded_libraries()["libmoeops_cpu.so"]) in result.stdout
     assert _extension.cuda_status() in result.stdout or "libmoeops_cuda.so" in result.stdout
+    for row in ("what is fast here", "  CPU ops            yes, ", "  compiled on CPU    "):
+        assert row in result.stdout
     names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith("moeops::")]
     assert len(names) >= 12
     for name in names:
@@ -103,6 +106,71 @@ def test_gpu_without_cuda_library_is_a_problem(monkeypatch):
     text, problems = _info.report()
     assert "Test GPU, capability 9.0, 1 GiB" in text
     assert any("libmoeops_cuda.so: must be loaded" in problem for problem in problems)
+
+
+@pytest.mark.parametrize(
+    ("capability", "architectures", "kernels", "says"),
+    [
+        (9, "80 90a-real", "auto", "Hopper kernels for half types"),
+        (9, "80 90a-real", "general", "general kernels: MOEOPS_KERNELS is general"),
+        (9, "80", "auto", "general kernels: built for 80, without 90a"),
+        (8, "80 90a-real", "auto", "general kernels: wgmma exists on compute capability 9 only"),
+    ],
+    ids=["hopper", "forbidden", "not_built", "ampere"],
+)
+def test_says_which_kernels_a_gpu_gets_and_why(
+    monkeypatch, capability, architectures, kernels, says
+):
+    class Gpu:
+        major = capability
+
+    class Build:
+        @staticmethod
+        def build_info():
+            return {"cuda_architectures": architectures}
+
+    monkeypatch.setenv("MOEOPS_KERNELS", kernels)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Gpu)
+    monkeypatch.setattr(_extension, "loaded_libraries", lambda: {"libmoeops_cuda.so": Path("x")})
+    monkeypatch.setattr(_info, "import_module", lambda name: Build)
+    (row,) = _info._gpu_speed()
+    assert row.startswith("  cuda:0 ops")
+    assert says in row
+
+
+def test_says_what_is_missing_and_how_to_get_it(monkeypatch):
+    versions = {"transformers": "5.8.1", "peft": "0.9.0", "numba": "0.68.1"}
+    monkeypatch.setattr(_info, "_version", versions.get)
+    rows = {row.split()[0]: row for row in _info._projects()}
+    assert rows["transformers"].endswith(" 5.8.1")
+    assert "0.9.0 is too old: pip install --upgrade 'moeops[peft]' for 0.19" in rows["peft"]
+    assert rows["megatron-core"].endswith("missing: pip install 'moeops[megatron]'")
+
+    def refuse(name):
+        raise ImportError("Numba needs NumPy 2.4 or less")
+
+    monkeypatch.setattr(_info, "import_module", refuse)
+    (row,) = _info._numba()
+    assert "numba 0.68.1 does not import: Numba needs NumPy 2.4 or less" in row
+    monkeypatch.setattr(_info, "_version", lambda name: None)
+    assert _info._numba() == ["  Numba on CPU       missing: pip install 'moeops[numba]'"]
+
+
+def test_the_oldest_versions_are_those_of_the_extras():
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    named = [p for p in _info.PROJECTS if p[1] != "0" and p[2].startswith("moeops[")]
+    assert len(named) == 3
+    for name, oldest, _ in named:
+        assert re.search(rf'"{name}>={re.escape(oldest)}[",]', text), name
+
+
+def test_more_cores_than_threads_are_named(monkeypatch):
+    monkeypatch.setattr(_info, "_usable_cores", lambda: torch.get_num_threads() + 1)
+    assert "OMP_NUM_THREADS" in _info._cpu_speed()[0]
+    monkeypatch.setattr(_info, "_usable_cores", torch.get_num_threads)
+    assert "OMP_NUM_THREADS" not in _info._cpu_speed()[0]
 
 
 def test_unknown_command_is_refused():
