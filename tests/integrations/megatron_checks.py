@@ -10,10 +10,15 @@ import torch
 import torch.nn.functional as F
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.activations import quick_gelu, squared_relu
+from megatron.core.dist_checkpointing.optimizer import (
+    get_param_id_to_sharded_param_map,
+    optim_state_to_sharding_state,
+)
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.finalize_model_grads import (
     _allreduce_non_tensor_model_parallel_grads,
 )
+from megatron.core.pipeline_parallel.schedules import forward_backward_no_pipelining
 from megatron.core.transformer.moe.moe_utils import (
     MoEAuxLossAutoScaler,
     clear_aux_losses_tracker,
@@ -28,6 +33,7 @@ from megatron_cpu import (
     D,
     E,
     H,
+    TensorsOnCpu,
     make_config,
     make_gpt,
     use_groups,
@@ -267,7 +273,7 @@ def check_losses_of_gates(ranks: Ranks) -> None:
             layer.mlp.gate.jitter = None
         state = model.state_dict() if state is None else state
         model.load_state_dict(state)
-        MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(scale))
+        MoEAuxLossAutoScaler.set_loss_scale(torch.tensor([scale]))
         clear_aux_losses_tracker()
         run(model, ids).backward()
         grads.append({name: p.grad for name, p in model.named_parameters()})
@@ -291,6 +297,47 @@ def check_losses_of_gates(ranks: Ranks) -> None:
     model.decoder.layers[0].mlp.gate.loss_scale = 1.0
     run(model.eval(), ids)
     assert not get_moe_layer_wise_logging_tracker()["load_balancing_loss"]["values"].any()
+
+
+def check_schedule(ranks: Ranks) -> None:
+    """Megatron's own schedule with two micro-batches, and its scale of the loss: what one backward gives."""
+    use_groups()
+    weight, scale = 0.3, 8.0
+    model = fmoefy(
+        make_gpt(make_config(dense=True)),
+        num_experts=E,
+        gate=SwitchGate,
+        top_k=1,
+        balance_loss_weight=weight,
+    ).double()
+    for layer in model.decoder.layers:
+        layer.mlp.gate.switch_eps = 0.0
+    model.config.grad_scale_func = lambda loss: loss * scale
+    batches = [(tokens() + shift) % VOCABULARY for shift in (0, 3)]
+
+    def step(data, model):
+        loss = run(model, next(data))
+        return loss, lambda loss: (loss, {})
+
+    with TensorsOnCpu():
+        forward_backward_no_pipelining(
+            forward_step_func=step,
+            data_iterator=iter(batches),
+            model=[model],
+            num_microbatches=2,
+            seq_length=LENGTH,
+            micro_batch_size=BATCH,
+            forward_only=False,
+        )
+    found = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    for layer in model.decoder.layers:
+        layer.mlp.routing_hooks, layer.mlp.gate.loss_scale = (), None
+    for ids in batches:
+        loss = run(model, ids)
+        (scale / 2 * (loss + weight * moeops.auxiliary_loss(model))).backward()
+    for name, parameter in model.named_parameters():
+        assert_same(found[name], parameter.grad)
 
 
 def check_marks_and_padding(ranks: Ranks) -> None:
@@ -320,27 +367,17 @@ def check_marks_and_padding(ranks: Ranks) -> None:
         )
 
 
-def save(model, folder, **metadata) -> None:
-    metadata = {
-        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-        **metadata,
-    }
+def describe(model, **metadata) -> dict:
+    """What Megatron saves or loads of a model."""
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return model.sharded_state_dict(metadata={"dp_cp_group": group, **metadata})
+
+
+def save(state: dict, folder) -> None:
     if torch.distributed.get_rank() == 0:
         folder.mkdir()
     torch.distributed.barrier()
-    dist_checkpointing.save(model.sharded_state_dict(metadata=metadata), str(folder))
-
-
-def load(model, folder, **metadata) -> None:
-    metadata = {
-        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-        **metadata,
-    }
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.zero_()
-    state = dist_checkpointing.load(model.sharded_state_dict(metadata=metadata), str(folder))
-    model.load_state_dict(state)
+    dist_checkpointing.save(state, str(folder))
 
 
 BUILDERS = {
@@ -361,13 +398,56 @@ def check_checkpoints(ranks: Ranks) -> None:
         model = BUILDERS[kind]()
         metadata = {"singleton_local_shards": True} if single else {}
         folder = ranks.folder / f"checkpoint{place}"
-        save(model, folder, **metadata)
+        save(describe(model, **metadata), folder)
         expected = run(model, ids)
         for own in every:
             use_groups(**own)
             loaded = BUILDERS[next(others)]()
-            load(loaded, folder, **metadata)
+            with torch.no_grad():
+                for parameter in loaded.parameters():
+                    parameter.zero_()
+            loaded.load_state_dict(
+                dist_checkpointing.load(describe(loaded, **metadata), str(folder))
+            )
             assert_same(run(loaded, ids), expected)
+
+
+def check_optimizer_states(ranks: Ranks) -> None:
+    """Those of Adam are saved beside the weights, and go on where other ranks load them."""
+    ids = tokens()
+
+    def with_states(kind: str, sizes: dict):
+        use_groups(**sizes)
+        model = BUILDERS[kind]()
+        optimizer = torch.optim.Adam(model.parameters(), 0.01)
+        run(model, ids).backward()
+        optimizer.step()
+        return model, optimizer
+
+    def describe_both(model, optimizer) -> dict:
+        state, own = describe(model), optimizer.state_dict()
+        parameters = get_param_id_to_sharded_param_map(state, model.parameters())
+        optim_state_to_sharding_state(own, parameters, exclude_keys=("step",))
+        return {"model": state, "optimizer": own}
+
+    def loss_after_a_step(model, optimizer) -> torch.Tensor:
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        return run(model, ids)
+
+    folder = ranks.folder / "states"
+    saved = with_states("spec", GROUPS[ranks.size][0])
+    save(describe_both(*saved), folder)
+    expected = loss_after_a_step(*saved)
+    for kind, sizes in (("spec", GROUPS[ranks.size][-1]), ("fmoefy", {})):
+        model, optimizer = with_states(kind, sizes)
+        loaded = dist_checkpointing.load(describe_both(model, optimizer), str(folder))
+        model.load_state_dict(loaded["model"])
+        for state in loaded["optimizer"]["state"].values():
+            state["step"] = torch.tensor(1.0)
+        optimizer.load_state_dict(loaded["optimizer"])
+        assert_same(loss_after_a_step(model, optimizer), expected)
 
 
 def check_lines_of_fastmoes_readme(ranks: Ranks) -> None:

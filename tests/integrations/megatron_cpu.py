@@ -17,12 +17,23 @@ from megatron.core.transformer import torch_norm
 from megatron.core.transformer.moe import moe_utils, token_dispatcher
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.overrides import TorchFunctionMode
 
 E, D, H, LAYERS, VOCABULARY, LENGTH, BATCH = 4, 16, 24, 2, 32, 6, 2
 
 
 def on_cpu(tensor, as_numpy: bool = False, record_stream: bool = False):
     return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
+
+
+class TensorsOnCpu(TorchFunctionMode):
+    """What is asked for on "cuda" is made on the CPU, as Megatron's schedules do."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if kwargs.get("device") == "cuda":
+            kwargs["device"] = "cpu"
+        return func(*args, **kwargs)
 
 
 def make_norm(cls, config, hidden_size: int, eps: float = 1e-5, **_) -> torch.nn.LayerNorm:
