@@ -100,6 +100,13 @@ KINDS = {
     "geglu": gated(F.gelu),
     "clamped": gated(quick_gelu, activation_func_clamp_value=0.4, glu_linear_offset=1.0),
     "tanh": plain(torch.tanh),
+    "shared": gated(F.silu, moe_shared_expert_intermediate_size=8, add_bias_linear=False),
+    "padded": gated(
+        F.silu,
+        moe_token_dispatcher_type="alltoall",
+        moe_expert_capacity_factor=0.8,
+        moe_pad_expert_input_to_capacity=True,
+    ),
     "on_input": gated(
         F.silu, moe_apply_probs_on_input=True, moe_router_topk=1, moe_router_pre_softmax=True
     ),
@@ -114,7 +121,7 @@ def check_step_equals_that_of_sequential_mlp(ranks: Ranks) -> None:
         # On one rank Megatron's own layers cannot add a bias to experts: autograd refuses their change in place.
         biases = (False, True) if sizes in (EXPERTS, BOTH) else (False,)
         cases = itertools.product(("allgather", "alltoall"), biases)
-        picked = [(*case, next(kinds)) for case in cases for _ in range(4 // len(biases))]
+        picked = [(*case, next(kinds)) for case in cases for _ in range(5 // len(biases))]
         for dispatcher, bias, kind in picked:
             options = {
                 "moe_token_dispatcher_type": dispatcher,
@@ -530,6 +537,31 @@ def check_errors(ranks: Ranks) -> None:
         model.config.sequence_parallel = False
         with pytest.raises(ValueError, match=r"sequence_parallel must be True to train with the 2"):
             model.decoder.layers[0].mlp(torch.ones(2, 1, D))
+
+
+def check_half_types(ranks: Ranks) -> None:
+    """In bfloat16 as near to float64 as Megatron's experts are."""
+    use_groups()
+    counts = torch.tensor([5, 0, 9, 4])
+    x, probs = torch.randn(18, D), torch.rand(18)
+    errors = {}
+    for experts in (None, MoeopsExperts):
+        layer = make_gpt(make_config(), experts).decoder.layers[0].mlp.experts
+        results = []
+        for dtype in (torch.float64, torch.bfloat16):
+            layer.to(dtype).zero_grad()
+            y, _ = layer(x.to(torch.bfloat16).to(dtype), counts, probs)
+            assert y.dtype == dtype
+            y.square().sum().backward()
+            grads = [p.grad.double().norm() for p in layer.parameters()]
+            results.append((y.double(), torch.stack(grads).norm()))
+        (exact, grad), (near, other) = results
+        errors[experts] = (
+            float((near - exact).norm() / exact.norm()),
+            float(abs(1 - other / grad)),
+        )
+    for own, stock in zip(errors[MoeopsExperts], errors[None], strict=True):
+        assert own <= 1.5 * stock + 1e-3 < 0.05, errors
 
 
 def check_chunks_and_compilation(ranks: Ranks) -> None:

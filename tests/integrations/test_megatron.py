@@ -11,7 +11,8 @@ from processes import run_checks
 pytestmark = [
     pytest.mark.distributed,
     pytest.mark.skipif(
-        importlib.util.find_spec("megatron") is None, reason="megatron-core is not installed"
+        not all(map(importlib.util.find_spec, ("megatron", "megatron.core"))),
+        reason="megatron-core is not installed",
     ),
 ]
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from moeops import _checks
 from moeops.dispatch.base import DispatchOptions
 from moeops.gates.base import BaseGate
+from moeops.gates.injected_loss import inject_auxiliary_loss
 from moeops.gates.naive import NaiveGate
 from moeops.integrations.megatron import parameters
 from moeops.integrations.megatron.experts import check_config, fused_activation
@@ -114,11 +115,7 @@ class MegatronMLP(FMoETransformerMLP):
         parameters.mark(weights, place)
         for parameter in self.gate.parameters():
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-        for module in self.gate.modules():
-            if isinstance(module, BaseGate):
-                module.loss_scale = (
-                    1.0  # the gate hands its loss to this layer, in a recomputation too
-                )
+        inject_auxiliary_loss(self.gate)  # to the hook, which takes losses in a recomputation too
         self.routing_hooks = (_attach_loss,)
         self.experts.register_load_state_dict_pre_hook(parameters.take_stock_state)
         self.register_load_state_dict_pre_hook(_take_router)
