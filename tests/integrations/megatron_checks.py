@@ -192,7 +192,9 @@ def check_data_parallelism(ranks: Ranks) -> None:
         if kind == "spec":
             model = make_gpt(make_config(), MoeopsExperts)
         else:
-            model = fmoefy(make_gpt(make_config(dense=True)), num_experts=E, d_hidden=H).double()
+            # With expert parallelism a configuration must name experts, whatever its model has.
+            model = fmoefy(make_gpt(make_config(), dense=True), num_experts=E).double()
+            assert model.decoder.layers[0].mlp.d_hidden == H
         config = model.config
         model.load_state_dict({k: own_part(k, v) for k, v in state.items()})
         model = DistributedDataParallel(config, DistributedDataParallelConfig(), model)

@@ -107,9 +107,12 @@ def make_config(**options) -> TransformerConfig:
     return TransformerConfig(**{**usual, **sizes, **options})
 
 
-def make_gpt(config: TransformerConfig, experts: type | None = None) -> GPTModel:
+def make_gpt(
+    config: TransformerConfig, experts: type | None = None, dense: bool = False
+) -> GPTModel:
     """A GPT with Megatron's MoE layers, or moeops' experts in them, or dense ones, from one seed."""
-    spec = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, moe_grouped_gemm=False)
+    num_experts = None if dense else config.num_moe_experts
+    spec = get_gpt_layer_local_spec(num_experts=num_experts, moe_grouped_gemm=False)
     if experts is not None:
         spec.submodules.mlp.submodules.experts = ModuleSpec(module=experts)
     torch.manual_seed(5)
