@@ -23,11 +23,7 @@ BUILD_INPUTS := pyproject.toml CMakeLists.txt cmake/native_gpu.cmake \
 CPP_SOURCES := $(shell find moeops/csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-<<<<<<< HEAD
-.PHONY: help train test build docs lint format bench cuda-check dist-check clean FORCE
-=======
-.PHONY: help train test build lint format bench cuda-check dist-check sanitize clean FORCE
->>>>>>> 633c2e1 ([build] Run the op tests under AddressSanitizer and UBSan by make sanitize)
+.PHONY: help train test build docs lint format bench cuda-check dist-check sanitize clean FORCE
 
 help:
 	@echo "make train        train the example language model; ARGS=\"--help\" lists its options"
