@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from moeops._masks import hide_masked
-from moeops.gates.functional import expert_loads
 from moeops.gates.recording import add_up
 from moeops.layers.moe import FMoE
 from moeops.layers.walk import LayerHook, add_hook, find_layers, remove_hook
+from moeops.ops.sorting import count_tokens
 from moeops.types import Routing, SlotRouting
 
 MODES = ("training", "evaluation", "all")
@@ -318,7 +318,7 @@ def _count(routing: Routing | SlotRouting, num_experts: int, mask: Tensor | None
         loads = routing.combine_weights.sum(0, dtype=torch.float64).view(num_experts, -1).sum(1)
         return torch.cat((loads, tokens, tokens, 0 * one, 0 * one, one))
     ids = routing.topk_ids
-    loads = expert_loads(ids, num_experts).to(torch.float64)
+    loads = count_tokens(ids, num_experts).to(torch.float64)
     slots = tokens * ids.shape[1]
     if routing.num_rows is not None:
         slots = slots.clamp(max=routing.num_rows)

@@ -13,7 +13,6 @@ from moeops.gates.functional import (
     RouterLinear,
     apply_capacity,
     expert_capacity,
-    expert_loads,
     router_logits,
 )
 from moeops.gates.gshard import GShardGate
@@ -74,7 +73,6 @@ __all__ = [
     "balance_loss",
     "balanced_assignment",
     "expert_capacity",
-    "expert_loads",
     "gen_faster_gate",
     "inject_auxiliary_loss",
     "router_logits",

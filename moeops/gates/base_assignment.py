@@ -13,14 +13,13 @@ from moeops import _checks
 from moeops._masks import drop_masked, hide_masked, num_unmasked
 from moeops.gates.functional import (
     RouterLinear,
-    expert_loads,
     priority_positions,
     router_logits,
 )
 from moeops.gates.naive import NaiveGate
 from moeops.losses import TINY
 from moeops.ops.routing import topk_route
-from moeops.ops.sorting import limit_capacity
+from moeops.ops.sorting import count_tokens, limit_capacity
 
 # Temperatures of the prices' iterations, in units of the scores' spread. Chosen on random, skewed, clustered and
 # repeated scores up to T = 8192, E = 128: more of anything wins less than 0.1 % of the scores' range per token.
@@ -225,7 +224,7 @@ def _fill_experts(values: Tensor, room: Tensor, mask: Tensor | None) -> Tensor:
     keep = _keep_with_placeholders(room, values) if mask is None else _keep_by_position(room, mask)
     assigned = torch.full_like(values[:, 0], -1, dtype=torch.int64)  # [T]
     for _ in range(_ROUNDS):
-        has_room = expert_loads(assigned[:, None], num_experts) < room  # [E]
+        has_room = count_tokens(assigned, num_experts) < room  # [E]
         offers = torch.where(has_room, values, _CLOSED)
         shares = torch.softmax(offers / _LAST_TEMPERATURE, dim=-1).cumsum(-1)  # [T, E]
         wanted = (shares <= spread * shares[:, -1:]).to(torch.int64).sum(-1, keepdim=True)  # [T, 1]
@@ -236,7 +235,7 @@ def _fill_experts(values: Tensor, room: Tensor, mask: Tensor | None) -> Tensor:
         priority = torch.where(held, math.inf, regret)
         assigned = keep(torch.where(held, assigned, wanted[:, 0]), priority)
     # The n-th token without an expert takes the n-th free place.
-    free = (room - expert_loads(assigned[:, None], num_experts)).cumsum(0)  # [E]
+    free = (room - count_tokens(assigned, num_experts)).cumsum(0)  # [E]
     left = assigned < 0 if mask is None else (assigned < 0) & (mask == 0)
     nth = left.to(torch.int64).cumsum(0) - 1
     gap = (nth[:, None] >= free).to(torch.int64).sum(-1)
@@ -280,7 +279,7 @@ def _swap_pairs(s: Tensor, assigned: Tensor, smallest: Any, mask: Tensor | None)
     num_tokens, num_experts = s.shape
     experts = torch.arange(num_experts, device=s.device)
     tokens = torch.arange(num_tokens, device=s.device)
-    gap = expert_loads(assigned[:, None], num_experts) <= smallest  # [E]
+    gap = count_tokens(assigned, num_experts) <= smallest  # [E]
     # What the total gains when a token goes there, and the most that a token of one expert gains at another.
     own = assigned
     if mask is not None:

@@ -18,7 +18,7 @@ from moeops.gates.recording import exporting
 from moeops.losses import balance_of_route, mask_route, score_shares
 from moeops.ops.balance import topk_route_balance
 from moeops.ops.routing import topk_route
-from moeops.ops.sorting import count_tokens, limit_capacity, sort_tokens
+from moeops.ops.sorting import limit_capacity, sort_tokens
 
 MILLION = 1_000_000  # factors count in millionths: integers trace with symbolic sizes, and 1.2 means 6 / 5
 POLICIES = ("position", "choice", "priority", "batch", "random")
@@ -156,32 +156,6 @@ def expert_capacity(
     divisor = MILLION * num_experts
     rows = num_tokens * (round(capacity_factor * MILLION) * top_k)
     return (rows + divisor - 1) // divisor
-
-
-def expert_loads(topk_ids: Tensor, num_experts: int) -> Tensor:
-    """Count the pairs of each expert.
-
-    Args:
-        topk_ids: ``[T, K]`` integers in ``[-1, E)``; -1 counts for no expert.
-        num_experts: ``E``.
-
-    Returns:
-        ``[E]`` int64.
-
-    Raises:
-        ValueError: ``topk_ids`` is not ``[T, K]``.  TypeError: it does not hold integers.
-    Host sync: none.  Deterministic: yes.
-
-    Example:
-        >>> expert_loads(torch.tensor([[0, 2], [2, -1]]), 3).tolist()
-        [1, 0, 2]
-    """
-    if not torch.compiler.is_compiling():
-        _checks.check_ids("expert_loads", "topk_ids", topk_ids)
-        _checks.check_int(
-            "expert_loads", "num_experts", num_experts, 1, "Pass the number of experts."
-        )
-    return count_tokens(topk_ids, num_experts).to(torch.int64)
 
 
 def balanced_route(

@@ -16,13 +16,13 @@ from moeops.gates.functional import (
     balanced_route,
     check_capacity,
     expert_capacity,
-    expert_loads,
     router_logits,
 )
 from moeops.gates.naive import NaiveGate
 from moeops.losses import cv_squared, importance, noisy_load
 from moeops.ops.noisy import noisy_topk_route
 from moeops.ops.routing import topk_route
+from moeops.ops.sorting import count_tokens
 
 BALANCES = ("load", "gshard", False)
 
@@ -149,7 +149,7 @@ class NoisyGate(NaiveGate):
                     sigma = F.softplus(spread) + self.min_noise
                     load = noisy_load(clean, logits, sigma, topk_ids, mask=mask)
                 else:
-                    load = expert_loads(topk_ids, self.tot_expert).to(sums.dtype)  # [E]
+                    load = count_tokens(topk_ids, self.tot_expert).to(sums.dtype)  # [E]
                 loss = self._loss(sums, load)
         self.set_loss(loss, logits, topk_ids, mask)
         if self.capacity is not None:

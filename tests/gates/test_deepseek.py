@@ -20,7 +20,7 @@ from gate_checks import (
 from torch._dynamo.utils import counters
 
 from cases import each
-from moeops.gates import DeepSeekV3Gate, expert_loads
+from moeops.gates import DeepSeekV3Gate
 from tolerances import assert_close
 
 
@@ -113,19 +113,6 @@ def test_no_tokens(sequence_length, device):
     assert loss is None if sequence_length is None else float(loss.detach()) == 0
     gate.update_bias(0.5)
     assert not gate.selection_bias.any()
-
-
-@pytest.mark.parametrize("ids_type", [torch.int32, torch.int64])
-def test_expert_loads(ids_type, device):
-    ids = torch.randint(-1, E, (40, 3), device=device, dtype=ids_type)
-    want = [sum(int(i) == e for i in ids.reshape(-1)) for e in range(E)]
-    assert sum(want) < 120  # some are dropped
-    loads = expert_loads(ids, E)
-    assert loads.dtype == torch.int64
-    assert loads.tolist() == want
-    assert expert_loads(ids[:0], E).tolist() == [0] * E
-    with pytest.raises(TypeError, match=r"expert_loads: topk_ids must be int32 or int64, got"):
-        expert_loads(ids.float(), E)
 
 
 def test_update_bias_moves_towards_the_mean_and_clears_the_loads(device):
