@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from moeops.numba._rules import ROW, Rule
-from moeops.numba._signature import Output, ScalarArg, Signature, TensorArg
+from moeops.numba._signature import Item, Signature
 
 
 def backward_signature(op: str, own: Signature, rule: Callable[..., Any]) -> Signature:
@@ -17,8 +17,8 @@ def backward_signature(op: str, own: Signature, rule: Callable[..., Any]) -> Sig
     others = {item.name: item for item in (*own.inputs, *own.returned)}
     must = f"{op}: rule {Rule(op, rule, ()).where} must"
     got = f"got ({', '.join(names)})"
-    read: list[TensorArg | ScalarArg] = []
-    written: list[Output] = []
+    read: list[Item] = []
+    written: list[Item] = []
     for name in names:
         target = name.removeprefix("grad_")
         if name in others:
@@ -36,7 +36,7 @@ def backward_signature(op: str, own: Signature, rule: Callable[..., Any]) -> Sig
                     f"{must} also have the parameter {target!r} when it has {name}, {got}. Add it; it gives the "
                     "gradient its type."
                 )
-            written.append(Output(name, inputs[target].dims, target))
+            written.append(Item(name, target, inputs[target].dims))
         elif name != ROW:
             choice = [*others, *(f"grad_{n}" for n in (*floats, *inputs))]
             raise TypeError(
@@ -47,8 +47,7 @@ def backward_signature(op: str, own: Signature, rule: Callable[..., Any]) -> Sig
             f"{must} have a parameter grad_<input> to write, {got}. The inputs are {list(inputs)}."
         )
     signature = Signature(rule.__name__, tuple(read), tuple(written), (), own.row_dim)
-    declared: list[TensorArg | Output] = [*signature.tensors, *written]
-    for dim in (dim for item in declared for dim in item.dims):
+    for dim in (dim for item in (*read, *written) for dim in item.dims):
         for size in dim.names:
             if size not in signature.size_names:
                 raise TypeError(
@@ -57,13 +56,9 @@ def backward_signature(op: str, own: Signature, rule: Callable[..., Any]) -> Sig
     return signature
 
 
-def _as_input(
-    own: Signature, name: str, item: TensorArg | ScalarArg | Output
-) -> TensorArg | ScalarArg:
+def _as_input(own: Signature, name: str, item: Item) -> Item:
     """How an input or output of an op is declared as an input of its backward."""
-    if isinstance(item, ScalarArg):
-        return ScalarArg(name, item.kind, None)
-    if isinstance(item, TensorArg):
-        return TensorArg(name, item.dims, item.kind)
-    kind = "float" if own.is_float(item) else "bool" if item.dtype == "bool" else "int"
-    return TensorArg(name, item.dims, kind)
+    kind = item.kind
+    if item in own.outputs:
+        kind = "float" if own.is_float(item) else "bool" if kind == "bool" else "int"
+    return Item(name, kind, item.dims)

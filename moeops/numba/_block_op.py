@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from moeops.numba import _launch
@@ -29,7 +29,6 @@ class BlockOp(Op):
         grid: Any,
         threads: Any,
         shared: Any,
-        zeros: Sequence[str],
         replace: bool,
     ) -> None:
         function = getattr(kernel, "py_func", kernel)
@@ -38,12 +37,6 @@ class BlockOp(Op):
         self.grid = _dimensions(name, "grid", grid, signature)
         self.threads = _dimensions(name, "threads", threads, signature)
         self.shared = _dimensions(name, "shared", shared, signature)
-        unknown = [item for item in zeros if item not in {o.name for o in signature.outputs}]
-        if unknown:
-            raise ValueError(
-                f"{name}: zeros must name outputs, got {unknown}. They are {[o.name for o in signature.outputs]}."
-            )
-        self.zeros = frozenset(zeros)
         self._cpu_function: Callable[..., Any] | None = None
         super().__init__(name, rule, signature, rule.names, replace)
 

@@ -152,7 +152,6 @@ def block_kernel(
     grid: Any,
     threads: Any = 256,
     shared: Any = 0,
-    zeros: Sequence[str] = (),
     require: Sequence[str] = (),
     replace: bool = False,
 ) -> Callable[[Any], BlockOp]:
@@ -170,7 +169,6 @@ def block_kernel(
         grid: blocks: a number, a tuple, or a function of sizes by name, such as ``lambda T, E: (T, E)``.
         threads: threads per block, likewise.
         shared: bytes of dynamic shared memory, likewise.
-        zeros: outputs that are filled with 0 before the launch.
         require: conditions on sizes and int parameters that a call must meet.
         replace: redefine an op of the same name that was made here.
 
@@ -196,6 +194,5 @@ def block_kernel(
         grid=grid,
         threads=threads,
         shared=shared,
-        zeros=zeros,
         replace=replace,
     )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moeops._checks import debug_checks
 from moeops.numba._rules import INTRINSIC, ROW, Rule, with_compiled_callees
-from moeops.numba._signature import Output, ScalarArg, Signature, TensorArg
+from moeops.numba._signature import Signature
 
 # Read once, as the compiled libraries do.
 DEBUG = debug_checks()
@@ -24,17 +24,14 @@ _PARALLEL = threading.Lock()
 
 def _row_argument(signature: Signature, name: str) -> str:
     """What the generated loops hand to the rule for one parameter: a row, one number, or the whole."""
-    item: TensorArg | ScalarArg | Output
     if name == ROW and ROW not in signature.names:
         return "__t"
-    for item in (*signature.inputs, *signature.outputs):
-        if item.name == name:
-            break
-    if isinstance(item, ScalarArg) or not signature.is_row(item):
+    item = next(i for i in (*signature.inputs, *signature.outputs) if i.name == name)
+    if not signature.is_row(item):
         return name
-    if len(item.dims) > 1:
-        return f"{name}[__t]"
-    return f"{name}[__t : __t + 1]" if isinstance(item, Output) else f"{name}[__t]"
+    # An output [T] is an array of one, so that the rule can write into it.
+    one = len(item.dims) == 1 and item in signature.outputs
+    return f"{name}[__t : __t + 1]" if one else f"{name}[__t]"
 
 
 def define(name: str, source: str, names: dict[str, Any]) -> Any:
@@ -154,16 +151,8 @@ def numba_type(value: Tensor | int | float | bool) -> Any:
     if not isinstance(value, Tensor):
         numbers = {bool: types.boolean, int: types.int64, float: types.float64}
         return numbers[type(value)]
-    elements = {
-        torch.float64: types.float64,
-        torch.float32: types.float32,
-        torch.float16: types.float16,
-        torch.bfloat16: types.uint16,
-        torch.int64: types.int64,
-        torch.int32: types.int32,
-        torch.bool: types.boolean,
-    }
-    return types.Array(elements[value.dtype], value.dim(), "C")
+    element = numba.from_dtype(as_numpy(torch.empty(0, dtype=value.dtype)).dtype)
+    return types.Array(element, value.dim(), "C")
 
 
 def as_numpy(value: Any) -> Any:

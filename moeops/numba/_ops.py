@@ -13,7 +13,7 @@ from torch import Tensor
 from moeops import _checks
 from moeops.numba import _launch, _loops
 from moeops.numba._rules import Rule
-from moeops.numba._signature import KINDS, ScalarArg, Signature, TensorArg
+from moeops.numba._signature import KINDS, Signature
 from moeops.ops._library import has_tangent
 
 _MAX_PLANS = 256  # per op
@@ -58,7 +58,6 @@ class Buffer(NamedTuple):
     shape: list[int]
     dtype: torch.dtype
     final: torch.dtype
-    zeros: bool
 
 
 class Plan(NamedTuple):
@@ -85,7 +84,6 @@ class Op:
     overload: Any
     row_threads = 128  # per block of a row rule
     finite: tuple[str, ...] = ()  # inputs in which NaN and infinity are errors
-    zeros: frozenset[str] = frozenset()  # outputs that start as zeros
     cast: Mapping[
         torch.dtype, torch.dtype
     ] = {}  # types of tensors that the kernel gets in another type
@@ -106,9 +104,7 @@ class Op:
         # Places among inputs, then outputs: what is saved, the numbers, and what has no gradient.
         self._saved: list[int] = []
         self._numbers = [
-            (place, item.name)
-            for place, item in enumerate(signature.inputs)
-            if isinstance(item, ScalarArg)
+            (place, item.name) for place, item in enumerate(signature.inputs) if not item.dims
         ]
         self._whole = [
             place
@@ -117,8 +113,7 @@ class Op:
         ]
         self._plans: dict[tuple[Any, ...], Plan] = {}
         self.replaced = replace
-        defaults = {item.name: item.default for item in signature.scalars}
-        self._defaults = tuple(defaults.get(item.name) for item in signature.inputs)
+        self._defaults = tuple(item.default for item in signature.inputs)
         self._call = inspect.Signature(
             [
                 inspect.Parameter(
@@ -317,7 +312,7 @@ class Op:
         sizes = own.sizes(values, check)
         first = self._first(values)
         for item, value in zip(own.inputs, values, strict=True):
-            if isinstance(item, TensorArg):
+            if item.dims:
                 if value.dtype not in KINDS[item.kind]:
                     raise TypeError(
                         f"{self.name}: {item.name} must be {_KIND_TEXT[item.kind]}, got "
@@ -347,7 +342,7 @@ class Op:
                     f"{self.name}: {output.name} must have sizes of at least 0, got {shape}. Check the int arguments."
                 )
             dtype = self.cast.get(final, final)
-            buffers.append(Buffer(shape, dtype, final, output.name in self.zeros))
+            buffers.append(Buffer(shape, dtype, final))
         return sizes, buffers
 
     def _arguments(self, values: Sequence[Any]) -> list[Any]:
@@ -366,13 +361,10 @@ class Op:
         return [named[name] for name in self.parameters]
 
     def _allocate(self, buffers: Sequence[Buffer], device: torch.device) -> list[Tensor]:
-        outputs = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, _, _ in buffers]
-        if self.poison or self.zeros:
-            for output, buffer in zip(outputs, buffers, strict=True):
-                if buffer.zeros:
-                    output.zero_()
-                elif self.poison:
-                    output.fill_(poison_of(buffer.dtype))
+        outputs = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, _ in buffers]
+        if self.poison:
+            for output in outputs:
+                output.fill_(poison_of(output.dtype))
         return outputs
 
     def _finish(self, outputs: Sequence[Tensor], buffers: Sequence[Buffer]) -> Any:

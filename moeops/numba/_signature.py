@@ -116,30 +116,21 @@ def _condition(node: ast.expr) -> Evaluator:
 
 
 @dataclass(frozen=True)
-class TensorArg:
-    """An input tensor: its dimensions, and whether it holds floats, integers or booleans."""
+class Item:
+    """A tensor, or a number that is the same for all rows.
+
+    Attributes:
+        name: an output whose name starts with an underscore is scratch space: allocated, handed over, not returned.
+        kind: what an input holds, a key of ``KINDS``; of an output a key of ``OUTPUT_DTYPES``, "float", or the name of
+            an input tensor that has the same type.
+        dims: sizes; none for a number.
+        default: of a number, ``None`` where it has none.
+    """
 
     name: str
-    dims: tuple[Expression, ...]
     kind: str
-
-
-@dataclass(frozen=True)
-class ScalarArg:
-    """A number that is the same for all rows."""
-
-    name: str
-    kind: str
-    default: int | float | bool | None
-
-
-@dataclass(frozen=True)
-class Output:
-    """An output or, if its name starts with an underscore, scratch space that is not returned."""
-
-    name: str
-    dims: tuple[Expression, ...]
-    dtype: str  # a key of OUTPUT_DTYPES, "float", or the name of an input tensor
+    dims: tuple[Expression, ...] = ()
+    default: int | float | bool | None = None
 
     @property
     def scratch(self) -> bool:
@@ -152,23 +143,23 @@ class Signature:
     """Everything that a signature string says. What is derived from it is kept, because every call asks for it."""
 
     text: str
-    inputs: tuple[TensorArg | ScalarArg, ...]
-    outputs: tuple[Output, ...]
+    inputs: tuple[Item, ...]
+    outputs: tuple[Item, ...]
     conditions: tuple[Expression, ...]
     row_dim: str
 
     @cached_property
-    def tensors(self) -> tuple[TensorArg, ...]:
+    def tensors(self) -> tuple[Item, ...]:
         """The input tensors, in order."""
-        return tuple(item for item in self.inputs if isinstance(item, TensorArg))
+        return tuple(item for item in self.inputs if item.dims)
 
     @cached_property
-    def scalars(self) -> tuple[ScalarArg, ...]:
+    def scalars(self) -> tuple[Item, ...]:
         """The numbers, in order."""
-        return tuple(item for item in self.inputs if isinstance(item, ScalarArg))
+        return tuple(item for item in self.inputs if not item.dims)
 
     @cached_property
-    def returned(self) -> tuple[Output, ...]:
+    def returned(self) -> tuple[Item, ...]:
         """The outputs without the scratch space."""
         return tuple(output for output in self.outputs if not output.scratch)
 
@@ -189,7 +180,7 @@ class Signature:
         sizes = {dim.text for tensor in self.tensors for dim in tensor.dims if dim.is_name}
         return frozenset(sizes | {item.name for item in self.scalars if item.kind == "int"})
 
-    def is_row(self, item: TensorArg | Output) -> bool:
+    def is_row(self, item: Item) -> bool:
         """The rule sees one row of this tensor, not the whole."""
         return bool(item.dims) and item.dims[0].text == self.row_dim
 
@@ -197,7 +188,7 @@ class Signature:
         """The op's schema in torch's language."""
         arguments = []
         for item in self.inputs:
-            if isinstance(item, TensorArg):
+            if item.dims:
                 arguments.append(f"Tensor {item.name}")
             else:
                 default = "" if item.default is None else f"={item.default}"
@@ -207,7 +198,7 @@ class Signature:
 
     def results(
         self, values: Sequence[Any], sizes: Mapping[str, Any]
-    ) -> list[tuple[Output, list[Any], torch.dtype]]:
+    ) -> list[tuple[Item, list[Any], torch.dtype]]:
         """Every output and scratch space of a call, with its shape and its type."""
         tensors = [value for value in values if isinstance(value, Tensor)]
         floats = [
@@ -217,22 +208,22 @@ class Signature:
         dtypes["float"] = _checks.accumulate_dtype(floats[0] if floats else torch.float32)
         dtypes.update(OUTPUT_DTYPES)
         return [
-            (output, [dim(sizes) for dim in output.dims], dtypes[output.dtype])
+            (output, [dim(sizes) for dim in output.dims], dtypes[output.kind])
             for output in self.outputs
         ]
 
-    def is_float(self, output: Output) -> bool:
+    def is_float(self, output: Item) -> bool:
         """Holds floats, whatever the inputs' types are."""
-        if output.dtype in ("float", "float32", "float64"):
+        if output.kind in ("float", "float32", "float64"):
             return True
-        return any(item.name == output.dtype and item.kind == "float" for item in self.tensors)
+        return any(item.name == output.kind and item.kind == "float" for item in self.tensors)
 
     def sizes(self, values: Sequence[Any], check: Check) -> dict[str, Any]:
         """Bind every size name; whether shapes fit goes to ``check(holds, message)``, which raises."""
         sizes: dict[str, Any] = {}
-        shaped: list[tuple[TensorArg, Tensor]] = []
+        shaped: list[tuple[Item, Tensor]] = []
         for item, value in zip(self.inputs, values, strict=True):
-            if isinstance(item, TensorArg):
+            if item.dims:
                 check(value.dim() == len(item.dims), partial(_dim_message, item, value))
                 shaped.append((item, value))
                 for dim, size in zip(item.dims, value.shape, strict=True):
@@ -248,7 +239,7 @@ class Signature:
         return sizes
 
 
-def _dim_message(item: TensorArg, value: Tensor) -> str:
+def _dim_message(item: Item, value: Tensor) -> str:
     got = _checks.describe(value)
     return f"{item.name} must have {len(item.dims)} dimensions, got {got}. Reshape it first."
 
@@ -283,7 +274,7 @@ def parse(
     left, right = text.split("->")
     inputs = tuple(_input(op, part) for part in split_items(left))
     outputs = tuple(_output(op, part) for part in split_items(right))
-    tensors = [item for item in inputs if isinstance(item, TensorArg)]
+    tensors = [item for item in inputs if item.dims]
     if not tensors:
         raise _refused(op, "name an input tensor", repr(text))
     conditions = tuple(Expression.parse(op, part, condition=True) for part in require)
@@ -310,13 +301,13 @@ def _item(op: str, text: str) -> tuple[str, tuple[Expression, ...] | None, str, 
     return name, tuple(Expression.parse(op, part) for part in split_items(dims)), kind, default
 
 
-def _input(op: str, text: str) -> TensorArg | ScalarArg:
+def _input(op: str, text: str) -> Item:
     name, dims, kind, default = _item(op, text)
     if dims is None:
         if kind not in SCALARS:
             raise _refused(op, f"give a number one of the types {tuple(SCALARS)}", repr(text))
         value = None if default is None else _default(op, text, kind, default)
-        return ScalarArg(name, kind, value)
+        return Item(name, kind, default=value)
     kind = kind or "float"
     if kind not in KINDS or default is not None:
         kinds = f"give an input tensor one of the kinds {tuple(KINDS)} and no default"
@@ -324,7 +315,7 @@ def _input(op: str, text: str) -> TensorArg | ScalarArg:
     if not dims:
         least = "give an input tensor at least one dimension"
         raise _refused(op, least, repr(text), "Use a number.")
-    return TensorArg(name, dims, kind)
+    return Item(name, kind, dims)
 
 
 def _default(op: str, text: str, kind: str, default: str) -> int | float | bool:
@@ -338,11 +329,11 @@ def _default(op: str, text: str, kind: str, default: str) -> int | float | bool:
     return float(value) if kind == "float" else value
 
 
-def _output(op: str, text: str) -> Output:
-    name, dims, dtype, default = _item(op, text)
-    if dims is None or dtype is None or default is not None:
+def _output(op: str, text: str) -> Item:
+    name, dims, kind, default = _item(op, text)
+    if not dims or kind is None or default is not None:
         raise _refused(op, "give an output dimensions and a type", repr(text))
-    return Output(name, dims, dtype)
+    return Item(name, kind, dims)
 
 
 def _check(op: str, signature: Signature, by_row: bool) -> None:
@@ -354,8 +345,7 @@ def _check(op: str, signature: Signature, by_row: bool) -> None:
     if not signature.returned:
         raise _refused(op, "have an output", text, "Names with '_' are scratch.")
     known = signature.size_names
-    declared: tuple[TensorArg | Output, ...] = (*signature.tensors, *signature.outputs)
-    expressions = [dim for item in declared for dim in item.dims]
+    expressions = [dim for item in (*signature.inputs, *signature.outputs) for dim in item.dims]
     for expression in (*expressions, *signature.conditions):
         for name in expression.names:
             if name not in known:
@@ -367,10 +357,9 @@ def _check(op: str, signature: Signature, by_row: bool) -> None:
         raise _refused(op, "list float outputs before others", text, why)
     types = (*OUTPUT_DTYPES, "float", *(tensor.name for tensor in signature.tensors))
     for output in signature.outputs:
-        if output.dtype not in types:
+        if output.kind not in types:
             want = f"give {output.name} a type out of {types}"
-            raise _refused(op, want, repr(output.dtype), "Pick one.")
+            raise _refused(op, want, repr(output.kind), "Pick one.")
         if by_row and not signature.is_row(output):
             want = f"give {output.name} the rows {signature.row_dim!r} as first dimension"
-            got = repr(output.dims[0].text if output.dims else "none")
-            raise _refused(op, want, got, "A rule writes its own row only.")
+            raise _refused(op, want, repr(output.dims[0].text), "A rule writes its own row only.")
