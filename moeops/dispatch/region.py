@@ -12,13 +12,14 @@ graphs below autograd show torch's collectives and moeops' ops.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from moeops import _checks
-from moeops.comm.groups import RankGroup, process_group, rank_group
+from moeops.comm.groups import RankGroup
 from moeops.comm.wires import InFlight
 from moeops.dispatch.degrees import Degrees
 from moeops.dispatch.forms import unpack_choices
@@ -29,8 +30,8 @@ from moeops.types import TokenPlan
 _library = torch.library.Library("moeops", "FRAGMENT")
 _library.define(
     "ep_region(Tensor x, Tensor? topk_weights, Tensor[] tables, SymInt[] sizes, Tensor w_up, Tensor w_down, "
-    "Tensor? b_up, Tensor? b_down, str activation, str transport, str group_name, int num_expert, int r_fwd, "
-    "int r_bwd) -> Tensor"
+    "Tensor? b_up, Tensor? b_down, str activation, str transport, str group_name, int group_size, int rank, "
+    "int num_expert, int r_fwd, int r_bwd) -> Tensor"
 )
 
 
@@ -276,12 +277,14 @@ def _ep_region(
     activation,
     transport,
     group_name,
+    group_size,
+    rank,
     num_expert,
     r_fwd,
     r_bwd,
 ):
-    group = rank_group(process_group(group_name))
-    assert group is not None
+    # The rank is an argument, so that no rank takes another one's code from a cache.
+    group = RankGroup(group_name, group_size, rank)
     degrees = Degrees(r_fwd, r_bwd)
     spec = _Spec(transport, sizes, group, num_expert, degrees, activation)
     block = _Block(w_up, w_down, b_up, b_down)
@@ -294,8 +297,11 @@ def _ep_region(
 _library.impl("ep_region", _ep_region, "CompositeImplicitAutograd")
 
 
-class Region(NamedTuple):
+@dataclass(frozen=True)
+class Region:
     """A region on its way to the experts, which a dispatcher hands to them in the place of a plan.
+
+    No tuple, so that what casts the tensors among a module's arguments, as FSDP does, does not see those in here.
 
     Attributes:
         transport: a name of ``TRANSPORTS``.
@@ -357,7 +363,7 @@ class Region(NamedTuple):
             b_down,
             activation,
             self.transport,
-            self.group.name,
+            *self.group,
             self.num_expert,
             *self.degrees,
         )
