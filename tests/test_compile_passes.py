@@ -7,11 +7,13 @@ import pickle
 import pytest
 import torch
 from torch._inductor import config
-from torch.fx import symbolic_trace
+from torch.fx import Graph, symbolic_trace
 
 from moeops import FMoETransformerMLP
-from moeops.compile import Order, options
+from moeops.compile import Order, SetDegrees, options
 from moeops.compile.passes import LAST, Pass, PassList
+from moeops.dispatch.degrees import Degrees
+from moeops.dispatch.transports import TRANSPORTS
 
 
 def test_options_are_those_of_inductor():
@@ -48,11 +50,105 @@ def test_a_hook_that_is_not_there_is_refused(monkeypatch):
         options(layer, passes=["order"])
 
 
-def test_a_graph_without_collectives_is_left_alone():
-    traced = symbolic_trace(lambda x: torch.relu(x) + 1)
+@pytest.mark.parametrize("one", [Order(), SetDegrees((), Degrees(2, 3))], ids=["order", "degrees"])
+def test_what_only_looks_like_a_site_is_left_alone(one):
+    """Ops of the same namespaces that begin no collective and are no region."""
+    ops = torch.ops._c10d_functional
+
+    def near_miss(x):
+        x = torch.ops.moeops.all_to_all_rows(ops.wait_tensor(x), [3], [3], "0")
+        return torch.relu(ops.isend(x, 0, 0, "0")) + 1
+
+    traced = symbolic_trace(near_miss)
     before = traced.graph.python_code("self").src
-    assert Order()(traced.graph) == 0
+    assert one(traced.graph) == 0
     assert traced.graph.python_code("self").src == before
+
+
+def region_graph(transport, tables, sizes, r_fwd, r_bwd, group="no such group"):
+    """A graph with one region, as Dynamo would make it."""
+    graph = Graph()
+    x = graph.placeholder("x")
+    sent = [
+        graph.call_function(torch.ops._c10d_functional.all_gather_into_tensor, (x, 2, group))
+        for _ in range(tables - TRANSPORTS[transport].num_tables)
+    ]
+    tables = [*[x] * (tables - len(sent)), *sent]
+    args = (
+        x,
+        None,
+        tables,
+        sizes,
+        x,
+        x,
+        None,
+        None,
+        "relu",
+        transport,
+        group,
+        2,
+        0,
+        2,
+        r_fwd,
+        r_bwd,
+    )
+    graph.output(graph.call_function(torch.ops.moeops.ep_region, args))
+    return graph
+
+
+def degrees_of(graph):
+    (region,) = (node for node in graph.nodes if node.target is torch.ops.moeops.ep_region)
+    return region.args[-2:], len(region.args[2])
+
+
+def test_degrees_are_set(monkeypatch):
+    monkeypatch.setattr("moeops.compile.degrees.process_group", lambda name: None)
+    # Chunks that are under way stay while there are as many, and are begun in the region otherwise.
+    for degrees, sites, num_tables in (((2, 2), 0, 4), ((2, 3), 1, 4), ((3, 2), 1, 2)):
+        graph = region_graph("gather", 4, [2, 1, -1], 2, 2)
+        assert SetDegrees((), Degrees(*degrees))(graph) == sites
+        assert degrees_of(graph) == (degrees, num_tables)
+        gathers = [node for node in graph.nodes if "all_gather" in str(node.target)]
+        assert len(gathers) == num_tables - 2
+    graph = region_graph("exact", 3, [4, 6], 4, 6)
+    assert SetDegrees((), Degrees(3, 2))(graph) == 1
+    assert degrees_of(graph) == ((3, 2), 3)
+    with pytest.raises(
+        ValueError, match=r"SetDegrees: degrees must cut where .* got 5. Build the layer"
+    ):
+        SetDegrees((), Degrees(5, 5))(graph)
+    with pytest.raises(
+        RuntimeError, match=r"chunks of the model's layers, 2, \(2, 3\), got \(4, 6\)"
+    ):
+        SetDegrees((Degrees(2, 2), Degrees(2, 3)))(region_graph("exact", 3, [4, 6], 4, 6))
+
+
+def test_a_region_without_a_group_is_refused():
+    for degrees in (None, Degrees(2, 2)):
+        with pytest.raises(
+            RuntimeError, match=r"SetDegrees: a region must belong to .*'no such group'"
+        ):
+            SetDegrees((Degrees(2, 2),), degrees)(region_graph("static", 0, [], 2, 2))
+
+
+def test_degrees_are_part_of_what_a_pass_is_known_by():
+    passes = [SetDegrees(()), SetDegrees((Degrees(2, 3),)), SetDegrees((), Degrees(2, 3))]
+    assert len({str(one.uuid()) for one in passes}) == 3
+    assert len({pickle.dumps(PassList([one])) for one in passes}) == 3
+
+
+def test_unknown_degrees_are_refused():
+    layer = FMoETransformerMLP(4, 8, 16)
+    for degrees, message in (
+        (0, "options: n_chunks must be at least 1, got 0"),
+        ((1, 2, 3), r"options: n_chunks must be one int or a pair .*, got \(1, 2, 3\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            options(layer, degrees=degrees)
+    with pytest.raises(
+        ValueError, match=r'options: passes must have "degrees" .* got \[\'Order\'\]'
+    ):
+        options(layer, passes=["order"], degrees=2)
 
 
 def test_passes_are_known_by_source_and_settings():

@@ -52,7 +52,7 @@ class Dispatcher:
         takes_stage_hooks: ``run`` calls those of ``stage_hooks`` that are for rows.
         stage_hooks: what the layer was given.
         degrees: chunks of each direction.
-        built_from: the record, and the ranks, where a layer has built it.
+        built_from: the record, as ``kept``, and the ranks, where a layer has built it.
     """
 
     takes_scaled_inputs = False
@@ -200,6 +200,10 @@ class DispatchOptions:
         """Fill in what depends on the size of experts that are MLPs; ``d_hidden`` is that of a whole expert."""
         name = str(dtype).removeprefix("torch.")
         return dataclasses.replace(self, mlps=MlpSizes(d_model, d_hidden, num_projections, name))
+
+    def kept(self) -> DispatchOptions:
+        """The record as a dispatcher keeps it: nothing that could not be pickled with a layer."""
+        return self
 
     def auto_chunks(self, op: str) -> AutoChunks | None:
         """What chooses ``n_chunks``, where a cost model does."""

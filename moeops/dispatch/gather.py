@@ -239,8 +239,7 @@ class GatherDispatcher(Dispatcher):
             early = self._start(inp)
             gathered, spec = early["gathered"], early["spec"]
         if isinstance(routing, SlotRouting):
-            for gathering in gathered:  # or they would stay in flight
-                gathering.finish()
+            _land(gathered)
             raise NotImplementedError(
                 "GatherDispatcher: the gate must choose experts, got one that mixes tokens, whose slots belong to one "
                 'expert each. Pass dispatch="exact".'
@@ -288,8 +287,7 @@ class GatherDispatcher(Dispatcher):
     ) -> Tensor:
         """Gather choices, and leave the rest to the region; ``x`` is what ``gathered`` are chunks of."""
         if not isinstance(block, RegionBlock) or routing.scale_inputs or self.stage_hooks.on_rows:
-            for gathering in gathered:
-                gathering.finish()
+            _land(gathered)
             raise NotImplementedError(
                 "GatherDispatcher: n_chunks must be 1 where experts are modules or have an activation of your own, "
                 f"where weights scale inputs, and where hooks see rows, got {self.degrees}. Pass n_chunks=1, or "
@@ -303,7 +301,11 @@ class GatherDispatcher(Dispatcher):
         if beside is not None:
             beside()
         ids, weights = unpack_choices(choices.finish())
-        ids = self._report_lost_pairs(ids, sizes)
+        try:
+            ids = self._report_lost_pairs(ids, sizes)
+        except RuntimeError:
+            _land(gathered)
+            raise
         tables = [ids, weights, *(gathering.sent for gathering in gathered)]
         region = Region("gather", tables, sizes, self.group, self.num_expert, self.degrees)
         out = block(x, topk_weights, region)
@@ -377,6 +379,12 @@ class GatherDispatcher(Dispatcher):
         owners = torch.where(ids < 0, -1, ids // self.num_expert)
         lost = self._surplus(owners, num_rows)
         return plan._replace(expert_offsets=self._lost.report(plan.expert_offsets, lost))
+
+
+def _land(gathered: Sequence[Gathering | InFlight]) -> None:
+    """Wait for what has no use any more, or it would stay in flight."""
+    for gathering in gathered:
+        gathering.finish()
 
 
 def _pad(leaf: Tensor, padding: int, value: int = 0) -> Tensor:

@@ -156,6 +156,10 @@ class Exact(ExchangeOptions):
         )
         return dataclasses.replace(filled, shadowing=policy)
 
+    def kept(self) -> Exact:
+        """The record without ``shadowing``, which may be a function."""
+        return dataclasses.replace(self, shadowing=None)
+
     def layer_sizes(self, ranks: ExpertRanks, num_tokens: int | None) -> LayerSizes | None:
         """Sizes of the layer for a cost model."""
         return self._sizes("exact", ranks, num_tokens)
@@ -308,7 +312,7 @@ def build_dispatcher(options: DispatchOptions, ranks: ExpertRanks) -> Dispatcher
         assert ranks.group is not None
         expert_ranks = ranks.group.size // ranks.num_shards
         dispatcher = ShardedDispatcher(dispatcher, ranks.num_expert, expert_ranks, ranks.num_shards)
-    dispatcher.built_from = options, ranks
+    dispatcher.built_from = options.kept(), ranks
     return dispatcher
 
 

@@ -229,7 +229,8 @@ class GatherLeg(Leg[GatherTransport]):
     def choices(self) -> Choices:
         """Those of all ranks' tokens, in the order of ranks."""
         ids, weights = self.transport.tables
-        return Choices(self._part(ids), self._part(weights))
+        dtype = _checks.accumulate_dtype(self.transport.like.dtype)
+        return Choices(self._part(ids), self._part(weights).to(dtype))
 
     def _part(self, every: Tensor) -> Tensor:
         by_rank = every.view(self.transport.num_blocks, self.transport.length, every.shape[1])
