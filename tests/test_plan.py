@@ -32,6 +32,7 @@ from moeops.planner.configuration import Choice, Configuration
 from moeops.planner.memory import gate_parameters, layer_memory
 from moeops.planner.plan import make_plan
 from moeops.planner.predict import CHUNKS, choices, predict, recommend
+from moeops.planner.switching import best_degree, degree_records
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
@@ -59,6 +60,35 @@ def host_of(first: float, forward: float, backward: float) -> dict:
     """Seconds per chunk."""
     cost = HostCost(*(HostLaw(0.0, s) for s in (0.0, first, forward, backward)))
     return {"eager": {name: cost for name in ("local", "exact", "gather", "static")}}
+
+
+def test_how_far_tokens_travel_by_hand():
+    """Weights of the ranks outside, there and back, and the layer on the ranks inside."""
+    config, model = config_of(), model_of()
+    own = 4 * 3 * 64 * 48 * 2  # bytes of a rank's experts
+    records = {record["parallel"]: record for record in degree_records(model, config)}
+    assert list(records) == [4, 2, 1]
+    assert [record["weights"] for record in records.values()] == pytest.approx(
+        [0, 2 * own * 1e-11, 2 * 3 * own * 1e-11]
+    )
+    for degree, record in records.items():
+        inner = config_of(expert_parallel=degree)
+        best, _ = recommend(inner, [predict(model, inner, choice) for choice in choices(inner)])
+        assert record["seconds"] == pytest.approx(best.total + record["weights"])
+        assert record["dispatcher"] == best.choice.dispatcher
+    # Few tokens travel to many weights, and few weights to many tokens.
+    assert best_degree(degree_records(model, config)) == 4
+    assert best_degree(degree_records(model, config_of(num_tokens=100_000))) == 1
+    # Of 8 ranks on nodes of 4, groups are in a node or whole nodes; with 2, the weights cross the network.
+    spread = degree_records(
+        model_of(between_nodes=LinkLaw(0, 0, 1e-9)), config_of(world_size=8, node_size=4)
+    )
+    weights = {record["parallel"]: record["weights"] for record in spread}
+    assert list(weights) == [8, 4, 2, 1]
+    assert weights[4] == pytest.approx(2 * own / 2 * 1e-9)
+    assert weights[2] == pytest.approx(2 * own / 2 * 2 * 1e-9)  # two of the four are in the node
+    assert degree_records(model, config_of(tensor_parallel=2)) == []
+    assert degree_records(model, config_of(world_size=1)) == []
 
 
 def test_one_chunk_by_hand():

@@ -27,15 +27,15 @@ class ExpertWeights(NamedTuple):
     Attributes:
         parameters: each parameter of the experts on this rank: one tensor ``[E_local, ...]``, or one tensor per expert.
         run: ``run(weights, rows, expert_offsets, counts)``: ``n`` experts with these weights, ``[n, ...]`` per
-            parameter, on a nest of rows in their order; ``counts`` are the ``n`` differences of the offsets. Every
-            rank must use every weight that it is given, experts without rows included: the backward sends gradients
-            of all of them, and a rank that leaves one out keeps the others waiting. ``tie`` does it for an expert
-            that is not run.
+            parameter, on a nest of rows in their order; ``counts`` are the ``n`` differences of the offsets where the
+            host knows them, else ``None``. Every rank must use every weight that it is given, experts without rows
+            included: the backward sends gradients of all of them, and a rank that leaves one out keeps the others
+            waiting. ``tie`` does it for an expert that is not run.
         block: the same as one call ``block(weights)(x, topk_weights, plan)``, if there is one.
     """
 
     parameters: Sequence[Tensor | Sequence[Tensor]]
-    run: Callable[[list[Tensor], Any, Tensor, Sequence[int]], Any]
+    run: Callable[[list[Tensor], Any, Tensor, Sequence[int] | None], Any]
     block: Callable[[list[Tensor]], Block] | None = None
 
 
@@ -74,7 +74,7 @@ def fused_weights(experts: nn.Module) -> ExpertWeights:
 
 
 # loop(rows, expert_offsets, counts, experts): call one expert after the other on its rows, as it is called at home.
-Loop = Callable[[Any, Tensor, list[int], list[Callable[..., Any]]], Any]
+Loop = Callable[[Any, Tensor, list[int] | None, list[Callable[..., Any]]], Any]
 
 
 def module_weights(experts: Sequence[nn.Module], loop: Loop) -> ExpertWeights:
@@ -90,7 +90,7 @@ def module_weights(experts: Sequence[nn.Module], loop: Loop) -> ExpertWeights:
         # unbind, because its gradient is one stack and not one padded tensor per expert.
         by_expert = zip(*(leaf.unbind(0) for leaf in weights), strict=True)
         callers = [expert_with(dict(zip(names, values, strict=True))) for values in by_expert]
-        return loop(rows, expert_offsets, list(counts), callers)
+        return loop(rows, expert_offsets, None if counts is None else list(counts), callers)
 
     return ExpertWeights(list(columns), run)
 

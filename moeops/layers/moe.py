@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from moeops import _checks, _nests
 from moeops.comm.agreement import agreement
 from moeops.comm.groups import moe_group_of, process_group, slice_group_of
+from moeops.comm.hierarchical import Hierarchy
 from moeops.comm.slicing import SLICE_GRADIENTS, join_tokens, slice_tokens
 from moeops.dispatch.base import Dispatcher, DispatchOptions, ExpertRanks
 from moeops.dispatch.hooks import STAGES, StageHook, StageHooks
 from moeops.dispatch.options import as_options, build_dispatcher, choose_degrees
 from moeops.dispatch.scaled_inputs import scale_inputs, sum_copies
+from moeops.dispatch.switching import build_switches
 from moeops.dispatch.weights import SharingDispatcher
 from moeops.gates.injected_loss import with_gate_losses
 from moeops.gates.naive import NaiveGate
@@ -111,6 +113,9 @@ class FMoE(CallsExperts, TagsParameters):
         slice_gradients: with a ``slice_group``, "mean" for gradients of gate and experts that are right after they
             are averaged over its ranks, like all others; "fastmoe" for those of this rank's slice alone, which are
             right after they are summed.
+        parallel_degrees: what ``forward(parallel=r)`` may choose beside ``W``: in how many neighbouring ranks tokens
+            travel to experts, whose weights come from the other ranks. 1 for data parallelism, and for a divisor ``r``
+            of ``W`` in between ``moeops.distributed.build_hierarchy(moe_group, r)``. Experts as for ``replicas``.
         shared_expert: one more expert, for every token, whose work runs while tokens travel: a class or function called
             with ``d_model``, or a ready module, called as ``shared_expert(moe_inp)``, which it must not write into;
             returns what the experts return. In ``FMoETransformerMLP`` also a hidden width.
@@ -169,6 +174,7 @@ class FMoE(CallsExperts, TagsParameters):
         expert_tensor_parallel_size: int = 1,
         expert_call: str | None = None,
         slice_gradients: str = "mean",
+        parallel_degrees: Sequence[int | Hierarchy] = (),
         shared_expert: Any = None,
         shared_expert_gate: str | None = None,
         dtype: torch.dtype | None = None,
@@ -200,9 +206,10 @@ class FMoE(CallsExperts, TagsParameters):
             options = as_options(op, dispatch)
             self.dispatcher: Dispatcher = build_dispatcher(options, ranks)
             options, why = options.choose(ranks)
+            self._switches = build_switches(options, ranks, parallel_degrees)
             structure, table = None, self.dispatcher.table()
-            if isinstance(self.dispatcher, SharingDispatcher):
-                structure = self._check_sharing(self.dispatcher.option)
+            for option in self._sharing_options():
+                structure = self._check_sharing(option)
             _layer_checks.check_mask(op, mask, None)
             self.mask_dict = _layer_checks.check_mask_dict(op, mask_dict)
             settings.update(
@@ -216,10 +223,12 @@ class FMoE(CallsExperts, TagsParameters):
                 shared_expert=shared_structure(self.shared_expert),
                 shared_expert_gate=shared_expert_gate,
                 dtype=str(dtype),
+                parallel_degrees=tuple(self._switches),
                 slices=1 if self.slice_ranks is None else self.slice_ranks.size,
                 slice_gradients=slice_gradients,
             )
-        choose_degrees(self.dispatcher, device)
+        for dispatcher in (self.dispatcher, *(one.inner for one in self._switches.values())):
+            choose_degrees(dispatcher, device)
         if options.auto_chunks(op) is not None:
             why = f"n_chunks {self.dispatcher.degrees}"
         self.dispatch_text = f"{options} ({why})" if why else str(options)
@@ -327,7 +336,8 @@ class FMoE(CallsExperts, TagsParameters):
                 f"{type(self).__name__}: a hook must be one of {STAGES}, got {unknown[0]!r}. Use one of these names."
             )
         stage_hooks = StageHooks(**hooks)
-        self.dispatcher.set_stage_hooks(stage_hooks)
+        for dispatcher in (self.dispatcher, *self._switches.values()):
+            dispatcher.set_stage_hooks(stage_hooks)
         self.stage_hooks = stage_hooks
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -337,7 +347,9 @@ class FMoE(CallsExperts, TagsParameters):
             table.copy_(self.dispatcher.table())  # type: ignore[arg-type]  # to_empty leaves anything in it
         return out
 
-    def forward(self, moe_inp: Any, mask: Tensor | None = None) -> Any:
+    def forward(
+        self, moe_inp: Any, mask: Tensor | None = None, *, parallel: int | None = None
+    ) -> Any:
         """Run tokens through the gate and their experts.
 
         Args:
@@ -351,6 +363,8 @@ class FMoE(CallsExperts, TagsParameters):
                 a masked token whose numbers are all finite therefore goes through the router, and gets a gradient from
                 there. Overrides the constructor's mask for this call. With a SlotRouting the other tokens of the group
                 take over a masked token's share of each slot.
+            parallel: ``r``, ``W`` or one of ``parallel_degrees``, the same on all ranks; ``None`` for ``W``. Results
+                are those of any other, but for roundings.
 
         Returns:
             What the experts return, with ``T`` entries in dimension 0 of each leaf: the sum over a token's experts,
@@ -377,13 +391,31 @@ class FMoE(CallsExperts, TagsParameters):
             moe_inp = hide_tokens(moe_inp, mask, finite=self.mask_dict is None)
         group = self.slice_ranks
         if group is None:
-            out = self._forward(moe_inp, mask)
+            out = self._forward(moe_inp, mask, parallel)
         else:
             mean = self.slice_gradients == "mean"
             inp = slice_tokens(moe_inp, group, mean=mean)
             mask = mask if mask is None else slice_tokens(mask, group)
-            out = join_tokens(self._forward(inp, mask), leaves[0].shape[0], group, mean=mean)
+            out = join_tokens(
+                self._forward(inp, mask, parallel), leaves[0].shape[0], group, mean=mean
+            )
         return self.stage_hooks.call("before_moe_end", out)
+
+    def _dispatcher_of(self, parallel: int | None) -> Dispatcher:
+        """The dispatcher of a call."""
+        if parallel is None or parallel == self.world_size:
+            return self.dispatcher
+        if parallel not in self._switches:
+            raise ValueError(
+                f"{type(self).__name__}: parallel must be one of {sorted((*self._switches, self.world_size))}, got "
+                f"{parallel}. Name others in parallel_degrees= when the layer is built."
+            )
+        return self._switches[parallel]
+
+    def _sharing_options(self) -> list[str]:
+        """Arguments that let experts' weights travel."""
+        every = (self.dispatcher, *self._switches.values())
+        return [one.option for one in every if isinstance(one, SharingDispatcher)]
 
     def _mask_of(self, mask: Tensor | None) -> Tensor | None:
         """The mask of a call: the given one, or the constructor's."""
@@ -393,7 +425,7 @@ class FMoE(CallsExperts, TagsParameters):
         """The gate gets what the layer gets, and not the first leaf."""
         return bool(getattr(self.gate, "nested_input", False))
 
-    def _forward(self, moe_inp: Any, mask: Tensor | None) -> Any:
+    def _forward(self, moe_inp: Any, mask: Tensor | None, parallel: int | None) -> Any:
         """Run checked tokens, those of one slice."""
         op = type(self).__name__
         first = _nests.leaves(moe_inp)[0]
@@ -404,7 +436,8 @@ class FMoE(CallsExperts, TagsParameters):
                 _checks.check_float(op, "x", gate_inp)
                 _checks.check_size(op, "x", gate_inp, 1, self.d_model, "d_model")
         # Before the gate: weights or tokens may be on their way while it works.
-        early = self.dispatcher.start(moe_inp, self._expert_weights, self.dispatch_table)
+        dispatcher = self._dispatcher_of(parallel)
+        early = dispatcher.start(moe_inp, self._expert_weights, self.dispatch_table)
         takes_mask = mask is not None and getattr(self.gate, "takes_mask", False)
         options = {"mask": mask} if takes_mask else {}
         routing = every = as_routing(op, self.gate, self.gate(gate_inp, **options))
@@ -424,24 +457,30 @@ class FMoE(CallsExperts, TagsParameters):
         if self.shared_expert is not None:
             shared = SharedPart(op, self.shared_expert, self.shared_expert_gate, moe_inp, mask)
             early = {**early, "beside": shared}
-        out = self._mixture(routing, moe_inp, early)
+        out = self._mixture(dispatcher, routing, moe_inp, early)
         if shared is not None:
             out = shared.add_to(out)
         if mask is not None:
             out = fill_masked(out, mask, self.mask_dict, output_weights(every))
         return with_gate_losses(self.gate, out)
 
-    def _mixture(self, routing: Routing | SlotRouting, inp: Any, early: dict[str, Any]) -> Any:
+    def _mixture(
+        self,
+        dispatcher: Dispatcher,
+        routing: Routing | SlotRouting,
+        inp: Any,
+        early: dict[str, Any],
+    ) -> Any:
         """Run the experts on what the gate sends to them."""
         if not hasattr(self, "experts"):
             raise RuntimeError(
                 f"{type(self).__name__}: expert must be given, or self.experts be set by a subclass, got neither. "
                 "Pass a class, a function of d_model, or a list."
             )
-        if self.dispatcher.takes_scaled_inputs:
-            return self.dispatcher.run(routing, inp, self._run_experts, self._block(), **early)
+        if dispatcher.takes_scaled_inputs:
+            return dispatcher.run(routing, inp, self._run_experts, self._block(), **early)
         plain, copies = scale_inputs(routing, inp)
-        out = self.dispatcher.run(plain, copies, self._run_experts, self._block(), **early)
+        out = dispatcher.run(plain, copies, self._run_experts, self._block(), **early)
         return sum_copies(routing, out)
 
     def extra_repr(self) -> str:

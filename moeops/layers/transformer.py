@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from moeops import _checks
 from moeops.comm.agreement import agreement
+from moeops.comm.hierarchical import Hierarchy
 from moeops.dispatch.base import Block, DispatchOptions, RegionBlock
 from moeops.dispatch.options import DISPATCHES
 from moeops.dispatch.region import Region
 from moeops.dispatch.weights import (
     ExpertWeights,
-    SharingDispatcher,
     check_fused,
     fused_weights,
 )
@@ -54,7 +54,7 @@ class FMoETransformerMLP(FMoE):
         shared_expert: as for ``FMoE``, or a hidden width, for a ``SharedMLP`` with the experts' activation and bias.
             Every rank holds all of it, with ``expert_tensor_parallel_size`` too.
         world_size, mp_group, slice_group, moe_group, top_k, gate, gate_hook, mask, mask_dict, gate_bias, device_mesh,
-            dispatch, slice_gradients, shared_expert_gate, dtype, device: as for ``FMoE``.
+            dispatch, slice_gradients, parallel_degrees, shared_expert_gate, dtype, device: as for ``FMoE``.
 
     Attributes:
         experts: a ``FusedExperts``: ``experts.w_up``, ``experts.w_down``, ``experts.b_up``, ``experts.b_down``.
@@ -95,6 +95,7 @@ class FMoETransformerMLP(FMoE):
         dispatch: str | DispatchOptions = "auto",
         expert_tensor_parallel_size: int = 1,
         slice_gradients: str = "mean",
+        parallel_degrees: Sequence[int | Hierarchy] = (),
         shared_expert: Any = None,
         shared_expert_gate: str | None = None,
         init: str = "linear",
@@ -133,6 +134,7 @@ class FMoETransformerMLP(FMoE):
             dispatch=dispatch,
             expert_tensor_parallel_size=expert_tensor_parallel_size,
             slice_gradients=slice_gradients,
+            parallel_degrees=parallel_degrees,
             shared_expert=shared_expert,
             shared_expert_gate=shared_expert_gate,
             dtype=dtype,
@@ -157,8 +159,8 @@ class FMoETransformerMLP(FMoE):
                 dtype=dtype,
                 device=device,
             )
-            if isinstance(self.dispatcher, SharingDispatcher):
-                check_fused(op, self.dispatcher.option, self.experts)
+            for option in self._sharing_options():
+                check_fused(op, option, self.experts)
             settings.update(d_hidden=d_hidden, activation=self.experts.fused_activation, bias=bias)
         self.mark_parallel_comm(expert_dp_comm)
 
@@ -183,7 +185,9 @@ class FMoETransformerMLP(FMoE):
     ) -> Tensor:
         return self.experts(rows, expert_offsets=expert_offsets)
 
-    def forward(self, inp: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, inp: Tensor, mask: Tensor | None = None, *, parallel: int | None = None
+    ) -> Tensor:
         """Run tokens through the gate and their experts.
 
         Args:
@@ -192,6 +196,7 @@ class FMoETransformerMLP(FMoE):
                 sequences together.
             mask: tokens to leave out, ``inp.shape[:-1]`` or flat, nested too if ``inp`` is; overrides that of the
                 constructor. See ``FMoE.forward``.
+            parallel: as for ``FMoE.forward``.
 
         Returns:
             The shape of ``inp`` (and its offsets, if it is nested), and its dtype (under autocast the autocast type).
@@ -210,14 +215,14 @@ class FMoETransformerMLP(FMoE):
             values = jagged_values(op, "inp", inp)
             if mask is not None and mask.is_nested:
                 mask = jagged_values(op, "mask", mask)
-            return jagged_like(self.forward(values, mask), inp)
+            return jagged_like(self.forward(values, mask, parallel=parallel), inp)
         if inp.dim() == 0 or inp.shape[-1] != self.d_model:
             raise ValueError(
                 f"{op}: inp must have size d_model = {self.d_model} in its last dimension, got "
                 f"{_checks.describe(inp)}. Check d_model."
             )
         x = inp if inp.dim() == 2 else inp.reshape(-1, self.d_model)  # [T, D]
-        return super().forward(x, mask).reshape(inp.shape)
+        return super().forward(x, mask, parallel=parallel).reshape(inp.shape)
 
     def extra_repr(self) -> str:
         """Sizes of the layer."""

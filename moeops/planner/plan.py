@@ -25,6 +25,7 @@ from moeops.planner.predict import (
 )
 from moeops.planner.report import plan_text
 from moeops.planner.shapes import MODELS
+from moeops.planner.switching import degree_records
 
 HELP = "predict compute, exchange and memory of a layer on many ranks, from a profile"
 EPILOG = """a named model, or sizes:
@@ -179,6 +180,7 @@ def make_plan(model: CostModel, config: Configuration) -> dict[str, Any]:
             dispatcher: _memory_record(config, layer_memory(config, Choice(dispatcher)))
             for dispatcher in DISPATCHERS
         },
+        "parallel": degree_records(model, config),
         "gradients": _gradient_sync(model, config),
         "warnings": _warnings(model, config, best),
         "assumptions": assumptions(model, config),

@@ -7,6 +7,7 @@ from typing import Any
 
 from moeops.cost.laws import Direction, HostCost
 from moeops.cost.model import CostModel
+from moeops.planner.switching import best_degree
 from moeops.planner.units import gbps, us
 
 MIB = 1 << 20
@@ -113,6 +114,8 @@ def plan_text(plan: dict[str, Any]) -> str:
     ]
     if plan["exchange"]:
         lines += ["", "one exchange of all rows, busiest rank", _exchange_table(plan["exchange"])]
+    if plan["parallel"]:
+        lines += ["", "tokens of one call travel in r ranks, ms", _degree_table(plan["parallel"])]
     lines += ["", "memory per rank, MiB", _memory_table(plan["memory"], config), ""]
     sync = plan["gradients"]
     if sync is not None:
@@ -189,6 +192,21 @@ def _exchange_table(exchanges: Sequence[dict[str, Any]]) -> str:
     ]
     header = ("form", "ms", "MiB in node", "MiB between", "messages in node", "between")
     return table(header, rows)
+
+
+def _degree_table(records: list[dict[str, Any]]) -> str:
+    best = best_degree(records)
+    rows = [
+        (
+            f"{record['parallel']}{' *' if record['parallel'] == best else ''}",
+            _label(record),
+            _ms(record["seconds"] - record["weights"]),
+            _ms(record["weights"]),
+            _ms(record["seconds"]),
+        )
+        for record in records
+    ]
+    return table(("parallel=", "dispatch", "layer", "weights", "all"), rows, left=2)
 
 
 def _memory_table(memory: dict[str, dict[str, int]], config: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ import pytest
 
 from processes import run_checks
 
-CHECKS = "layer_checks static_checks gather_checks hook_checks shared_checks"
+CHECKS = "layer_checks static_checks gather_checks hook_checks shared_checks switch_checks"
 
 pytestmark = pytest.mark.distributed
 
