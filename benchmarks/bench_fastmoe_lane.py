@@ -84,37 +84,45 @@ def make(shape: LaneShape, device: torch.device, dtype: torch.dtype, routing: st
 
     x = normal(2 * shape.num_tokens)
     router = layer.gate.gate
-    with torch.no_grad():
-        logits = F.linear(x.double(), router.weight.double(), router.bias.double())
-        best = logits.sort(dim=1, descending=True).values
-        clear = best[:, shape.top_k - 1] - best[:, shape.top_k] > MIN_GAP
-    x = x[clear][: shape.num_tokens].clone().requires_grad_()
+    if shape.top_k < shape.num_experts:
+        with torch.no_grad():
+            logits = F.linear(x.double(), router.weight.double(), router.bias.double())
+            best = logits.sort(dim=1, descending=True).values
+            x = x[best[:, shape.top_k - 1] - best[:, shape.top_k] > MIN_GAP]
+    x = x[: shape.num_tokens].clone().requires_grad_()
     if x.shape[0] != shape.num_tokens:
         raise RuntimeError(f"{shape.name}: too few tokens with clear routing, got {x.shape[0]}")
     grad_y = normal(shape.num_tokens)
     return LaneProblem(shape, layer, x, grad_y, layer_reference(layer, x, grad_y, shape))
 
 
+def loop_layer(x: Tensor, parameters: Mapping[str, Tensor], top_k: int) -> Tensor:
+    """The layer as a loop over its experts in plain PyTorch, the baseline of FastMoE's paper; the router in float32."""
+    router = [parameters[f"gate.gate.{name}"] for name in ("weight", "bias")]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    best, ids = F.linear(x.to(wide), *(p.to(wide) for p in router)).topk(top_k, dim=1)
+    weights = torch.softmax(best, dim=1)
+    experts = zip(
+        *(parameters[f"experts.{name}"].unbind() for name in ("w_up", "b_up", "w_down", "b_down")),
+        strict=True,
+    )
+    y = torch.zeros_like(x)
+    for e, (w_up, b_up, w_down, b_down) in enumerate(experts):
+        token, choice = torch.where(ids == e)
+        hidden = F.gelu(F.linear(x[token], w_up, b_up))
+        out = F.linear(hidden, w_down, b_down) * weights[token, choice, None]
+        y = y.index_add(0, token, out.to(y.dtype))
+    return y
+
+
 def layer_reference(
     layer: torch.nn.Module, x: Tensor, grad_y: Tensor, shape: LaneShape
 ) -> dict[str, Tensor]:
-    """The layer again as a loop in plain PyTorch on copies of its parameters."""
+    """The layer again as a loop, on copies of its parameters."""
     acc = reference_dtype(x.dtype, x.device)
     leaves = {"x": x, **dict(layer.named_parameters())}
     leaves = {name: leaf.detach().to(acc).requires_grad_() for name, leaf in leaves.items()}
-    logits = F.linear(leaves["x"], leaves["gate.gate.weight"], leaves["gate.gate.bias"])
-    best, ids = logits.topk(shape.top_k, dim=1)
-    weights = torch.softmax(best, dim=1)
-    experts = zip(
-        *(leaves[f"experts.{name}"].unbind() for name in ("w_up", "b_up", "w_down", "b_down")),
-        strict=True,
-    )
-    y = torch.zeros_like(leaves["x"])
-    for e, (w_up, b_up, w_down, b_down) in enumerate(experts):
-        token, choice = torch.where(ids == e)
-        hidden = F.gelu(F.linear(leaves["x"][token], w_up, b_up))
-        out = F.linear(hidden, w_down, b_down) * weights[token, choice, None]
-        y = y.index_add(0, token, out)
+    y = loop_layer(leaves["x"], leaves, shape.top_k)
     grads = torch.autograd.grad(y, list(leaves.values()), grad_y.to(acc))
     named = zip(leaves, grads, strict=True)
     return {"y": y.detach(), **{f"grad_{name}": grad for name, grad in named}}
@@ -124,6 +132,13 @@ def layer_reference(
 def dense(problem: LaneProblem) -> Case:
     """Both products on N rows."""
     return peers.dense_products(problem.shape, problem.x)
+
+
+@register(GROUP, "loop", "PyTorch, a loop over experts", default_on=())
+def loop(problem: LaneProblem) -> Case:
+    """What FastMoE's paper compares itself with."""
+    parameters = dict(problem.layer.named_parameters())
+    return problem.case(lambda x: loop_layer(x, parameters, problem.shape.top_k))
 
 
 @register(GROUP, "moeops-compiled", "FMoETransformerMLP, compiled", ours=True, default_on=("cuda",))

@@ -30,8 +30,14 @@ CPU_SHAPES = (
     Shape("cpu_small", 1024, 256, 256, 16, 2),
     Shape("cpu_fine", 1024, 256, 128, 64, 8),
 )
+# FastMoE's figure 6: four experts on each of 1 or 2 ranks.
+FASTMOE_SHAPES = tuple(
+    Shape(f"fastmoe_{name}4x{ranks}", *sizes, 4 * ranks, 2, "gelu")
+    for name, sizes in (("", (4096, 1024, 4096)), ("tiny_", (48, 32, 16)))
+    for ranks in (1, 2)
+)
 TEST_SHAPES = (Shape("tiny", 48, 32, 16, 4, 2),)
-SHAPES = {shape.name: shape for shape in CUDA_SHAPES + CPU_SHAPES + TEST_SHAPES}
+SHAPES = {shape.name: shape for shape in CUDA_SHAPES + CPU_SHAPES + FASTMOE_SHAPES + TEST_SHAPES}
 
 CUDA_LANES = (
     LaneShape("fastmoe_e8", 4096, 1024, 4096, 8, 2),
