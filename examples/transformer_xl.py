@@ -81,7 +81,7 @@ def make_parser() -> Parser:
         "--memory", type=int, default=64, help="bytes before them that are remembered [%(default)s]"
     )
     add("--batch", type=positive_int, default=16, help="streams of text [%(default)s]")
-    add("--steps", type=positive_int, default=2000, help="[%(default)s]")
+    add("--steps", type=positive_int, default=1200, help="[%(default)s]")
     add("--lr", type=positive_float, default=4e-3, help="peak learning rate [%(default)s]")
     add("--report-every", type=positive_int, default=200, help="steps [%(default)s]")
     add("--eval-segments", type=positive_int, default=32, help="held-out ones [%(default)s]")
