@@ -34,7 +34,6 @@ NAMES = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
 }
-_START = "---\nhide: [navigation]\n---\n\n"  # alone in its section
 _LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(\))")
 _FETCHED = re.compile(
     r"""<(?:script|img|iframe|source)[^>]*\ssrc=["']?(https?:)?//[^>]*>|<link[^>]*\shref=["']?(https?:)?//[^>]*>"""
@@ -71,8 +70,7 @@ def turned(source: Path, text: str) -> str:
 def write_texts() -> None:
     """README, CHANGELOG, CONTRIBUTING and docs/, with its pictures."""
     for source in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
-        head = _START if source.name == "README.md" else ""
-        write(place(source), head + turned(source, source.read_text()))
+        write(place(source), turned(source, source.read_text()))
     shutil.copytree(ROOT / "docs" / "images", PAGES / "images")
     (PAGES / "stylesheets").mkdir()
     shutil.copy(Path(__file__).with_name("site.css"), PAGES / "stylesheets")

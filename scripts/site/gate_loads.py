@@ -125,6 +125,7 @@ def _weights(routing) -> Tensor:
 def draw(loads: Loads, path: Path) -> None:
     """Choices on the left, loads on the right."""
     figure = new_figure(7.2, 2.6)
+    figure.get_layout_engine().set(wspace=0.08)
     left, right = figure.subplots(1, 2, width_ratios=(2, 3))
     order = torch.argsort(loads.kinds, stable=True)
     top = float(loads.choices.max()) or 1.0
