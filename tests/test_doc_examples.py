@@ -1,7 +1,9 @@
-"""Examples of README and docs/: they are Python, those that stand alone run, and what they call is there."""
+"""Examples of README, docs/ and docstrings: those that stand alone run, and what they call is there."""
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import importlib.util
 import pkgutil
 import re
@@ -9,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+import moeops
 
 HAS_NUMBA = importlib.util.find_spec("numba") is not None
 ROOT = Path(__file__).parents[1]
@@ -75,3 +79,33 @@ def exists(name: str) -> bool:
     except (AttributeError, ModuleNotFoundError):
         return False
     return True
+
+
+# Integrations need other projects, and moeops.integrations.fmoe changes what `import fmoe` means in a process.
+MODULES = sorted(
+    module.name
+    for module in pkgutil.iter_modules(moeops.__path__, "moeops.")
+    if module.name.rpartition(".")[2] not in ("__main__", "_C", "integrations")
+    and not module.name.startswith("moeops.lib")
+)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples_give_what_they_say(name):
+    if name == "moeops.numba":
+        pytest.importorskip("numba")
+    top = importlib.import_module(name)
+    inner = pkgutil.walk_packages(getattr(top, "__path__", []), f"{name}.")
+    finder, report = doctest.DocTestFinder(), []
+    known = {
+        "torch": torch,
+        "nn": torch.nn,
+        "moeops": moeops,
+        **{n: getattr(moeops, n) for n in moeops.__all__},
+    }
+    for module in [top, *(importlib.import_module(module.name) for module in inner)]:
+        for test in finder.find(module, module.__name__):
+            test.globs = known | test.globs
+            torch.manual_seed(0)
+            doctest.DocTestRunner(verbose=False).run(test, out=report.append)
+    assert not report, "".join(report)
