@@ -2,8 +2,20 @@
 
 from moeops.compile.degrees import SetDegrees
 from moeops.compile.explain import explain
+from moeops.compile.gradient_slices import GradientSlices
 from moeops.compile.options import PASSES, options
 from moeops.compile.order import Order
 from moeops.compile.passes import Pass
+from moeops.compile.timeline import measured_tasks, timeline
 
-__all__ = ["PASSES", "Order", "Pass", "SetDegrees", "explain", "options"]
+__all__ = [
+    "PASSES",
+    "GradientSlices",
+    "Order",
+    "Pass",
+    "SetDegrees",
+    "explain",
+    "measured_tasks",
+    "options",
+    "timeline",
+]

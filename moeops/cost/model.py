@@ -165,6 +165,31 @@ class CostModel:
             seconds.append(exchange)
         return seconds[0], seconds[1]
 
+    def all_reduce_law(self, world_size: int, node_size: int | None = None) -> BytesLaw:
+        """Seconds of an all-reduce among ``world_size`` ranks by the bytes of its tensors.
+
+        A rank sends ``2 (W - 1) / W`` of its tensors in ``2 (W - 1)`` messages. Between nodes, and where it was not
+        measured, that costs what an all-to-all with as many bytes and messages on these links does.
+
+        Args:
+            world_size: ``W``.
+            node_size: ``L``, ranks per node; ``None`` means that all are in one.
+
+        Raises:
+            ValueError: a size does not fit, or the links that are needed are not known.
+        """
+        _, nodes = self._nodes(0.0, world_size, node_size)
+        if world_size == 1:
+            return BytesLaw(0.0, 0.0)
+        if nodes > 1:
+            law = self.link("between_nodes")
+        else:
+            law = self.link("inside_node") if self.all_reduce is None else self.all_reduce
+        others = world_size - 1
+        return BytesLaw(
+            law.seconds(0.0, 2 * others), 2 * others / world_size * law.seconds_per_byte
+        )
+
     def hierarchical_seconds(
         self, num_bytes: float, world_size: int, node_size: int, form: str = "2d"
     ) -> float:

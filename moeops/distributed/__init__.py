@@ -25,12 +25,9 @@ from moeops.distributed.checkpoint import (
     read_extra,
     save_checkpoint,
 )
+from moeops.distributed.clipping import clip_grad_norm_
 from moeops.distributed.dtensors import use_dtensor_state
-from moeops.distributed.grad_sync import (
-    DistributedGroupedDataParallel,
-    clip_grad_norm_,
-    scale_expert_gradients,
-)
+from moeops.distributed.grad_sync import DistributedGroupedDataParallel, scale_expert_gradients
 
 __all__ = [
     "Auto",

@@ -1,4 +1,4 @@
-"""Gradients of parameters that live on different groups of ranks: average, scale, clip."""
+"""Gradients of parameters that live on different groups of ranks: average and scale."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from moeops import _checks
-from moeops.comm.groups import RankGroup
+from moeops.comm.averaging import average_gradient
+from moeops.comm.groups import RankGroup, rank_group
 from moeops.layers.walk import named_layers, parameter_tags
 
 if TYPE_CHECKING:
@@ -130,9 +131,14 @@ class DistributedGroupedDataParallel(nn.Module):
     during the backward. A parameter without a gradient on this rank counts as zeros and gets the average too, so the
     ranks may differ in what they use.
 
+    With ``in_graph`` the averages are ops of the backward itself, eager or compiled, one for each parameter, where its
+    gradient arises: ``moeops.compile`` puts those of compiled code into slices that run beside experts. Nothing is left
+    for ``allreduce_gradients`` then, which may still be called. All ranks must use the same parameters in a forward,
+    and activation checkpointing must have ``use_reentrant=False``, or gradients of what it wraps are not averaged.
+
     Departures from FastMoE:
 
-    - ``auto_allreduce=True`` is there.
+    - ``auto_allreduce=True`` and ``in_graph=True`` are there.
     - Experts spread over ``W`` ranks have their gradients divided by ``W``: see ``scale_expert_gradients``. N ranks
       then train what one rank trains. ``scale_experts=False`` leaves them as FastMoE does.
     - Parameters without a gradient do not make the ranks disagree.
@@ -144,7 +150,8 @@ class DistributedGroupedDataParallel(nn.Module):
         need_sync: start by giving all ranks of a group the parameters of its first rank.
         scale_experts: divide the experts' gradients by the ranks that they serve.
         bucket_bytes: size of a bucket in bytes.
-        fp32_allreduce: with ``auto_allreduce``, reduce in float32 whatever the gradients are.
+        fp32_allreduce: with ``auto_allreduce`` or ``in_graph``, reduce in float32 whatever the gradients are.
+        in_graph: average where gradients arise, by ops of the backward; not with ``auto_allreduce``.
         **groups: ``<tag>_group``: a process group, or ``None`` for a tag that is not reduced. ``dp_group``,
             ``gate_group``, ``moe_group`` and ``world_group`` are all ranks where they are not given.
 
@@ -152,8 +159,9 @@ class DistributedGroupedDataParallel(nn.Module):
         module: the module.
 
     Raises:
-        TypeError: a keyword is no ``<tag>_group``, or its value no group.  RuntimeError: torch.distributed is not
-        initialised; when gradients are reduced, parameters were replaced after the last call of the wrapper.
+        TypeError: a keyword is no ``<tag>_group``, or its value no group.  ValueError: both ``auto_allreduce`` and
+        ``in_graph``.  RuntimeError: torch.distributed is not initialised; when gradients are reduced, parameters were
+        replaced after the last call of the wrapper.
 
     Example (under torchrun)::
 
@@ -172,6 +180,7 @@ class DistributedGroupedDataParallel(nn.Module):
         scale_experts: bool = True,
         bucket_bytes: int = 25 * 2**20,
         fp32_allreduce: bool = False,
+        in_graph: bool = False,
         **groups: ProcessGroup | None,
     ) -> None:
         super().__init__()
@@ -183,6 +192,11 @@ class DistributedGroupedDataParallel(nn.Module):
                 "torch.distributed.init_process_group first."
             )
         _checks.check_int(op, "bucket_bytes", bucket_bytes, 1, "Use 25 * 2**20.")
+        if in_graph and auto_allreduce:
+            raise ValueError(
+                f"{op}: in_graph must be False where auto_allreduce is True, got both. Each reduces by itself: pass "
+                "one of them."
+            )
         self.module = module
         self.fp32_allreduce = fp32_allreduce
         self._groups = _read_groups(op, groups)
@@ -193,8 +207,10 @@ class DistributedGroupedDataParallel(nn.Module):
         if need_sync:
             self._broadcast_parameters()
         self.auto_allreduce = auto_allreduce
+        self.in_graph = in_graph
+        self._own_groups: dict[str, ProcessGroup] = {}
+        self._averaged: dict[str, RankGroup] = self._plan_in_graph() if in_graph else {}
         if auto_allreduce:
-            self._own_groups: dict[str, ProcessGroup] = {}
             self._reduce_hooks: dict[nn.Parameter, _Hook] = {}
             self._start_auto(self._plan())
 
@@ -202,7 +218,37 @@ class DistributedGroupedDataParallel(nn.Module):
         """Call the module."""
         if not torch.compiler.is_compiling():
             self._follow()
-        return self.module(*args, **kwargs)
+        if not (self.in_graph and torch.is_grad_enabled()):
+            return self.module(*args, **kwargs)
+        averaged = {
+            name: average_gradient(
+                self.module.get_parameter(name), group, in_float32=self.fp32_allreduce
+            )
+            for name, group in self._averaged.items()
+        }
+        return torch.func.functional_call(self.module, averaged, args, kwargs)
+
+    def _plan_in_graph(self) -> dict[str, RankGroup]:
+        """Groups of the parameters whose averages are ops of the backward, by name."""
+        names = {parameter: name for name, parameter in self.module.named_parameters()}
+        averaged = {}
+        for group, parameters in self._plan():
+            own = rank_group(self._own_group(group))
+            assert own is not None
+            averaged.update({names[parameter]: own for parameter in parameters})
+        return averaged
+
+    def _own_group(self, group: ProcessGroup) -> ProcessGroup:
+        """A group of the same ranks for reductions alone, so that these and exchanges of layers can work at once."""
+        if group.group_name not in self._own_groups:
+            dist = torch.distributed
+            own = dist.new_group(
+                dist.get_process_group_ranks(group),
+                backend=dist.get_backend(group),
+                use_local_synchronization=True,
+            )
+            self._own_groups[group.group_name] = own
+        return self._own_groups[group.group_name]
 
     def _plan(self) -> list[_Bucket]:
         """What is reduced, by the tags and parameters of this moment."""
@@ -218,6 +264,8 @@ class DistributedGroupedDataParallel(nn.Module):
             for hook in self._reduce_hooks.values():
                 hook.handle.remove()
             self._start_auto(self._plan())
+        if self.in_graph:
+            self._averaged = self._plan_in_graph()
 
     def _unscaled(self) -> list[str]:
         """Names of experts' parameters without the hook that divides their gradients."""
@@ -246,7 +294,16 @@ class DistributedGroupedDataParallel(nn.Module):
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Let gradients add up on each rank: backward passes in here reduce nothing, the next one reduces the sum."""
+        """Let gradients add up on each rank: backward passes in here reduce nothing, the next one reduces the sum.
+
+        Raises:
+            NotImplementedError: with ``in_graph``, where each backward averages what it adds.
+        """
+        if self.in_graph:
+            raise NotImplementedError(
+                "DistributedGroupedDataParallel: in_graph must be False for no_sync, got True. Leave no_sync out: "
+                "every backward averages what it adds to grad."
+            )
         before, self._sync = self._sync, False
         try:
             yield
@@ -257,7 +314,7 @@ class DistributedGroupedDataParallel(nn.Module):
     def allreduce_gradients(
         self, no_scale: bool = False, reduce_after: bool = False, fp32_allreduce: bool = False
     ) -> None:
-        """Average the gradients, each over its group.
+        """Average the gradients, each over its group; with ``in_graph`` they are averaged already.
 
         Args:
             no_scale: sum instead.
@@ -265,6 +322,9 @@ class DistributedGroupedDataParallel(nn.Module):
             fp32_allreduce: reduce in float32.
         """
         self._refuse_changes(bool(self._unscaled()))
+        if self.in_graph:
+            self._refuse_changes(self._averaged != self._plan_in_graph())
+            return
         pending = [
             _begin(bucket, no_scale, reduce_after, fp32_allreduce) for bucket in self._plan()
         ]
@@ -284,15 +344,8 @@ class DistributedGroupedDataParallel(nn.Module):
 
     def _start_auto(self, plan: list[_Bucket]) -> None:
         # Groups of their own, because the order of these reductions among a layer's exchanges depends on the rank.
-        dist = torch.distributed
         self._layout = _layout(plan)
-        self._buckets = []
-        for group, parameters in plan:
-            if group.group_name not in self._own_groups:
-                ranks = dist.get_process_group_ranks(group)
-                own = dist.new_group(ranks, use_local_synchronization=True)
-                self._own_groups[group.group_name] = own
-            self._buckets.append(_Bucket(self._own_groups[group.group_name], parameters))
+        self._buckets = [_Bucket(self._own_group(group), parameters) for group, parameters in plan]
         self._missing: list[int] = []
         self._next = 0
         self._pending: list[_Pending] = []
@@ -421,75 +474,3 @@ def _copy_back(flat: Tensor, tensors: list[Tensor]) -> None:
     parts = flat.split([tensor.numel() for tensor in tensors])
     views = [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
     torch._foreach_copy_(tensors, views)
-
-
-@torch.no_grad()
-def clip_grad_norm_(
-    model: nn.Module,
-    max_norm: float,
-    norm_type: float = 2.0,
-    error_if_nonfinite: bool = False,
-    *,
-    foreach: bool | None = None,
-) -> Tensor:
-    """Clip the norm of all gradients of a model whose experts are spread over ranks.
-
-    ``torch.nn.utils.clip_grad_norm_`` on each rank would see that rank's experts only, and every rank would scale by
-    another factor. Here each expert counts once, on whichever rank it is, and everything else counts once too. Call it
-    on every rank, after the gradients are averaged.
-
-    Args:
-        model: holds ``moeops.FMoE`` layers; all other gradients are taken to be equal on all ranks.
-        max_norm: norm to clip to.
-        norm_type: order of the norm, ``math.inf`` for the largest entry.
-        error_if_nonfinite: raise where the norm is not finite, on every rank, for a host copy.
-        foreach: as in torch.
-
-    Returns:
-        The norm before clipping, a scalar, the same on every rank.
-
-    Raises:
-        RuntimeError: the norm is not finite and ``error_if_nonfinite``.
-    Host sync: none without ``error_if_nonfinite``.
-    """
-    holders: dict[nn.Parameter, RankGroup] = {}
-    for _, layer in named_layers(model):
-        if layer.moe_ranks is not None:
-            holders.update(dict.fromkeys(layer.experts.parameters(), layer.moe_ranks))
-    # DTensors of different meshes do not mix; neither do experts of different groups.
-    classes: dict[Any, list[nn.Parameter]] = {}
-    for parameter in model.parameters():
-        mesh = getattr(parameter, "device_mesh", None)
-        classes.setdefault((holders.get(parameter), mesh), []).append(parameter)
-    norm_type = float(norm_type)
-    norms = []
-    for (group, _), parameters in classes.items():
-        norm = _norm(parameters, norm_type, foreach)
-        norms.append(norm if group is None else _over_ranks(norm, norm_type, group))
-    dtype = torch.float64 if any(n.dtype == torch.float64 for n in norms) else torch.float32
-    total = torch.linalg.vector_norm(torch.stack([norm.to(dtype) for norm in norms]), norm_type)
-    if error_if_nonfinite and not bool(total.isfinite()):
-        raise RuntimeError(
-            f"clip_grad_norm_: the norm of the gradients must be finite, got {float(total)}. Look for NaN in the loss, "
-            "or pass error_if_nonfinite=False."
-        )
-    for parameters in classes.values():
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, total, foreach)
-    return total
-
-
-def _norm(parameters: list[nn.Parameter], norm_type: float, foreach: bool | None) -> Tensor:
-    """Norm of the gradients of some parameters, float32 or float64."""
-    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm(grads, norm_type, False, foreach)
-    if hasattr(norm, "full_tensor"):  # sharded by FSDP2
-        norm = norm.full_tensor()
-    dtype = torch.float64 if parameters[0].dtype == torch.float64 else torch.float32
-    return norm.to(parameters[0].device, dtype)
-
-
-def _over_ranks(norm: Tensor, norm_type: float, group: RankGroup) -> Tensor:
-    """Norm over the ranks of a group of each rank's norm."""
-    ops = torch.ops._c10d_functional
-    every = ops.wait_tensor(ops.all_gather_into_tensor(norm.reshape(1), group.size, group.name))
-    return torch.linalg.vector_norm(every, norm_type)

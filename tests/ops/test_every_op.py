@@ -56,9 +56,10 @@ def test_every_registered_op_has_samples():
         for name in torch._C._dispatch_get_all_op_names()
         if name.startswith("moeops::")
     }
-    # A composite op, which graphs hold as what it is made of, and two that tell the host something: see
-    # exchange_checks.py, gather_checks.py and compile_checks.py in tests/distributed.
+    # Composite ops, which graphs hold as what they are made of, and some that tell the host something: see
+    # exchange_checks.py, gather_checks.py, compile_checks.py and slice_checks.py in tests/distributed.
     exchanges = {"all_to_all_rows", "start_all_to_all_rows", "finish_all_to_all_rows"}
+    exchanges |= {"average_gradient"}
     tellers = {"report_lost_pairs", "require_common_size"}
     assert registered == set(OP_CASES) | exchanges | tellers
 
