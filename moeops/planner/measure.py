@@ -1,4 +1,4 @@
-"""Times of one rank's own work: experts, router, rows in memory, copies to the host.
+"""Times of one rank's router and of copies to the host, and which sizes of everything are measured.
 
 T tokens, K experts per token, N = T * K pairs, E experts, D model width, H hidden width.
 """
@@ -9,19 +9,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 import moeops
-from moeops.cost.laws import permute_bytes
 from moeops.gates.naive import NaiveGate
-from moeops.layers.experts import FusedExperts
-from moeops.planner.clock import Clock
+from moeops.profiling.clock import Clock
+from moeops.profiling.work import Record, both_ways
 
-Record = dict[str, Any]
 MIB = 1 << 20
 
 
@@ -100,63 +96,6 @@ QUICK_SIZES = Sizes(
 )
 
 
-def measure_experts(clock: Clock, sizes: Sizes, dtype: torch.dtype) -> list[Record]:
-    """Expert blocks on rows that came from two ranks, as the exact dispatcher runs them."""
-    records: list[Record] = []
-    for d_model, d_hidden, num_experts, activation, all_rows in sizes.experts:
-        experts = build_experts(clock, d_model, d_hidden, num_experts, activation, dtype)
-        for rows_per_expert in all_rows:
-            rows = rows_per_expert * num_experts
-            block = ExpertRun(clock, experts, rows, dtype)
-            facts = {
-                "dtype": _name(dtype),
-                "rows": rows,
-                "d_model": d_model,
-                "d_hidden": d_hidden,
-                "num_experts": num_experts,
-                "num_projections": 3 if activation == "swiglu" else 2,
-            }
-            records += _both_ways(clock, block.forward, block.leaves, facts)
-        del experts, block
-        _release(clock)
-    return records
-
-
-def build_experts(
-    clock: Clock, d_model: int, d_hidden: int, num_experts: int, activation: str, dtype: torch.dtype
-) -> FusedExperts:
-    """Experts with random weights."""
-    return FusedExperts(
-        num_experts, d_model, d_hidden, activation, bias=False, dtype=dtype, device=clock.device
-    )
-
-
-class ExpertRun:
-    """Rows received, by source and there by expert, and their way through the experts."""
-
-    def __init__(self, clock: Clock, experts: FusedExperts, rows: int, dtype: torch.dtype) -> None:
-        generator = torch.Generator().manual_seed(rows)
-        ids = torch.randint(experts.num_expert, (rows,), generator=generator)
-        ids = torch.cat([part.sort().values for part in ids.tensor_split(2)])
-        self._counts = torch.stack(
-            [part.bincount(minlength=experts.num_expert) for part in ids.tensor_split(2)]
-        ).to(clock.device)
-        self._experts = experts
-        self._num_rows = rows
-        self.rows = torch.randn(rows, experts.d_model, device=clock.device).to(dtype)
-        self.rows.requires_grad_()
-        self.leaves = (self.rows, *experts.parameters())
-
-    def forward(self) -> Tensor:
-        """Find the rows' order, and run the block."""
-        num_experts, device = self._experts.num_expert, self.rows.device
-        numbers = torch.arange(num_experts, dtype=torch.int32, device=device).repeat(2)
-        ids = torch.repeat_interleave(numbers, self._counts.flatten(), output_size=self._num_rows)
-        plan = moeops.sort_tokens(ids.unsqueeze(1), num_experts)
-        weights = torch.ones(self._num_rows, 1, device=device)
-        return self._experts(self.rows, weights, plan)
-
-
 def measure_router(clock: Clock, sizes: Sizes, dtype: torch.dtype) -> list[Record]:
     """A linear gate with softmax and top-k, and the sort of what it chose."""
     records: list[Record] = []
@@ -170,36 +109,13 @@ def measure_router(clock: Clock, sizes: Sizes, dtype: torch.dtype) -> list[Recor
             return weights
 
         facts = {
-            "dtype": _name(dtype),
+            "dtype": str(dtype).removeprefix("torch."),
             "num_tokens": num_tokens,
             "d_model": d_model,
             "num_experts": num_experts,
             "top_k": top_k,
         }
-        records += _both_ways(clock, forward, (x, *gate.parameters()), facts)
-    return records
-
-
-def measure_memory(clock: Clock, sizes: Sizes, dtype: torch.dtype) -> list[Record]:
-    """Tokens into rows of experts, and rows back into tokens."""
-    records: list[Record] = []
-    for num_tokens, d_model, top_k in sizes.memory:
-        generator = torch.Generator().manual_seed(num_tokens)
-        ids = torch.rand(num_tokens, 2 * top_k, generator=generator).argsort(1)[:, :top_k]
-        plan = moeops.sort_tokens(ids.to(clock.device), 2 * top_k)
-        x = torch.randn(num_tokens, d_model, device=clock.device).to(dtype)
-        rows = moeops.permute_tokens(x, plan)
-        weights = torch.rand(num_tokens, top_k, device=clock.device)
-        row_bytes = d_model * x.element_size()
-        num_bytes = permute_bytes(num_tokens, num_tokens * top_k, row_bytes)
-        calls = {
-            "permute_tokens": partial(moeops.permute_tokens, x, plan),
-            "unpermute_tokens": partial(moeops.unpermute_tokens, rows, plan, weights),
-        }
-        records += [
-            {"op": name, "num_bytes": num_bytes, "seconds": clock.seconds(call)}
-            for name, call in calls.items()
-        ]
+        records += both_ways(clock, forward, (x, *gate.parameters()), facts)
     return records
 
 
@@ -215,24 +131,6 @@ def measure_host_copy(clock: Clock) -> list[Record]:
     return [{"seconds": clock.host_samples(copy)[0]}]
 
 
-def _both_ways(
-    clock: Clock, forward: Any, leaves: tuple[Tensor, ...], facts: Record
-) -> list[Record]:
-    """The forward with gradients, and the backward alone."""
-    records = [{**facts, "way": "forward", "seconds": clock.seconds(forward)}]
-    outputs: list[Tensor] = []
-    grad = torch.randn_like(forward())
-
-    def before() -> None:
-        outputs[:] = [forward()]
-
-    def backward() -> None:
-        torch.autograd.grad(outputs.pop(), leaves, grad)
-
-    seconds = clock.seconds(backward, before=before)
-    return [*records, {**facts, "way": "backward", "seconds": seconds}]
-
-
 @contextmanager
 def one_thread_per_rank(size: int) -> Iterator[None]:
     """Ranks on one CPU must not fight for its cores."""
@@ -243,12 +141,3 @@ def one_thread_per_rank(size: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _release(clock: Clock) -> None:
-    if clock.device.type == "cuda":
-        torch.cuda.empty_cache()

@@ -13,14 +13,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moeops.comm.gathering import blocking_all_gather, blocking_reduce_scatter
 from moeops.dispatch.base import DispatchOptions
 from moeops.dispatch.gather import Gather
 from moeops.dispatch.options import Exact, Static
 from moeops.gates.naive import NaiveGate
 from moeops.layers.transformer import FMoETransformerMLP
-from moeops.planner.clock import Clock
-from moeops.planner.measure import ExpertRun, Record, Sizes, build_experts
+from moeops.planner.measure import Sizes
+from moeops.profiling.clock import Clock
+from moeops.profiling.links import all_reduces, all_to_alls, gathers, overlap
+from moeops.profiling.work import ExpertRun, Record, random_weights
 
 MESSAGES = (1, 4, 16)  # small ones, to one other rank
 MESSAGE_BYTES = 4096
@@ -48,16 +49,16 @@ def measure_links(clock: Clock, sizes: Sizes, node_size: int) -> dict[str, list[
             length *= 2
         for length in sorted(lengths):
             group = _own_group([list(range(s, s + length)) for s in range(0, size, length)])
-            found["inside_node"] += _all_to_alls(clock, sizes, group, length)
+            found["inside_node"] += all_to_alls(clock, sizes.exchange, group, length)
         first = clock.ranks.rank // node_size * node_size
         local = clock.ranks.rank - first
         target, source = ((local + step) % node_size + first for step in (1, -1))
         found["inside_node"] += _messages(clock, target, source)
-        found["all_reduce"] = _all_reduces(clock, sizes, group, node_size)
-        found |= _gathers(clock, sizes, group, node_size)
+        found["all_reduce"] = all_reduces(clock, sizes.exchange, group, node_size)
+        found |= gathers(clock, sizes.exchange, group, node_size)
     if node_size < size:
         group = _own_group([list(range(s, size, node_size)) for s in range(node_size)])
-        found["between_nodes"] = _all_to_alls(clock, sizes, group, size // node_size)
+        found["between_nodes"] = all_to_alls(clock, sizes.exchange, group, size // node_size)
         target, source = ((clock.ranks.rank + step * node_size) % size for step in (1, -1))
         found["between_nodes"] += _messages(clock, target, source)
     return found
@@ -73,25 +74,6 @@ def _own_group(groups: list[list[int]]) -> Any:
         if dist.get_rank() in members:
             own = group
     return own
-
-
-def _all_to_alls(clock: Clock, sizes: Sizes, group: Any, length: int) -> list[Record]:
-    records = []
-    for num_bytes in sizes.exchange:
-        sent = torch.zeros(num_bytes // length * length, dtype=torch.uint8, device=clock.device)
-        received = torch.empty_like(sent)
-        exchange = partial(dist.all_to_all_single, received, sent, group=group)
-        seconds = clock.seconds(exchange, together=True)
-        records.append(
-            {
-                "op": "all_to_all_single",
-                "ranks": length,
-                "num_messages": length - 1,
-                "num_bytes": sent.numel() // length * (length - 1),
-                "seconds": seconds,
-            }
-        )
-    return records
 
 
 def _messages(clock: Clock, target: int, source: int) -> list[Record]:
@@ -118,72 +100,13 @@ def _messages(clock: Clock, target: int, source: int) -> list[Record]:
     return records
 
 
-def _all_reduces(clock: Clock, sizes: Sizes, group: Any, length: int) -> list[Record]:
-    records = []
-    for num_bytes in sizes.exchange:
-        values = torch.zeros(num_bytes // 4, device=clock.device)
-        seconds = clock.seconds(partial(dist.all_reduce, values, group=group), together=True)
-        records.append(
-            {
-                "op": "all_reduce",
-                "ranks": length,
-                "num_messages": 2 * (length - 1),
-                "num_bytes": 8 * values.numel() * (length - 1) // length,
-                "seconds": seconds,
-            }
-        )
-    return records
-
-
-def _gathers(clock: Clock, sizes: Sizes, group: Any, length: int) -> dict[str, list[Record]]:
-    """All-gathers and reduce-scatters, with as many bytes from a rank as the all-to-alls have."""
-    records: dict[str, list[Record]] = {"all_gather": [], "reduce_scatter": []}
-    for num_bytes in sizes.exchange:
-        part = torch.zeros(max(1, num_bytes // 4 // length), device=clock.device)
-        whole = part.repeat(length)
-        calls = {
-            "all_gather": partial(blocking_all_gather, whole, part, group=group),
-            "reduce_scatter": partial(blocking_reduce_scatter, part, whole, group=group),
-        }
-        for op, call in calls.items():
-            records[op].append(
-                {
-                    "op": op,
-                    "ranks": length,
-                    "num_messages": length - 1,
-                    "num_bytes": 4 * part.numel() * (length - 1),
-                    "seconds": clock.seconds(call, together=True),
-                }
-            )
-    return records
-
-
 def measure_overlap(clock: Clock, sizes: Sizes, dtype: torch.dtype) -> list[Record]:
     """Experts alone, an exchange alone, and both at once."""
     records = []
     for d_model, d_hidden, num_experts, rows, num_bytes in sizes.overlap:
-        experts = build_experts(clock, d_model, d_hidden, num_experts, "swiglu", dtype)
-        block = ExpertRun(clock, experts, rows, dtype)
-        length = num_bytes // clock.ranks.size * clock.ranks.size
-        sent = torch.zeros(length, dtype=torch.uint8, device=clock.device)
-        received = torch.empty_like(sent)
-
-        def both(block=block, sent=sent, received=received) -> None:
-            work = dist.all_to_all_single(received, sent, async_op=True)
-            block.forward()
-            work.wait()
-
-        records.append(
-            {
-                "num_bytes": length,
-                "rows": rows,
-                "experts_seconds": clock.seconds(block.forward, together=True),
-                "exchange_seconds": clock.seconds(
-                    partial(dist.all_to_all_single, received, sent), together=True
-                ),
-                "both_seconds": clock.seconds(both, together=True),
-            }
-        )
+        weights = random_weights(clock, d_model, d_hidden, num_experts, "swiglu", dtype)
+        block = ExpertRun(clock, weights, rows)
+        records.append(overlap(clock, block, num_bytes, dist.group.WORLD))
     return records
 
 

@@ -7,7 +7,6 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,12 @@ import moeops
 from moeops.cost.laws import ITEM_BYTES
 from moeops.cost.model import CostModel
 from moeops.planner import measure, measure_ranks
-from moeops.planner.clock import Clock, Ranks
-from moeops.planner.fit import fit_model
+from moeops.planner.ranks import TorchrunRanks
 from moeops.planner.report import model_table
+from moeops.profiling import work
+from moeops.profiling.clock import Clock
+from moeops.profiling.fit import fit_model
+from moeops.profiling.machine import describe_machine
 
 HELP = "measure this machine for the planner; under torchrun its links too"
 EPILOG = """one process measures experts, router, memory and host; torchrun adds what is between ranks:
@@ -67,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if args.node_size is not None and (args.node_size < 1 or world % args.node_size):
         return _refuse(f"--node-size must divide the {world} ranks, got {args.node_size}")
-    ranks = Ranks(device)
+    ranks = TorchrunRanks(device)
     with measure.one_thread_per_rank(ranks.size if device == "cpu" else 1):
         model = _profile(args, ranks, [getattr(torch, name) for name in names])
     if ranks.rank == 0:
@@ -77,7 +79,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _profile(args: argparse.Namespace, ranks: Ranks, dtypes: list[torch.dtype]) -> CostModel:
+def _profile(
+    args: argparse.Namespace, ranks: TorchrunRanks, dtypes: list[torch.dtype]
+) -> CostModel:
     """Every measurement, then the laws; the same on all ranks."""
     sizes = measure.GPU_SIZES if ranks.device.type == "cuda" else measure.CPU_SIZES
     if args.quick:
@@ -87,18 +91,14 @@ def _profile(args: argparse.Namespace, ranks: Ranks, dtypes: list[torch.dtype]) 
     begin = time.monotonic()
 
     def add(name: str, rows: list[dict[str, Any]]) -> None:
-        measurements.setdefault(name, []).extend(_slowest(ranks, rows))
+        measurements.setdefault(name, []).extend(work.slowest(clock, rows))
         if ranks.rank == 0:
             print(f"  {time.monotonic() - begin:5.1f} s  {name}: {len(rows)} measured", flush=True)
 
-    single: dict[str, Callable[..., list[dict[str, Any]]]] = {
-        "experts": measure.measure_experts,
-        "router": measure.measure_router,
-    }
     for dtype in dtypes:
-        for name, call in single.items():
-            add(name, call(clock, sizes, dtype))
-    add("memory", measure.measure_memory(clock, sizes, dtypes[0]))
+        add("experts", work.measure_experts(clock, sizes.experts, dtype))
+        add("router", measure.measure_router(clock, sizes, dtype))
+    add("memory", work.measure_memory(clock, sizes.memory, dtypes[0]))
     if ranks.device.type == "cuda":
         add("host_copy", measure.measure_host_copy(clock))
     if ranks.size > 1:
@@ -110,24 +110,11 @@ def _profile(args: argparse.Namespace, ranks: Ranks, dtypes: list[torch.dtype]) 
     return fit_model(measurements, ranks.device.type, _machine(ranks, args))
 
 
-def _slowest(ranks: Ranks, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of every time the largest over the ranks; sizes are equal on all."""
-    every = ranks.gather(rows)
-    return [
-        {
-            key: max(row[key] for row in same) if isinstance(value, float) else value
-            for key, value in same[0].items()
-        }
-        for same in zip(*every, strict=True)
-    ]
-
-
-def _machine(ranks: Ranks, args: argparse.Namespace) -> dict[str, Any]:
+def _machine(ranks: TorchrunRanks, args: argparse.Namespace) -> dict[str, Any]:
     """What was measured on."""
     info: dict[str, Any] = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "platform": platform.platform(),
-        "cores": os.cpu_count(),
+        **describe_machine(ranks.device),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "moeops": moeops.__version__,
@@ -138,7 +125,6 @@ def _machine(ranks: Ranks, args: argparse.Namespace) -> dict[str, Any]:
     if ranks.device.type == "cuda":
         properties = torch.cuda.get_device_properties(ranks.device)
         info |= {
-            "gpu": properties.name,
             "gpu_memory_bytes": properties.total_memory,
             "cuda": torch.version.cuda,
             "nccl": ".".join(map(str, torch.cuda.nccl.version())) if ranks.size > 1 else None,

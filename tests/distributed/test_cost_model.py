@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 
 import pytest
 import torch
@@ -21,7 +22,8 @@ from moeops.cost.laws import (
     router_features,
 )
 from moeops.distributed import CostModel
-from moeops.planner.fit import fit_model, fit_nonnegative
+from moeops.profiling.fit import fit_model, fit_nonnegative
+from moeops.profiling.machine import check_machine, describe_machine
 from processes import run_checks
 
 EXPERT = ExpertLaw(2e-5, 3e-13, 2.5e-15, 2e-13)
@@ -337,11 +339,30 @@ def test_cut_files_are_refused_by_name(tmp_path, content):
         CostModel.load(tmp_path / "none.json")
 
 
+def test_profiles_of_other_machines_are_refused():
+    cpu = torch.device("cpu")
+    own = CostModel(device="cpu", machine=describe_machine(cpu))
+    check_machine("FMoE", own, cpu)
+    check_machine(
+        "FMoE", CostModel(device="cuda"), cpu
+    )  # made by hand: for no machine in particular
+    for changes, said in (
+        (
+            {"machine": {**own.machine, "cores": 1000}},
+            f"cores is {os.cpu_count()}, got one of 1000",
+        ),
+        ({"machine": {**own.machine, "processor": "a 6502"}}, "got one of 'a 6502'"),
+        ({"device": "cuda"}, "device is 'cpu', got one of 'cuda'"),
+    ):
+        with pytest.raises(ValueError, match=f"FMoE: cost_model must be .* {said}"):
+            check_machine("FMoE", dataclasses.replace(own, **changes), cpu)
+
+
 @pytest.mark.distributed
-def test_volumes_are_those_that_layers_send(tmp_path):
-    run_checks("plan_checks", 2, "gloo", tmp_path)
+def test_volumes_and_costs_are_those_of_real_layers(tmp_path):
+    run_checks("plan_checks job_checks", 2, "gloo", tmp_path)
 
 
 @pytest.mark.cuda
 def test_volumes_on_nccl(tmp_path, cuda_device):
-    run_checks("plan_checks", 2, "nccl", tmp_path)
+    run_checks("plan_checks job_checks", 2, "nccl", tmp_path)

@@ -2,73 +2,38 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from statistics import median
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 LEAD_PASSES = 12  # writes of the flush buffer, in which the host queues what is timed
-TIMEOUT_SECONDS = 120
 
 
 class Ranks:
-    """The processes that torchrun started, or this one alone.
-
-    Args:
-        device: "cpu" (gloo) or "cuda" (a GPU each, NCCL).
+    """Who measures: processes that call the same things in the same order. This one alone, if not a subclass.
 
     Attributes:
-        rank, size: of this process, and of the job.
-        node_size: ranks on a node, as torchrun started them.
+        device: of this process.
+        rank, size: of this process, and how many there are.
     """
 
-    def __init__(self, device: str) -> None:
-        environment = os.environ
-        self.size = int(environment.get("WORLD_SIZE", "1")) if "RANK" in environment else 1
-        self.rank = int(environment.get("RANK", "0")) if self.size > 1 else 0
-        self.node_size = int(environment.get("LOCAL_WORLD_SIZE", self.size))
-        local = int(environment.get("LOCAL_RANK", "0"))
-        self.device = torch.device("cpu")
-        if device == "cuda":
-            if local >= torch.cuda.device_count():
-                raise RuntimeError(
-                    f"profile: every rank needs a GPU of its own, got {torch.cuda.device_count()} for local rank "
-                    f"{local}. Lower --nproc-per-node, or pass --device cpu."
-                )
-            self.device = torch.device("cuda", local)
-            torch.cuda.set_device(self.device)
-        self._control: Any = None
-        if self.size > 1:
-            timeout = timedelta(seconds=TIMEOUT_SECONDS)
-            if device == "cuda":
-                dist.init_process_group("nccl", timeout=timeout, device_id=self.device)
-            else:
-                dist.init_process_group("gloo", timeout=timeout)
-            self._control = dist.new_group(backend="gloo", timeout=timeout)
+    def __init__(self, device: torch.device, rank: int = 0, size: int = 1) -> None:
+        self.device = device
+        self.rank = rank
+        self.size = size
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, by rank."""
-        if self._control is None:
-            return [value]
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self._control)
-        return values
+        return [value]
 
     def barrier(self) -> None:
         """Wait for the other ranks' hosts."""
-        if self._control is not None:
-            dist.barrier(self._control)
 
-    def close(self) -> None:
-        """Leave the group, all ranks together."""
-        if self._control is not None:
-            self.barrier()
-            dist.destroy_process_group()
+    def meet(self, token: torch.Tensor) -> None:
+        """Let the devices wait for each other: a small all-reduce of ``token``."""
 
 
 class Clock:
@@ -135,7 +100,7 @@ class Clock:
         for _ in range(LEAD_PASSES):
             self._buffer.fill_(1)
         if together:
-            dist.all_reduce(self._token)  # the devices reach the first event together
+            self.ranks.meet(self._token)  # the devices reach the first event together
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         first.record()
         call()
