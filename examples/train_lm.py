@@ -7,6 +7,7 @@
     python examples/train_lm.py --layers 4 --experts 4,8,16,16 --top-k 1 --shared-expert residual      PR-MoE
     torchrun --nproc-per-node=2 examples/train_lm.py --expert-parallel      each rank holds half of the experts
     torchrun --nproc-per-node=4 examples/train_lm.py --expert-parallel --expert-tensor-parallel 2  half of each of them
+    torchrun --nproc-per-node=2 examples/train_lm.py --expert-parallel --wire int8   a byte per number between ranks
 
 Writes a checkpoint, metrics.json and train_lm.png into --out. Ctrl-C saves; --resume goes on.
 """
@@ -147,6 +148,12 @@ def make_parser() -> Parser:
         help="of --dispatch static: a factor on the mean load of an expert [2]",
     )
     run.add_argument(
+        "--wire",
+        choices=("int8", "float8"),
+        help="with --expert-parallel: encode rows and their gradients on the wires, and train without as well, in the "
+        "place of the dense baseline",
+    )
+    run.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="[bfloat16 on CUDA, else float32]"
     )
     run.add_argument("--device", help="[cuda where there is one, else cpu]")
@@ -220,7 +227,16 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
         )
     # The loss of a gate that sees later tokens is comparable with nothing.
     is_comparable = GATES[options.gate].causal != "no"
-    options.compare = is_comparable and not (options.dense or options.no_compare)
+    options.compare = is_comparable and not (options.dense or options.no_compare or options.wire)
+    if options.wire is not None and (options.dense or not options.expert_parallel):
+        raise UsageError(
+            f"--wire must come with --expert-parallel and without --dense, got {options.wire}. Nothing else is sent."
+        )
+    if options.wire is not None and options.dispatch == "gather":
+        raise UsageError(
+            f"--wire must come with --dispatch exact or static, got {options.wire} and gather, which adds rows up on "
+            "their way."
+        )
     if options.dispatch == "static":
         options.capacity = CAPACITY if options.capacity is None else options.capacity
     elif options.capacity is not None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import moeops
 from lm.gates import GATES, Sizes
 from moeops import gates
+from moeops.dispatch import codec_hooks
 from moeops.distributed import Exact, Gather, Static
 from moeops.layers import FMoETransformerMLP
 
@@ -37,6 +38,7 @@ class ModelConfig:
         dispatch: how tokens get to experts: "exact", "gather", or "static" with room for ``capacity`` rows.
         capacity: of the static dispatcher: a factor on ``T * K / E``.
         shared_expert: a key of ``SHARED``: how an expert for all tokens is added; None for no such expert.
+        wire: what rows are encoded as between ranks, "int8" or "float8"; ``None`` sends them as they are.
     """
 
     gate: str | None
@@ -50,6 +52,7 @@ class ModelConfig:
     dispatch: str = "exact"
     capacity: float | None = None
     shared_expert: str | None = None
+    wire: str | None = None
 
     def experts_of(self, layer: int) -> int:
         """Experts of a layer."""
@@ -149,6 +152,8 @@ class Block(nn.Module):
                 shared_expert=None if config.shared_expert is None else config.d_hidden,
                 shared_expert_gate=SHARED.get(config.shared_expert),
             )
+            if config.wire is not None:
+                self.mlp.set_stage_hooks(**codec_hooks(config.wire, config.d_model))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, S, D]`` to ``[B, S, D]``."""

@@ -22,6 +22,7 @@ from lm.training import History, Result, StopRequest, TrainConfig, Trainer
 EXIT_INTERRUPTED = 130
 TEMPERATURE = 0.7
 PROMPT_BYTES = 32
+PLAIN = "uncompressed"  # the run beside one that encodes rows
 
 
 def run(options: argparse.Namespace) -> int:
@@ -68,6 +69,8 @@ def run_on(ranks: Ranks, device: torch.device, options: argparse.Namespace) -> i
     if text is not None:
         ranks.say(text)
     names = ["dense"] if options.dense else ["moe"]
+    if options.wire is not None:
+        names.append(PLAIN)
     if options.compare:
         names.append("dense")
     stop = StopRequest(ranks.size)
@@ -154,7 +157,7 @@ def make_trainer(
     *,
     resume: bool,
 ) -> Trainer:
-    """The trainer of the model called ``name``: ``"moe"`` or ``"dense"``."""
+    """The trainer of the model called ``name``: ``"moe"``, ``"dense"``, or ``PLAIN`` for "moe" without a codec."""
     model_config = ModelConfig(
         gate=None if name == "dense" else options.gate,
         experts=options.experts,
@@ -167,6 +170,7 @@ def make_trainer(
         dispatch=options.dispatch,
         capacity=options.capacity,
         shared_expert=options.shared_expert,
+        wire=options.wire if name == "moe" else None,
     )
     config = TrainConfig(
         batch=options.batch,

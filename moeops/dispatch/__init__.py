@@ -1,6 +1,7 @@
 """From tokens to the experts that a gate chose, on whatever rank they are, and back: one dispatcher per file."""
 
 from moeops.dispatch.base import Dispatcher, DispatchOptions, ExpertRanks
+from moeops.dispatch.codecs import RowCodec, codec_hooks, register_codec
 from moeops.dispatch.degrees import AutoChunks
 from moeops.dispatch.gather import Gather
 from moeops.dispatch.hooks import StageHooks
@@ -19,7 +20,10 @@ __all__ = [
     "Gather",
     "LocalDispatcher",
     "Placement",
+    "RowCodec",
     "ShadowPolicy",
     "StageHooks",
     "Static",
+    "codec_hooks",
+    "register_codec",
 ]

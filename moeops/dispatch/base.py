@@ -50,6 +50,7 @@ class Dispatcher:
     Attributes:
         takes_scaled_inputs: ``run`` reads a ``Routing`` with ``scale_inputs``, too.
         takes_stage_hooks: ``run`` calls those of ``stage_hooks`` that are for rows.
+        adds_on_the_way: ranks' rows, or their gradients, are added up by what carries them.
         stage_hooks: what the layer was given.
         degrees: chunks of each direction.
         built_from: the record, as ``kept``, and the ranks, where a layer has built it.
@@ -57,6 +58,7 @@ class Dispatcher:
 
     takes_scaled_inputs = False
     takes_stage_hooks = False
+    adds_on_the_way = False
     stage_hooks = StageHooks()
     degrees = Degrees()
     built_from: tuple[DispatchOptions, ExpertRanks] | None = None
@@ -81,6 +83,13 @@ class Dispatcher:
             raise NotImplementedError(
                 f"{type(self).__name__}: {hooks.on_rows[0]} must be None, because not all rows pass one way here. Use "
                 "Exact, Static or Gather without replicas and shadowing, or before_moe_start and before_moe_end alone."
+            )
+        if self.adds_on_the_way and any(
+            getattr(getattr(hooks, name), "makes_bits", False) for name in hooks.on_rows
+        ):
+            raise NotImplementedError(
+                f"{type(self).__name__}: hooks must not encode rows as bits, because rows or their gradients are added "
+                "up on their way here. Use Exact or Static with codec_hooks."
             )
         self.stage_hooks = hooks
 

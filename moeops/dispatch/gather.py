@@ -137,6 +137,7 @@ class GatherDispatcher(Dispatcher):
 
     takes_scaled_inputs = True
     takes_stage_hooks = True
+    adds_on_the_way = True
 
     def __init__(
         self,

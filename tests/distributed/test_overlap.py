@@ -1,4 +1,4 @@
-"""Overlap of exchanges, sums of gradients and experts: see overlap_checks.py and slice_checks.py."""
+"""Overlap of exchanges, sums of gradients and experts, and what rows are on the wires: see the modules of checks."""
 
 from __future__ import annotations
 
@@ -10,4 +10,4 @@ pytestmark = pytest.mark.distributed
 
 
 def test_timed_links(tmp_path):
-    run_checks("overlap_checks slice_checks", 2, "gloo", tmp_path)
+    run_checks("overlap_checks slice_checks codec_checks", 2, "gloo", tmp_path)

@@ -391,6 +391,14 @@ def test_targets_are_one_byte_later_and_steps_are_reproducible(text):
         (["--lr", "1e30"], "the loss must stay finite"),
         (["--capacity", "2"], "--capacity must come with --dispatch static, got 2"),
         (["--expert-tensor-parallel", "2"], "--expert-tensor-parallel must come with --expert-pa"),
+        (
+            ["--wire", "int8"],
+            "--wire must come with --expert-parallel and without --dense, got int8",
+        ),
+        (
+            ["--wire", "int8", "--expert-parallel", "--dispatch", "gather"],
+            "--wire must come with --dispatch exact or static, got int8 and gather",
+        ),
         (["--dense", "--no-compare"], "not allowed with argument --dense"),
     ],
     ids=lambda v: v[0].lstrip("-") if isinstance(v, list) else "",

@@ -131,6 +131,26 @@ def test_ranks_train_what_one_rank_trains(text, quick, tmp_path, num_ranks, opti
     ]
 
 
+@pytest.mark.distributed
+def test_encoded_rows_train_as_well(text, tmp_path):
+    """Close to the curve beside it, which is that of rows as they are; the graph of each is one."""
+    out = tmp_path / "out"
+    options = ("--gate", "qwen3", "--steps", "60", "--layers", "1", "--expert-parallel", "--eager")
+    result = subprocess.run(
+        torchrun(2, text, out, *options, "--wire", "int8"),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert result.returncode == 0, result.stderr
+    runs = read_metrics(out)["runs"]
+    assert list(runs) == ["moe", "uncompressed"]
+    coded, plain = (runs[name]["train"] for name in runs)
+    assert coded != plain
+    assert coded == pytest.approx(plain, abs=0.05)  # bits per byte
+    assert coded[-1] < coded[0] - 1
+
+
 def test_ranks_need_equal_shares():
     check_shares(Ranks(0, 3), 9, None)
     with pytest.raises(UsageError, match="--experts must be a multiple of the 3 ranks, got 4"):
