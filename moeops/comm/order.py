@@ -19,19 +19,22 @@ _library.define(
     tags=(torch.Tag.cudagraph_unsafe,),
 )
 
-# What a group's ranks have compared so far, in the order in which they did: equal on all of them.
-_compared: dict[str, list[tuple[str, ...]]] = {}
+# What a group's ranks have found equal, and how often they have compared, by the group's name: the same on all of them.
+_equal: dict[str, set[tuple[str, ...]]] = {}
+_rounds: dict[str, int] = {}
 
 
 def _check_order(mark: Tensor, group_names: list[str], collectives: list[str]) -> None:
     mine = tuple(collectives)
     for name in group_names:
-        seen = _compared.setdefault(name, [])
-        if mine not in seen:
+        equal = _equal.setdefault(name, set())
+        if mine not in equal:
             group = rank_group(process_group(name))
             assert group is not None
-            _compare(group, len(seen), mine)
-            seen.append(mine)
+            # A new number each time: what was written in a round that failed may still be there.
+            number = _rounds[name] = _rounds.get(name, 0) + 1
+            _compare(group, number, mine)
+            equal.add(mine)
 
 
 # Python on every device: it runs on the host.

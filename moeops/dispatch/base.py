@@ -25,7 +25,9 @@ Block = Callable[[Any, Tensor, TokenPlan], Any]
 Beside = Callable[[], None]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(
+    eq=False
+)  # not frozen: torch 2.11's Dynamo cannot make such a record within a graph
 class RegionBlock:
     """A block that also takes a ``Region`` in the place of a plan, and then runs the experts of all ranks."""
 

@@ -297,7 +297,7 @@ def _ep_region(
 _library.impl("ep_region", _ep_region, "CompositeImplicitAutograd")
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # not frozen, see ``RegionBlock``
 class Region:
     """A region on its way to the experts, which a dispatcher hands to them in the place of a plan.
 

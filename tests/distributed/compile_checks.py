@@ -26,7 +26,7 @@ from processes import Ranks
 CASES = (
     ("mlp", "inductor", {"dispatch": "exact"}),
     ("mlp", "inductor", {"dispatch": "static", "capacity": 12}),
-    ("mlp", "aot_eager", {"dispatch": "exact", "n_chunks": 2}),
+    ("mlp", "aot_eager", {"dispatch": "exact", "n_chunks": (2, 3)}),
     ("composed", "aot_eager", {"dispatch": "static", "capacity": 12, "n_chunks": 2}),
     ("modules", "aot_eager", {"dispatch": "exact"}),
     ("nested", "aot_eager", {"dispatch": "exact", "n_chunks": 2}),
