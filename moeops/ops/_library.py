@@ -112,7 +112,8 @@ def _decompose_what_has_no_gradient(_onnx: ModuleType) -> None:
         LIBRARY.impl(op, _without_gradient(op), "Autograd", with_keyset=True)
 
 
-# Not before: a kernel in Python, which only an export needs, adds a third to the time of a small call.
-when_imported("torch.onnx", _decompose_what_has_no_gradient)
+# Not before: a kernel in Python, which only an export needs, adds a third to the time of a small call. torch.onnx comes
+# with torch's compiler, this part of it when something is exported.
+when_imported("torch.onnx._internal.exporter._core", _decompose_what_has_no_gradient)
 for _op, _decomposition in DECOMPOSITIONS.items():
     LIBRARY.impl(_op, _decomposition, "FuncTorchDynamicLayerFrontMode")

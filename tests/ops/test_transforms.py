@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -209,3 +211,17 @@ def test_a_backward_op_refuses_tangents():
             NotImplementedError, match="moe_mlp_backward: arguments must have no tan"
         ):
             case.overload(dual, *case.positional[1:], **case.keywords)
+
+
+def test_ops_without_gradients_have_no_kernel_in_python_until_something_is_exported():
+    """It would cost every small call some microseconds, in a process that has compiled something too."""
+    source = """
+import torch, torch._dynamo, moeops
+ops = ("count_tokens", "limit_capacity", "sort_tokens")
+keys = [torch._C._dispatch_has_kernel_for_dispatch_key(f"moeops::{op}", "Autograd") for op in ops]
+assert not any(keys), keys
+import torch.onnx._internal.exporter._core
+keys = [torch._C._dispatch_has_kernel_for_dispatch_key(f"moeops::{op}", "Autograd") for op in ops]
+assert all(keys), keys
+"""
+    subprocess.run([sys.executable, "-c", source], check=True)
