@@ -148,3 +148,8 @@ def test_the_paper_s_configuration_is_fastmoe_s():
     sizes = ("layers", "d_model", "heads", "d_hidden", "experts", "top_k")
     assert [config[name] for name in sizes] == [12, 512, 8, 1024, 64, 2]
     assert math.isclose(transformer_xl.schedule(0, 1000), 1 / 20)
+    names = ("dropout", "memory", *sizes)
+    with torch.device("meta"):
+        model = TransformerXL(XLConfig(gate="naive", **{name: config[name] for name in names}))
+    experts = sum(p.numel() for block in model.blocks for p in block.mlp.experts.parameters())
+    assert experts == 12 * 64 * (2 * 512 * 1024 + 512 + 1024)
