@@ -19,6 +19,7 @@
 #include "cpu/permute.h"
 #include "cpu/products.h"
 #include "dispatch.h"
+#include "text.h"
 
 namespace moeops::cpu {
 namespace {
@@ -207,8 +208,8 @@ std::tuple<Tensor, Tensor> moe_mlp(const Tensor& x, const Tensor& row_to_pair,
                                    const Tensor& pair_to_row, const Tensor& expert_offsets,
                                    const Tensor& topk_weights, const Tensor& w_up,
                                    const Tensor& w_down, const std::optional<Tensor>& b_up,
-                                   const std::optional<Tensor>& b_down,
-                                   const std::string& activation, bool keep_pre) {
+                                   const std::optional<Tensor>& b_down, const Text& activation,
+                                   bool keep_pre) {
   constexpr const char* kOp = "moe_mlp";
   check_moe_mlp(kOp, x, topk_weights, w_up, w_down, b_up, b_down, row_to_pair, pair_to_row,
                 expert_offsets, activation);
@@ -425,8 +426,8 @@ BlockBackward::Outputs moe_mlp_backward(
     const Tensor& grad_y, const Tensor& x, const Tensor& row_to_pair, const Tensor& pair_to_row,
     const Tensor& expert_offsets, const Tensor& topk_weights, const Tensor& w_up,
     const Tensor& w_down, const std::optional<Tensor>& b_up, const std::optional<Tensor>& b_down,
-    const Tensor& pre_activation, const std::string& activation, bool need_x,
-    bool need_topk_weights, bool need_w_up, bool need_w_down) {
+    const Tensor& pre_activation, const Text& activation, bool need_x, bool need_topk_weights,
+    bool need_w_up, bool need_w_down) {
   constexpr const char* kOp = "moe_mlp_backward";
   check_moe_mlp(kOp, x, topk_weights, w_up, w_down, b_up, b_down, row_to_pair, pair_to_row,
                 expert_offsets, activation);

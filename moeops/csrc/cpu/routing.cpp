@@ -11,6 +11,7 @@
 
 #include "cpu/parallel.h"
 #include "dispatch.h"
+#include "text.h"
 
 namespace moeops::cpu {
 namespace {
@@ -41,7 +42,7 @@ void route_kernel(const scalar_t* logits, const accumulate_t<scalar_t>* bias, in
 }
 
 std::tuple<Tensor, Tensor> topk_route(const Tensor& logits, int64_t top_k,
-                                      const std::optional<Tensor>& bias, const std::string& score,
+                                      const std::optional<Tensor>& bias, const Text& score,
                                       bool renormalize, double scale, int64_t num_groups,
                                       int64_t top_groups) {
   constexpr const char* kOp = "topk_route";
@@ -93,7 +94,7 @@ void route_backward_kernel(const accumulate_t<scalar_t>* grad_weights, const sca
 }
 
 Tensor topk_route_backward(const Tensor& grad_topk_weights, const Tensor& logits,
-                           const Tensor& topk_ids, const std::string& score, bool renormalize,
+                           const Tensor& topk_ids, const Text& score, bool renormalize,
                            double scale) {
   constexpr const char* kOp = "topk_route_backward";
   check_topk_route_backward(kOp, grad_topk_weights, logits, topk_ids);
@@ -163,7 +164,7 @@ void chosen_kernel(const scalar_t* logits, const int64_t* ids, int64_t num_token
   });
 }
 
-Tensor chosen_weights(const Tensor& logits, const Tensor& topk_ids, const std::string& score,
+Tensor chosen_weights(const Tensor& logits, const Tensor& topk_ids, const Text& score,
                       bool renormalize, double scale) {
   constexpr const char* kOp = "chosen_weights";
   check_ids_of_logits(kOp, logits, topk_ids);

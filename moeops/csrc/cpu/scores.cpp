@@ -11,17 +11,18 @@
 #include "checks.h"
 #include "cpu/parallel.h"
 #include "dispatch.h"
+#include "text.h"
 
 namespace moeops::cpu {
 namespace {
 
-void check_logits(const char* op, const Tensor& logits, const std::string& score) {
+void check_logits(const char* op, const Tensor& logits, const Text& score) {
   check_dim(op, "logits", logits, 2);
   check_float(op, "logits", logits);
   check_score(op, score);
 }
 
-Tensor score_sums(const Tensor& logits, const std::string& score) {
+Tensor score_sums(const Tensor& logits, const Text& score) {
   constexpr const char* kOp = "score_sums";
   check_logits(kOp, logits, score);
   const int64_t num_tokens = logits.size(0), num_experts = logits.size(1);
@@ -59,8 +60,7 @@ Tensor score_sums(const Tensor& logits, const std::string& score) {
   return out;
 }
 
-Tensor score_sums_backward(const Tensor& grad_sums, const Tensor& logits,
-                           const std::string& score) {
+Tensor score_sums_backward(const Tensor& grad_sums, const Tensor& logits, const Text& score) {
   constexpr const char* kOp = "score_sums_backward";
   check_logits(kOp, logits, score);
   check_dim(kOp, "grad_sums", grad_sums, 1);
