@@ -128,7 +128,7 @@ def test_auto_asks_for_what_it_needs():
         ((1, 2, 3), ValueError, r"n_chunks must be one int or a pair .*, got \(1, 2, 3\)"),
         ((1, 0), ValueError, "n_chunks must be at least 1, got 0"),
         (AutoChunks(cost_model=MODEL, num_tokens=0), ValueError, "num_tokens must be at least 1"),
-        ("auto", TypeError, "cost_model must be a CostModel where n_chunks is chosen, got None"),
+        (AutoChunks(cost_model=3), TypeError, "cost_model must be a CostModel, or None to measure"),
     ):
         for record in (Exact, Gather, Static):
             with pytest.raises(error, match=f"FMoE: {message}"):

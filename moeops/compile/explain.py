@@ -30,8 +30,8 @@ def explain(
 
     Args:
         model: a module with expert-parallel layers, or what ``torch.compile`` made of it.
-        cost_model: for layers whose chunks were not chosen by one; ``None`` leaves their times out.
-        num_tokens: ``T`` of a rank, for layers that were not told; ``None`` for what they were told.
+        cost_model: to price all layers; ``None`` for those that have chosen their chunks, and no times of the others.
+        num_tokens: ``T`` of a rank, for this cost model; ``None`` for what the layers were told.
 
     Returns:
         A text: by layer its degrees and, in both directions, the times of its stages, the case of FSMoE's Algorithm 1
@@ -95,16 +95,13 @@ def _name(dispatcher: Dispatcher) -> str:
 def _schedule(
     dispatcher: Dispatcher, cost_model: CostModel | None, num_tokens: int | None
 ) -> Schedule | None:
+    if cost_model is None:
+        return dispatcher.schedule
     if dispatcher.built_from is None:
         return None
     options, ranks = dispatcher.built_from
     auto = options.auto_chunks(ranks.op)
-    if auto is not None:
-        cost_model = cost_model or auto.cost_model
-        num_tokens = num_tokens or auto.num_tokens
-    if cost_model is None:
-        return None
-    sizes = options.layer_sizes(ranks, num_tokens)
+    sizes = options.layer_sizes(ranks, num_tokens or (auto.num_tokens if auto else None))
     return None if sizes is None else schedule_of(sizes, cost_model)
 
 

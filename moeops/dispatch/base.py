@@ -13,7 +13,7 @@ from moeops import _checks, _nests
 from moeops.comm.exchange import Splits
 from moeops.comm.groups import RankGroup
 from moeops.comm.hierarchical import Hierarchy, start_exchange
-from moeops.cost.schedule import LayerSizes, MlpSizes
+from moeops.cost.schedule import LayerSizes, MlpSizes, Schedule
 from moeops.dispatch.degrees import AutoChunks, Degrees, NumChunks, as_auto, as_degrees
 from moeops.dispatch.hooks import StageHooks
 from moeops.ops.permute import permute_tokens, unpermute_tokens
@@ -56,6 +56,7 @@ class Dispatcher:
         stage_hooks: what the layer was given.
         degrees: chunks of each direction.
         built_from: the record, as ``kept``, and the ranks, where a layer has built it.
+        schedule: what a cost model said, where one has chosen the degrees.
     """
 
     takes_scaled_inputs = False
@@ -64,6 +65,7 @@ class Dispatcher:
     stage_hooks = StageHooks()
     degrees = Degrees()
     built_from: tuple[DispatchOptions, ExpertRanks] | None = None
+    schedule: Schedule | None = None
 
     def start(self, inp: Any, weights: Callable[[], Any], table: Tensor | None) -> dict[str, Any]:
         """Begin what can begin before the gate; return what ``run`` needs beside its other arguments.
@@ -322,7 +324,10 @@ class ChunkedOptions(DispatchOptions):
     def settings(self, ranks: ExpertRanks) -> dict[str, Any]:
         """The fields; of a cost model nothing, because rank 0's decides."""
         auto = self.auto_chunks(ranks.op)
-        n_chunks = self.n_chunks if auto is None else ("auto", auto.num_tokens, self.mlps)
+        n_chunks: Any = self.n_chunks
+        if auto is not None:
+            measures = auto.cost_model is None
+            n_chunks = ("auto", auto.num_tokens, self.mlps, "measured" if measures else "given")
         return {**super().settings(ranks), "n_chunks": n_chunks}
 
     def _sizes(

@@ -36,7 +36,8 @@ class AutoChunks:
     """``n_chunks=`` that a cost model chooses when the layer is built, from rank 0's model for all ranks.
 
     Attributes:
-        cost_model: of this machine and its network.
+        cost_model: of this machine and its network; ``None`` to measure them when the layer is built, see
+            ``moeops.profiling.job``.
         num_tokens: ``T`` of a rank for which to choose; other numbers of tokens are cut into as many chunks. ``None``
             where the dispatcher says what is sent: ``Gather(max_tokens=...)``, ``Static`` with an int.
     """
@@ -46,11 +47,11 @@ class AutoChunks:
 
     def check(self, op: str) -> None:
         """Raise where a value is wrong."""
-        if not isinstance(self.cost_model, CostModel):
+        if not isinstance(self.cost_model, CostModel | None):
             raise TypeError(
-                f"{op}: cost_model must be a CostModel where n_chunks is chosen, got "
-                f"{_checks.describe(self.cost_model)}. Pass n_chunks=AutoChunks(cost_model=CostModel.load(FILE)), with "
-                "a file of python -m moeops profile."
+                f"{op}: cost_model must be a CostModel, or None to measure, where n_chunks is chosen, got "
+                f"{_checks.describe(self.cost_model)}. Pass CostModel.load(FILE), with a file of python -m moeops "
+                "profile."
             )
         if self.num_tokens is not None:
             _checks.check_int(op, "num_tokens", self.num_tokens, 1, "Pass the tokens of a rank.")

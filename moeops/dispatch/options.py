@@ -16,6 +16,7 @@ import torch
 
 from moeops import _checks
 from moeops.comm.agreement import everywhere
+from moeops.comm.groups import RankGroup, process_group
 from moeops.comm.hierarchical import Hierarchy, check_hierarchy
 from moeops.cost.model import CostModel
 from moeops.cost.schedule import LayerSizes, schedule_of
@@ -28,6 +29,7 @@ from moeops.dispatch.replicas import Placement, ReplicaDispatcher, place_replica
 from moeops.dispatch.shadowing import ShadowDispatcher, ShadowPolicy
 from moeops.dispatch.shards import ShardedDispatcher
 from moeops.dispatch.static import StaticDispatcher, check_row_capacity
+from moeops.profiling.job import JobLayer, job_model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -317,29 +319,50 @@ def build_dispatcher(options: DispatchOptions, ranks: ExpertRanks) -> Dispatcher
 
 
 def choose_degrees(dispatcher: Dispatcher, device: Any) -> None:
-    """Let the cost model of rank 0 choose the chunks of a dispatcher that is to have them chosen; all ranks call it.
+    """Let a cost model choose the chunks of a dispatcher that is to have them chosen; all ranks call it.
 
     Args:
         dispatcher: what ``build_dispatcher`` returned on every rank of the group.
-        device: as for ``agreement``.
+        device: where the layer is; torch's default if ``None``.
 
     Raises:
-        ValueError: the model lacks a law that it needs.  RuntimeError: the same, on another rank.
+        ValueError: the model lacks a law that it needs, or nothing can be measured.  RuntimeError: a rank has failed.
     """
     assert dispatcher.built_from is not None
     options, ranks = dispatcher.built_from
-    auto = options.auto_chunks(ranks.op)
-    if auto is None or ranks.group is None or ranks.group.size == 1:
+    auto, group = options.auto_chunks(ranks.op), ranks.group
+    if auto is None or group is None or group.size == 1:
         return
+    sizes = options.layer_sizes(ranks, auto.num_tokens)
+    assert sizes is not None
+    model = auto.cost_model
+    if model is None:
+        layer = JobLayer(
+            sizes.mlps.d_model,
+            sizes.mlps.d_hidden,
+            sizes.mlps.num_projections,
+            sizes.num_expert,
+            sizes.mlps.dtype,
+        )
+        model = job_model(ranks.op, layer, group, _place(group, device))
+
+    priced = functools.partial(schedule_of, sizes, model)
 
     def choose() -> tuple[int, int]:
-        sizes = options.layer_sizes(ranks, auto.num_tokens)
-        assert sizes is not None
-        assert auto.cost_model is not None
-        best = schedule_of(sizes, auto.cost_model).best()
+        dispatcher.schedule = priced()
+        best = dispatcher.schedule.best()
         return best.forward, best.backward
 
-    dispatcher.set_degrees(Degrees(*everywhere(ranks.op, ranks.group, choose, device)[0]))
+    dispatcher.set_degrees(Degrees(*everywhere(ranks.op, group, choose, device)[0]))
+
+
+def _place(group: RankGroup, device: Any) -> torch.device:
+    """Where to measure: at the layer's device, or where the group's backend works, to which the layer will go."""
+    place = torch.get_default_device() if device is None else torch.device(device)
+    types = [torch.device(kind).type for kind in process_group(group.name)._device_types]
+    if place.type in types or place.type == "meta" or "cuda" not in types:
+        return place
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _refuse_shards(option: str, ranks: ExpertRanks) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import time
+import unittest.mock
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from moeops.comm.order import _rounds
 from moeops.cost.model import CostModel
 from moeops.dispatch.degrees import Degrees
 from moeops.distributed import AutoChunks, Exact, Gather, Static
+from moeops.profiling.job import JobLayer
 from processes import GROUP_TIMEOUT, Ranks
 
 D, H = 6, 5
@@ -252,8 +254,14 @@ def check_a_cost_model_chooses(ranks: Ranks) -> None:
             assert f"chunks: {every[0][0]} forward, {every[0][1]} backward" in text
     with pytest.raises(ValueError, match="num_tokens must be given for a cost model, got None"):
         integers(Exact(n_chunks=AutoChunks(cost_model=FAST_LINKS)), ranks)
-    with pytest.raises(TypeError, match="cost_model must be a CostModel where n_chunks is chosen"):
-        integers(Exact(n_chunks="auto"), ranks)
+    # Without a model the job measures itself.
+    with unittest.mock.patch(
+        "moeops.dispatch.options.job_model", return_value=FAST_LINKS
+    ) as measure:
+        layer = integers(Static(4096, n_chunks="auto"), ranks)
+    assert measure.call_args.args[1] == JobLayer(D, H, 2, 2, "float64")
+    assert layer.dispatcher.degrees == (1, 1)
+    assert "case 2: the experts last longest" in schedule.explain(layer)
     with pytest.raises(
         NotImplementedError, match="n_chunks must be a number for experts that are modules"
     ):

@@ -57,10 +57,11 @@ def test_every_registered_op_has_samples():
         if name.startswith("moeops::")
     }
     # Composite ops, which graphs hold as what they are made of, and some that tell the host something: see
-    # exchange_checks.py, gather_checks.py, compile_checks.py, slice_checks.py and codec_checks.py in tests/distributed.
+    # exchange_checks.py, gather_checks.py, compile_checks.py, slice_checks.py, codec_checks.py and schedule_checks.py
+    # in tests/distributed.
     exchanges = {"all_to_all_rows", "start_all_to_all_rows", "finish_all_to_all_rows"}
-    exchanges |= {"average_gradient", "encode_rows", "decode_rows"}
-    tellers = {"report_lost_pairs", "require_common_size"}
+    exchanges |= {"average_gradient", "encode_rows", "decode_rows", "ep_region"}
+    tellers = {"check_order_", "report_lost_pairs", "require_common_size"}
     assert registered == set(OP_CASES) | exchanges | tellers
 
 
