@@ -23,7 +23,7 @@ CASES = (
 WIDTH = {"mlp": D, "modules": 3, "composed": D}
 # Of a row of some width: a byte each, a scale, filled up to words.
 BYTES = {6: 12, 3: 8}
-CLOSE = {"int8": 0.02, "float8": 0.08}
+CLOSE = {"int8": 0.04, "float8": 0.1}
 
 
 class Sent(TorchDispatchMode):
@@ -49,10 +49,10 @@ def step(run, layer, x: Tensor) -> dict[str, Tensor]:
 
 
 def assert_near(got: dict, expected: dict, close: float) -> None:
-    """Within a part of the largest number of each tensor, and not equal."""
+    """Within a part of each tensor's norm, and not equal."""
     assert got.keys() == expected.keys()
     for name, value in expected.items():
-        error = (got[name] - value).abs().max() / value.abs().max().clamp(min=1e-30)
+        error = (got[name] - value).norm() / value.norm().clamp(min=1e-30)
         assert error < close, (name, float(error))
     assert not torch.equal(got["y"], expected["y"])
     assert not torch.equal(got["x"], expected["x"])
