@@ -1,11 +1,13 @@
 """Mixture-of-Experts for PyTorch in which every step is a torch op that compiles, exports and differentiates."""
 
+import importlib
+from typing import Any
+
 from moeops import _extension
 
 _extension.load()
 
 from moeops import (  # noqa: E402  (the ops register themselves on the loaded libraries)
-    compile,  # noqa: F401  (a name of this package; in __all__ it would hide the built-in one)
     dispatch,
     distributed,
     gates,
@@ -94,3 +96,10 @@ __all__ = [
     "unpermute_tokens",
     "update_gates",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import ``moeops.compile`` when it is first asked for: torch's compiler takes a second to import."""
+    if name == "compile":
+        return importlib.import_module("moeops.compile")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

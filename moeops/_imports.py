@@ -7,23 +7,40 @@ import sys
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+_finders: dict[str, _Finder] = {}
 
 
 def when_imported(name: str, function: Callable[[ModuleType], object]) -> None:
     """Call ``function(module)`` now if the module is there, otherwise as soon as somebody has imported it."""
-    if name in sys.modules:
+    if name in _finders:
+        _finders[name].functions.append(function)
+    elif name in sys.modules:
         function(sys.modules[name])
     else:
-        sys.meta_path.insert(0, _Finder(name, function))
+        _finders[name] = _Finder(name, function)
+        sys.meta_path.insert(0, _finders[name])
+
+
+def constant_when_traced(function: Callable[P, R]) -> Callable[P, R]:
+    """``torch.compiler.assume_constant_result`` without its import of torch's compiler, which takes a second."""
+    when_imported("torch._dynamo", lambda _: torch.compiler.assume_constant_result(function))
+    return function
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds one module as the other finders do, and calls a function when its code has run."""
+    """Finds one module as the other finders do, and calls functions when its code has run."""
 
     def __init__(self, name: str, function: Callable[[ModuleType], object]) -> None:
         self.name = name
-        self.function = function
+        self.functions = [function]
 
     def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> Any:
         if fullname != self.name:
@@ -42,7 +59,9 @@ class _Finder(importlib.abc.MetaPathFinder):
         def run_and_call(module: ModuleType) -> None:
             run(module)
             sys.meta_path.remove(self)
-            self.function(module)
+            del _finders[self.name]
+            for function in self.functions:
+                function(module)
 
         loader.exec_module = run_and_call  # type: ignore[method-assign]
         return spec

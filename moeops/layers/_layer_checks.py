@@ -6,10 +6,10 @@ import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from moeops import _checks
+from moeops._imports import constant_when_traced
 from moeops.layers._weights import check_no_dtensor
 from moeops.types import Routing, SlotRouting
 
@@ -135,7 +135,7 @@ def warn_of_folded_rows(op: str, experts: Iterable[Any]) -> None:
             return
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def _warn_at_compile_time(text: str) -> None:
     """Warn once per trace: a compiler runs this and keeps nothing of it in the graph."""
     warnings.warn(text, stacklevel=2)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-import torch
 from torch import Tensor
+
+from moeops._imports import constant_when_traced
 
 _warned: set[str] = set()
 
@@ -38,7 +39,7 @@ def dtensor_error(layer: str, name: str, value: Any) -> str:
     )
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def _warn_once(layer: str, name: str, kind: str, num_elements: int) -> None:
     """Warn once for each class: a compiler runs this when it traces, and keeps nothing of it in the graph."""
     if kind in _warned:
