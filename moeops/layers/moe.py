@@ -203,10 +203,10 @@ class FMoE(CallsExperts, TagsParameters):
             ranks = ExpertRanks(
                 op, self.num_expert, self.moe_ranks, expert_tensor_parallel_size, self.top_k
             )
-            options = as_options(op, dispatch)
-            self.dispatcher: Dispatcher = build_dispatcher(options, ranks)
-            options, why = options.choose(ranks)
-            self._switches = build_switches(options, ranks, parallel_degrees)
+            record = as_options(op, dispatch)
+            self.dispatcher: Dispatcher = build_dispatcher(record, ranks)
+            options, why = record.choose(ranks)
+            self._switches = build_switches(record, ranks, parallel_degrees)
             structure, table = None, self.dispatcher.table()
             for option in self._sharing_options():
                 structure = self._check_sharing(option)
@@ -336,8 +336,14 @@ class FMoE(CallsExperts, TagsParameters):
                 f"{type(self).__name__}: a hook must be one of {STAGES}, got {unknown[0]!r}. Use one of these names."
             )
         stage_hooks = StageHooks(**hooks)
-        for dispatcher in (self.dispatcher, *self._switches.values()):
-            dispatcher.set_stage_hooks(stage_hooks)
+        every = (self.dispatcher, *self._switches.values())
+        try:
+            for dispatcher in every:
+                dispatcher.set_stage_hooks(stage_hooks)
+        except NotImplementedError:
+            for dispatcher in every:  # all of them, or none
+                dispatcher.set_stage_hooks(self.stage_hooks)
+            raise
         self.stage_hooks = stage_hooks
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -490,4 +496,6 @@ class FMoE(CallsExperts, TagsParameters):
             text += f", expert_tensor_parallel_size={self.expert_tensor_parallel_size}"
         if self.moe_ranks is not None:
             text += f", dispatch={self.dispatch_text}"
+        if self._switches:
+            text += f", parallel_degrees={tuple(sorted(self._switches))}"
         return text

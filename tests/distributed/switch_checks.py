@@ -24,6 +24,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moeops import FMoE, FMoETransformerMLP
+from moeops.dispatch.exact import ExactDispatcher
+from moeops.dispatch.gather import GatherDispatcher
 from moeops.dispatch.local import LocalDispatcher
 from moeops.distributed import Auto, build_hierarchy
 from moeops.gates import ExpertChoiceGate, Llama4Gate, SoftMoEGate
@@ -101,6 +103,38 @@ def check_what_travels(ranks: Ranks) -> None:
     with Collectives() as seen:
         part(x)
     assert {group for _, group in seen.calls} == {part.moe_ranks.name}
+    auto = Auto(equal_tokens=True)  # chooses anew for fewer ranks
+    part, _ = make_pair("mlp", ranks, parallel_degrees=list(degrees.values()), dispatch=auto)
+    kinds = {2: GatherDispatcher, 4: ExactDispatcher}
+    assert type(part.dispatcher) is kinds[ranks.size]
+    assert f"parallel_degrees={tuple(degrees)}" in repr(part)
+    assert isinstance(part._switches[1].inner, LocalDispatcher)
+    if ranks.size == 4:
+        assert type(part._switches[2].inner) is GatherDispatcher
+
+
+def check_hooks(ranks: Ranks) -> None:
+    """Hooks see rows in every degree, and are set in all of them or in none."""
+    degrees = degrees_of(ranks)
+    part, _ = make_pair("mlp", ranks, parallel_degrees=list(degrees.values()), dispatch="exact")
+    x = batch(5, ranks.device)
+    want = part(x, parallel=1)
+    part.set_stage_hooks(
+        before_dispatch=lambda rows: 2 * rows, after_dispatch=lambda rows: rows / 2
+    )
+    for parallel in (*degrees, None):
+        torch.testing.assert_close(part(x, parallel=parallel), want)
+    part.set_stage_hooks()
+    before = part.dispatcher.stage_hooks
+
+    def refuse(hooks):
+        if hooks.on_rows:
+            raise NotImplementedError("no rows")
+
+    part._switches[1].set_stage_hooks = refuse
+    with pytest.raises(NotImplementedError, match="no rows"):
+        part.set_stage_hooks(before_dispatch=lambda rows: rows)
+    assert part.dispatcher.stage_hooks is part.stage_hooks is before
 
 
 def check_compiled(ranks: Ranks) -> None:
