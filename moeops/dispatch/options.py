@@ -30,6 +30,7 @@ from moeops.dispatch.shadowing import ShadowDispatcher, ShadowPolicy
 from moeops.dispatch.shards import ShardedDispatcher
 from moeops.dispatch.static import StaticDispatcher, check_row_capacity
 from moeops.profiling.job import JobLayer, job_model
+from moeops.profiling.machine import check_machine
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -326,7 +327,8 @@ def choose_degrees(dispatcher: Dispatcher, device: Any) -> None:
         device: where the layer is; torch's default if ``None``.
 
     Raises:
-        ValueError: the model lacks a law that it needs, or nothing can be measured.  RuntimeError: a rank has failed.
+        ValueError: the model lacks a law that it needs, or is of another machine; nothing can be measured.
+        RuntimeError: a rank has failed.
     """
     assert dispatcher.built_from is not None
     options, ranks = dispatcher.built_from
@@ -349,6 +351,7 @@ def choose_degrees(dispatcher: Dispatcher, device: Any) -> None:
     priced = functools.partial(schedule_of, sizes, model)
 
     def choose() -> tuple[int, int]:
+        check_machine(ranks.op, model, _place(group, device))
         dispatcher.schedule = priced()
         best = dispatcher.schedule.best()
         return best.forward, best.backward

@@ -39,7 +39,7 @@ def check_machine(op: str, model: CostModel, device: torch.device) -> None:
     Raises:
         ValueError: it was measured on another device, GPU, processor or number of cores.
     """
-    if not model.machine:
+    if not model.machine or device.type not in _IDENTITY:
         return
     here = describe_machine(device)
     names = ("device", *_IDENTITY[device.type])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 import time
@@ -262,6 +263,9 @@ def check_a_cost_model_chooses(ranks: Ranks) -> None:
     assert measure.call_args.args[1] == JobLayer(D, H, 2, 2, "float64")
     assert layer.dispatcher.degrees == (1, 1)
     assert "case 2: the experts last longest" in schedule.explain(layer)
+    other = dataclasses.replace(FAST_LINKS, machine={"cores": 1000, "processor": "a 6502"})
+    with pytest.raises((ValueError, RuntimeError), match="must be a profile of this machine"):
+        integers(Exact(n_chunks=AutoChunks(cost_model=other, num_tokens=8)), ranks)
     with pytest.raises(
         NotImplementedError, match="n_chunks must be a number for experts that are modules"
     ):
