@@ -22,7 +22,7 @@ from moeops.comm.exchange import (
     exchange_counts,
     exchange_detached,
 )
-from moeops.comm.groups import RankGroup, describe_group, rank_group
+from moeops.comm.groups import RankGroup, describe_group, rank_group, timeout_of
 from moeops.comm.wires import pack_rows, unpack_rows
 
 if TYPE_CHECKING:
@@ -418,8 +418,6 @@ def _check_form(op: str, form: str) -> None:
 
 def _sub_groups(op: str, whole: RankGroup, node_size: int) -> tuple[RankGroup, RankGroup]:
     """Make this rank's two groups; the ranks of other groups make theirs at the same time."""
-    from datetime import timedelta
-
     from torch.distributed import distributed_c10d
 
     process_group = distributed_c10d._resolve_process_group(whole.name)  # type: ignore[arg-type]
@@ -430,15 +428,12 @@ def _sub_groups(op: str, whole: RankGroup, node_size: int) -> tuple[RankGroup, R
             "Build it with torch.distributed.new_group."
         )
     node, place = divmod(whole.rank, node_size)
-    backend = process_group._get_backend(process_group._device_types[0])
-    timeout = getattr(getattr(backend, "options", None), "_timeout", None)
-    assert timeout is None or isinstance(timeout, timedelta)
     groups = []
     # Inside first on every rank: each call waits for the new group's ranks only.
     for ranks in (members[node * node_size : (node + 1) * node_size], members[place::node_size]):
         made = distributed_c10d.new_group(
             ranks,
-            timeout=timeout,
+            timeout=timeout_of(whole),
             backend=distributed_c10d.get_backend_config(process_group),
             use_local_synchronization=True,
         )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moeops.comm.groups import RankGroup
+from moeops.comm.wires import guarded
 from moeops.layers.walk import named_layers
 
 
@@ -37,9 +38,15 @@ def clip_grad_norm_(
         The norm before clipping, a scalar, the same on every rank.
 
     Raises:
-        RuntimeError: the norm is not finite and ``error_if_nonfinite``.
+        TypeError: ``model`` is no module.  RuntimeError: the norm is not finite and ``error_if_nonfinite``; or a rank
+        did not take part within its group's time-out.
     Host sync: none without ``error_if_nonfinite``.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"clip_grad_norm_: model must be a module, got {type(model).__name__}. Pass the model, which knows "
+            "whose parameters are experts', and not its parameters."
+        )
     holders: dict[nn.Parameter, RankGroup] = {}
     for _, layer in named_layers(model):
         if layer.moe_ranks is not None:
@@ -79,5 +86,10 @@ def _norm(parameters: list[nn.Parameter], norm_type: float, foreach: bool | None
 def _over_ranks(norm: Tensor, norm_type: float, group: RankGroup) -> Tensor:
     """Norm over the ranks of a group of each rank's norm."""
     ops = torch.ops._c10d_functional
-    every = ops.wait_tensor(ops.all_gather_into_tensor(norm.reshape(1), group.size, group.name))
+
+    def gather() -> Tensor:
+        mine = norm.reshape(1)
+        return ops.wait_tensor(ops.all_gather_into_tensor(mine, group.size, group.name))
+
+    every = guarded("clip_grad_norm_", group, gather)
     return torch.linalg.vector_norm(every, norm_type)

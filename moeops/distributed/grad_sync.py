@@ -12,7 +12,8 @@ from torch.utils.hooks import RemovableHandle
 
 from moeops import _checks
 from moeops.comm.averaging import average_gradient
-from moeops.comm.groups import RankGroup, rank_group
+from moeops.comm.groups import RankGroup, rank_group, timeout_of
+from moeops.comm.wires import explained
 from moeops.layers.walk import named_layers, parameter_tags
 
 if TYPE_CHECKING:
@@ -242,11 +243,15 @@ class DistributedGroupedDataParallel(nn.Module):
         """A group of the same ranks for reductions alone, so that these and exchanges of layers can work at once."""
         if group.group_name not in self._own_groups:
             dist = torch.distributed
-            own = dist.new_group(
-                dist.get_process_group_ranks(group),
-                backend=dist.get_backend(group),
-                use_local_synchronization=True,
-            )
+            ranks = rank_group(group)
+            assert ranks is not None
+            with _naming("DistributedGroupedDataParallel", group):
+                own = dist.new_group(
+                    dist.get_process_group_ranks(group),
+                    timeout=timeout_of(ranks),
+                    backend=dist.get_backend(group),
+                    use_local_synchronization=True,
+                )
             self._own_groups[group.group_name] = own
         return self._own_groups[group.group_name]
 
@@ -339,7 +344,8 @@ class DistributedGroupedDataParallel(nn.Module):
         dist = torch.distributed
         for group, parameters in self._plan():
             flat = torch.cat([parameter.detach().reshape(-1) for parameter in parameters])
-            dist.broadcast(flat, dist.get_global_rank(group, 0), group=group)
+            with _naming("DistributedGroupedDataParallel", group):
+                dist.broadcast(flat, dist.get_global_rank(group, 0), group=group)
             _copy_back(flat, [parameter.detach() for parameter in parameters])
 
     def _start_auto(self, plan: list[_Bucket]) -> None:
@@ -452,17 +458,28 @@ def _begin(bucket: _Bucket, no_scale: bool, reduce_after: bool, fp32: bool) -> _
     size = 1 if no_scale else bucket.group.size()
     if size > 1 and not reduce_after:
         flat /= size
-    work = torch.distributed.all_reduce(flat, group=bucket.group, async_op=True)
+    with _naming("allreduce_gradients", bucket.group):
+        work = torch.distributed.all_reduce(flat, group=bucket.group, async_op=True)
     return _Pending(bucket, flat, work, size if reduce_after else 1)
 
 
 def _end(reduction: _Pending) -> None:
     """Wait for a reduction and write its result into the gradients."""
-    reduction.work.wait()
+    with _naming("allreduce_gradients", reduction.bucket.group):
+        reduction.work.wait()
     flat = reduction.flat
     if reduction.divide_by > 1:
         flat /= reduction.divide_by
     _copy_back(flat, _grads(reduction.bucket))
+
+
+@contextlib.contextmanager
+def _naming(op: str, group: ProcessGroup) -> Iterator[None]:
+    """Errors of a collective say which op it was of, in which group, after which time-out."""
+    try:
+        yield
+    except RuntimeError as err:
+        raise explained(op, group.group_name, err) from err
 
 
 def _grads(bucket: _Bucket) -> list[Tensor]:

@@ -184,7 +184,7 @@ def test_nothing_that_a_file_says_is_run(saved, tmp_path):
     right = index["objects"]["values"]
     index["objects"]["values"] = {"file": "bomb", "start": 0, "length": len(bomb)}
     files.write_index(saved, index)
-    with pytest.raises(ValueError, match="bomb is no file of it"):
+    with pytest.raises(ValueError, match=r"the file of values must be .* got 'bomb'"):
         load_checkpoint(saved, Net(ALONE))
     index["files"]["bomb"] = forge(data / "bomb", bomb)
     files.write_index(saved, index)
@@ -196,7 +196,9 @@ def test_nothing_that_a_file_says_is_run(saved, tmp_path):
     files.write_index(saved, index)
     with pytest.raises(RuntimeError, match="weights"):
         load_checkpoint(saved, Net(ALONE))
-    with pytest.raises(pickle.UnpicklingError, match="weights"):
+    with pytest.raises(
+        ValueError, match=r"bomb.pt, which torch.load refuses with weights_only=True"
+    ):
         load_checkpoint(tmp_path / "bomb.pt", Net(ALONE))
     assert not boom.exists()
 
@@ -240,7 +242,9 @@ def test_extra_is_read_alone(saved, tmp_path):
         else:
             assert read_extra(saved)["step"] == 2
         file.unlink()
-        with pytest.raises(ValueError, match=f"{file.name} is missing"):
+        with pytest.raises(
+            ValueError, match=f"{file.name} must be a file that can be read, got No such file"
+        ):
             read_extra(saved)
         file.write_bytes(data)
     torch.save({"extra": 3}, tmp_path / "other.pt")
@@ -248,19 +252,26 @@ def test_extra_is_read_alone(saved, tmp_path):
         read_extra(tmp_path / "other.pt")
 
 
-class WithState(nn.Linear):
-    """A module with state that is no tensor, and with a wrapper around a part."""
+class Counting(nn.Linear):
+    """A module with state that is no tensor."""
 
     def __init__(self):
         super().__init__(2, 2)
         self.calls = 0
-        self.inner = torch.compile(nn.Linear(2, 2), backend="eager")
 
     def get_extra_state(self):
         return {"calls": self.calls}
 
     def set_extra_state(self, state):
         self.calls = state["calls"]
+
+
+class WithState(Counting):
+    """And with a wrapper around a part."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = torch.compile(nn.Linear(2, 2), backend="eager")
 
 
 def test_extra_states_and_compiled_modules(tmp_path):
@@ -277,6 +288,9 @@ def test_extra_states_and_compiled_modules(tmp_path):
         "inner.weight",
         "weight",
     ]
+    save_checkpoint(tmp_path / "plain", nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"extra states of .*plain, got model/_extra_state"):
+        load_checkpoint(tmp_path / "plain", Counting())
     third = WithState()
     load_checkpoint(tmp_path / "out.pt", third)
     assert third.calls == 7
@@ -355,7 +369,7 @@ def test_a_path_that_is_a_file(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match="path must be a folder or not exist"):
         save_checkpoint(tmp_path / "file", nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="file is damaged or no checkpoint"):
+    with pytest.raises(ValueError, match="file is damaged or no checkpoint: the file must be"):
         load_checkpoint(tmp_path / "file", nn.Linear(2, 2))
     with pytest.raises(FileNotFoundError, match="must hold a checkpoint"):
         load_checkpoint(tmp_path / "nothing", nn.Linear(2, 2))

@@ -189,7 +189,7 @@ def load_checkpoint(
     wanted, told = keep_and_tell(op, lambda: _describe_wanted(op, source, model, optimizer))
     check_fit(op, str(path), source.tensors, source.layers, told, optimizer is not None)
     values = source.read(op, wanted.pieces)
-    everywhere(op, everyone(), lambda: _hand_over(wanted, optimizer, values))
+    everywhere(op, everyone(), lambda: _hand_over(op, source.path, wanted, optimizer, values))
     return values["extra"]
 
 
@@ -222,7 +222,7 @@ def _describe_wanted(
                 f"{op}: optimizer must be None for a checkpoint without one, got {type(optimizer).__name__}. "
                 f"Start with a new optimizer, {source.path} has no state."
             )
-        wanted.groups.extend(_match_groups(op, state, optimizer, source.groups))
+        wanted.groups.extend(_match_groups(op, state, optimizer, source))
         for key, (parts, tensor) in state.wanted_state(optimizer, source.tensors).items():
             wanted.pieces[key] = parts
             wanted.room[key] = tensor
@@ -231,17 +231,35 @@ def _describe_wanted(
 
 
 def _hand_over(
-    wanted: _Wanted, optimizer: torch.optim.Optimizer | None, values: dict[str, Any]
+    op: str,
+    path: Path,
+    wanted: _Wanted,
+    optimizer: torch.optim.Optimizer | None,
+    values: dict[str, Any],
 ) -> None:
     """Give model and optimizer what was read: the model's tensors are filled, its hooks and extra states are left."""
     state, objects = wanted.state, values["objects"]
     loaded: dict[str, Any] = dict(state.tensors)
     for raw in state.extra_states:
-        loaded[raw] = objects[f"model/{state.name(raw)}"]
+        key = f"model/{state.name(raw)}"
+        if key not in objects:
+            raise ValueError(
+                f"{op}: the model must have the extra states of {path}, got {key}, which the checkpoint has not. Build "
+                "the same model."
+            )
+        loaded[raw] = objects[key]
     state.model.load_state_dict(loaded)
     if optimizer is not None:
         options = [{} if number is None else values["groups"][number] for number in wanted.groups]
-        _load_optimizer(state, optimizer, wanted.room, objects, options)
+        try:
+            _load_optimizer(state, optimizer, wanted.room, objects, options)
+        except (
+            Exception
+        ) as err:  # whatever an optimizer says that misses a state, or meets another's
+            raise ValueError(
+                f"{op}: optimizer must take the state in {path}, got {type(err).__name__}: {err}. Pass an optimizer of "
+                "the kind that was saved."
+            ) from err
 
 
 def read_extra(path: str | os.PathLike[str]) -> Any:
@@ -345,18 +363,18 @@ def _write(op: str, data: Path, state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _match_groups(
-    op: str, state: ModelState, optimizer: torch.optim.Optimizer, groups: list[list[str]]
+    op: str, state: ModelState, optimizer: torch.optim.Optimizer, source: Source
 ) -> list[int | None]:
     """Say which of a checkpoint's parameter groups each of the optimizer's is; ``None`` for one without parameters."""
-    group_of = {name: number for number, group in enumerate(groups) for name in group}
+    group_of = {name: number for number, group in enumerate(source.groups or ()) for name in group}
     parameters = iter(state.parameter_names(optimizer))
     matched: list[int | None] = []
     for number, group in enumerate(optimizer.param_groups):
         found = sorted({group_of.get(state.name(next(parameters)[0]), -1) for _ in group["params"]})
         if len(found) > 1 or -1 in found:
             raise ValueError(
-                f"{op}: parameter group {number} must be one of the checkpoint's, got parameters of {found} (-1: not "
-                "trained there). Build the optimizer with the same groups."
+                f"{op}: parameter group {number} must be one of the checkpoint's in {source.path}, got parameters of "
+                f"{found} (-1: not trained there). Build the optimizer with the same groups."
             )
         matched.append(found[0] if found else None)
     return matched

@@ -14,6 +14,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from moeops.distributed.checkpoint.contents import check_index
+
 INDEX = "checkpoint.json"
 FORMAT = "moeops.checkpoint"
 VERSION = 1
@@ -86,26 +88,32 @@ def read_index(op: str, path: Path) -> dict[str, Any]:
     file = path / INDEX
     try:
         text = file.read_bytes()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(
             f"{op}: path must hold a checkpoint, got {path} without {INDEX}. Nothing was saved there to the end."
         ) from None
+    except OSError as err:
+        raise ValueError(
+            f"{op}: {file} must be a file that can be read, got {err.strerror}. Load another checkpoint."
+        ) from err
     try:
         whole = json.loads(text)
         contents = whole["contents"]
         digest = hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
         intact = digest == whole["sha256"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         intact = False
     if not intact:
         raise ValueError(
-            f"{op}: {file} is damaged: it does not fit its digest. Load another checkpoint."
+            f"{op}: {file} is damaged: the content must fit its digest, got another one. Load another checkpoint."
         )
-    if contents.get("format") != FORMAT or contents.get("version") != VERSION:
+    found = contents if isinstance(contents, dict) else {}
+    if found.get("format") != FORMAT or found.get("version") != VERSION:
         raise ValueError(
-            f"{op}: path must hold a checkpoint of {FORMAT} version {VERSION}, got {contents.get('format')!r} version "
-            f"{contents.get('version')!r} in {file}. Load it with the version of moeops that wrote it."
+            f"{op}: path must hold a checkpoint of {FORMAT} version {VERSION}, got {found.get('format')!r} version "
+            f"{found.get('version')!r} in {file}. Load it with the version of moeops that wrote it."
         )
+    check_index(op, file, contents)
     return contents
 
 
@@ -113,29 +121,28 @@ def check_files(
     op: str, path: Path, index: dict[str, Any], first: int, step: int, only: str | None = None
 ) -> None:
     """Compare sizes of all files of a checkpoint, and digests of every ``step``-th or of one, with the index."""
-    chunks = [chunk for entry in index["tensors"].values() for chunk in entry["chunks"]]
-    named = {place["file"] for place in (*chunks, *index["objects"].values())}
-    if not named <= index["files"].keys():
-        raise ValueError(
-            f"{op}: {path / INDEX} is damaged: {min(named - index['files'].keys())} is no file of it. "
-            "Load another checkpoint."
-        )
     for number, (name, expected) in enumerate(sorted(index["files"].items())):
         file = path / index["folder"] / name
         try:
             size = file.stat().st_size
         except OSError as err:
             raise ValueError(
-                f"{op}: {file} is missing or cannot be read ({err.strerror}). Load another checkpoint."
+                f"{op}: {file} must be a file that can be read, got {err.strerror}. Load another checkpoint."
             ) from err
         if size != expected["bytes"]:
             raise ValueError(
                 f"{op}: {file} is damaged: it must have {expected['bytes']} bytes, got {size}. Load another checkpoint."
             )
         chosen = number % step == first if only is None else name == only
-        if chosen and digest_of(file) != expected:
+        try:
+            fits = not chosen or digest_of(file) == expected
+        except OSError as err:
             raise ValueError(
-                f"{op}: {file} is damaged: it does not fit its digest. Load another checkpoint."
+                f"{op}: {file} must be a file that can be read, got {err.strerror}. Load another checkpoint."
+            ) from err
+        if not fits:
+            raise ValueError(
+                f"{op}: {file} is damaged: the content must fit its digest, got another one. Load another checkpoint."
             )
 
 

@@ -113,7 +113,7 @@ def to_fused(
         if new is not None:
             found.setdefault(f"{head}{new[0]}{tail}", {})[new[1]] = parts.pop(key)
     for key, by_expert in found.items():
-        if sorted(by_expert) != list(range(num_experts)):
+        if len(by_expert) != num_experts or max(by_expert) >= num_experts:
             raise ValueError(
                 f"{op}: every one of {num_experts} experts must have {key} to be fused, got experts "
                 f"{sorted(by_expert)}. Load it into a layer with a list of experts."

@@ -14,6 +14,7 @@ import torch
 from moeops.comm.agreement import everywhere
 from moeops.comm.wires import explained
 from moeops.distributed.checkpoint import files, layouts
+from moeops.distributed.checkpoint.contents import check_merged, check_values
 from moeops.distributed.checkpoint.ranks import everyone, is_distributed, place
 from moeops.distributed.checkpoint.state import ModelState, Piece
 
@@ -62,8 +63,8 @@ def explain_dcp(op: str, path: Path) -> Iterator[None]:
         if not isinstance(cause, Exception):
             raise cause from err  # an interrupt
         raise RuntimeError(
-            f"{op}: torch.distributed.checkpoint failed in {path} on rank {rank} of {place()[1]}: "
-            f"{type(cause).__name__}: {cause}"
+            f"{op}: torch.distributed.checkpoint must succeed in {path}, got an error on rank {rank} of {place()[1]}: "
+            f"{type(cause).__name__}: {cause}. Look at the disk, and at what the error names."
         ) from err
     except RuntimeError as err:
         group = everyone()
@@ -107,7 +108,7 @@ class Folder:
                 planner=LoadPieces(),
                 no_dist=alone or not is_distributed(),
             )
-        return state[VALUES]
+        return check_values(op, self.path, state[VALUES], self.groups)
 
     def extra(self, op: str) -> Any:
         """Read ``extra`` from the one file that holds it."""
@@ -132,13 +133,15 @@ class File:
         try:
             with zipfile.ZipFile(self.path) as archive:
                 bad = archive.testzip()
-        except (zipfile.BadZipFile, OSError, EOFError) as err:
+        except Exception as err:  # zipfile has a dozen for what it meets in a damaged archive
             raise ValueError(
-                f"{op}: {self.path} is damaged or no checkpoint: {err}. Load another one."
+                f"{op}: {self.path} is damaged or no checkpoint: the file must be an archive of torch.save, got: "
+                f"{err}. Load another one."
             ) from err
         if bad is not None:
             raise ValueError(
-                f"{op}: {self.path} is damaged: {bad} does not fit its checksum. Load another checkpoint."
+                f"{op}: {self.path} is damaged: the content of {bad} must fit its checksum, got another one. "
+                "Load another checkpoint."
             )
 
     def extra(self, op: str) -> Any:
@@ -147,7 +150,15 @@ class File:
         return self._contents(op)["extra"]
 
     def _contents(self, op: str) -> dict[str, Any]:
-        merged = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
+        try:
+            merged = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
+        except (
+            Exception
+        ) as err:  # torch has as many, and refuses by one of them whatever would run code
+            raise ValueError(
+                f"{op}: path must be a file of merge_checkpoint, got {self.path}, which torch.load refuses with "
+                f"weights_only=True: {err} Load another checkpoint."
+            ) from err
         if not isinstance(merged, dict) or (merged.get("format"), merged.get("version")) != (
             files.FORMAT,
             files.VERSION,
@@ -156,6 +167,7 @@ class File:
                 f"{op}: path must be a file of merge_checkpoint, version {files.VERSION}, got {self.path}. Load other "
                 "files with torch.load."
             )
+        check_merged(op, self.path, merged)
         return merged
 
     def fit(self, op: str, state: ModelState) -> None:
