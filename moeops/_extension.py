@@ -49,7 +49,7 @@ def load() -> None:
     build = _import_build_module()
     info = build.build_info()
     if build.__file__ is None:
-        raise ImportError("moeops: moeops._C must come from a file. Reinstall moeops.")
+        raise ImportError("moeops: moeops._C must come from a file, got none. Reinstall moeops.")
     # An editable install keeps the libraries beside _C, not beside this file.
     folder = Path(build.__file__).parent
     _load(folder / CPU_LIBRARY, info["torch"])

@@ -166,8 +166,8 @@ class _Tape(LayerHook):
             return None
         if exporting():
             raise RuntimeError(
-                "RoutingReplay: must not replay during torch.export, whose program would hold one forward's routing. "
-                "Call stop() first."
+                "RoutingReplay: mode must not be replay during torch.export, got a routing, which the program would "
+                "hold for ever. Call stop() first."
             )
         first, second = self.given
         if not torch.compiler.is_compiling():

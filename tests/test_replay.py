@@ -250,7 +250,7 @@ def test_export_leaves_recording_out_and_refuses_replay():
     assert replay.take() == {}
     torch.testing.assert_close(program(x), layer(x))
     replay.replay(replay.take())
-    with pytest.raises(RuntimeError, match=r"must not replay during torch\.export"):
+    with pytest.raises(RuntimeError, match=r"must not be replay during torch\.export"):
         torch.export.export(layer, (x,), strict=False)
 
 

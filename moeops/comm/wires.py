@@ -65,7 +65,9 @@ class Wire:
 
     def send(self, packed: Tensor) -> Tensor:
         """Begin: torch's functional collective, whose result nobody may read before ``wait_tensor``."""
-        raise NotImplementedError(f"{type(self).__name__}: send must be written by the subclass.")
+        raise NotImplementedError(
+            f"{type(self).__name__}: send must be written by the subclass, got none. Write it."
+        )
 
     def send_traced(self, packed: Tensor) -> tuple[Tensor, ...]:
         """Begin in a graph, differentiably; what ``wait_traced`` takes."""
@@ -77,11 +79,15 @@ class Wire:
 
     def run(self, packed: Tensor) -> Tensor:
         """Do it at once, on the current stream where the backend can."""
-        raise NotImplementedError(f"{type(self).__name__}: run must be written by the subclass.")
+        raise NotImplementedError(
+            f"{type(self).__name__}: run must be written by the subclass, got none. Write it."
+        )
 
     def turn(self) -> Wire:
         """Make the wire of the gradients."""
-        raise NotImplementedError(f"{type(self).__name__}: turn must be written by the subclass.")
+        raise NotImplementedError(
+            f"{type(self).__name__}: turn must be written by the subclass, got none. Write it."
+        )
 
     def back(self) -> Wire:
         """Return the wire of the gradients, always the same one."""

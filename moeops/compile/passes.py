@@ -42,7 +42,7 @@ class Pass(CustomGraphPass):
     def rewrite(self, graph: Graph) -> int:
         """Change a graph in place; return how many sites were rewritten."""
         raise NotImplementedError(
-            f"{type(self).__name__}: rewrite must be written by the subclass."
+            f"{type(self).__name__}: rewrite must be written by the subclass, got none. Write it."
         )
 
     def __call__(self, graph: Graph) -> int:  # type: ignore[override]

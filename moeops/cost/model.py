@@ -390,7 +390,7 @@ def _from_json(record: dict[str, Any]) -> CostModel:
     """The model of a checked kind and version."""
     names = {f.name for f in dataclasses.fields(CostModel)} | {"format", "version"}
     if record.keys() != names:
-        raise ValueError(f"entries {sorted(names ^ record.keys())} are missing or unknown")
+        raise ValueError(f"entries must be {sorted(names)}, got {sorted(record)}")
     links = {
         name: None if record[name] is None else _law(LinkLaw, record[name], name) for name in _LINKS
     }

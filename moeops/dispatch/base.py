@@ -85,15 +85,15 @@ class Dispatcher:
         """
         if hooks.on_rows and not self.takes_stage_hooks:
             raise NotImplementedError(
-                f"{type(self).__name__}: {hooks.on_rows[0]} must be None, because not all rows pass one way here. Use "
-                "Exact, Static or Gather without replicas and shadowing, or before_moe_start and before_moe_end alone."
+                f"{type(self).__name__}: {hooks.on_rows[0]} must be None where not all rows pass one way, got a hook. "
+                "Use Exact, Static or Gather without replicas and shadowing, or before_moe_start and before_moe_end."
             )
         if self.adds_on_the_way and any(
             getattr(getattr(hooks, name), "makes_bits", False) for name in hooks.on_rows
         ):
             raise NotImplementedError(
-                f"{type(self).__name__}: hooks must not encode rows as bits, because rows or their gradients are added "
-                "up on their way here. Use Exact or Static with codec_hooks."
+                f"{type(self).__name__}: hooks must not encode rows as bits where rows or their gradients are added "
+                "up on their way, got some that do. Use Exact or Static with codec_hooks."
             )
         self.stage_hooks = hooks
 
@@ -149,13 +149,13 @@ class Dispatcher:
             offset are padding; and the record of tensors that ``combine`` needs.
         """
         raise NotImplementedError(
-            f"{type(self).__name__}: run, or dispatch and combine, must be written by the subclass."
+            f"{type(self).__name__}: run must be written by the subclass, got none. Write it, or dispatch and combine."
         )
 
     def combine(self, out: Any, record: Any) -> Any:
         """Bring the experts' outputs, a nest of ``[R, ...]``, back: nest of ``[T, ...]``, weighted and summed."""
         raise NotImplementedError(
-            f"{type(self).__name__}: run, or dispatch and combine, must be written by the subclass."
+            f"{type(self).__name__}: run must be written by the subclass, got none. Write it, or dispatch and combine."
         )
 
 
@@ -200,7 +200,9 @@ class DispatchOptions:
 
     def build(self, ranks: ExpertRanks) -> Dispatcher:
         """Make the dispatcher, for checked options. With shards, each counts as an expert of its rank here."""
-        raise NotImplementedError(f"{type(self).__name__}: build must be written by the subclass.")
+        raise NotImplementedError(
+            f"{type(self).__name__}: build must be written by the subclass, got none. Write it."
+        )
 
     def settings(self, ranks: ExpertRanks) -> dict[str, Any]:
         """Say what must be equal on all ranks, by option: values that can be pickled and compared."""

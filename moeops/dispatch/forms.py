@@ -47,17 +47,21 @@ class Form:
 
     def load(self, routing: Routing, tokens: Any) -> Load:
         """Sort a part of the tokens by where they go."""
-        raise NotImplementedError(f"{type(self).__name__}: load must be written by the subclass.")
+        raise NotImplementedError(
+            f"{type(self).__name__}: load must be written by the subclass, got none. Write it."
+        )
 
     def rows_of(self, counts: Tensor) -> Tensor:
         """Rows that counts ``[..., C]`` stand for: ``[...]``."""
         raise NotImplementedError(
-            f"{type(self).__name__}: rows_of must be written by the subclass."
+            f"{type(self).__name__}: rows_of must be written by the subclass, got none. Write it."
         )
 
     def sizes(self, received: Tensor) -> Tensor:
         """What the host must know of counts ``[W, C]`` that arrived, beside the rows."""
-        raise NotImplementedError(f"{type(self).__name__}: sizes must be written by the subclass.")
+        raise NotImplementedError(
+            f"{type(self).__name__}: sizes must be written by the subclass, got none. Write it."
+        )
 
     def post(self, load: Load, num_rows: int) -> tuple[Any, Tensor | None, Record]:
         """Copy tokens into so many rows; return these, the rows beside them, and what brings their answers back."""
@@ -80,12 +84,14 @@ class Form:
         block: Block | None,
     ) -> Any:
         """Run the experts on rows that arrived, with their counts: a nest of ``[R, ...]`` in the same order."""
-        raise NotImplementedError(f"{type(self).__name__}: run must be written by the subclass.")
+        raise NotImplementedError(
+            f"{type(self).__name__}: run must be written by the subclass, got none. Write it."
+        )
 
     def combine(self, out: Any, record: Record) -> Any:
         """Sum the answers of each token."""
         raise NotImplementedError(
-            f"{type(self).__name__}: combine must be written by the subclass."
+            f"{type(self).__name__}: combine must be written by the subclass, got none. Write it."
         )
 
 

@@ -91,7 +91,7 @@ class ExchangeOptions(ChunkedOptions):
     def _build_plain(self, ranks: ExpertRanks, num_slots: int) -> Dispatcher:
         """The dispatcher for so many experts and replicas on each rank."""
         raise NotImplementedError(
-            f"{type(self).__name__}: _build_plain must be written by the subclass."
+            f"{type(self).__name__}: _build_plain must be written by the subclass, got none. Write it."
         )
 
 
@@ -294,11 +294,13 @@ def as_options(op: str, dispatch: Any) -> DispatchOptions:
         return DISPATCHES[dispatch]()
     if isinstance(dispatch, DispatchOptions):
         return dispatch
-    error = ValueError if isinstance(dispatch, str) else TypeError
-    raise error(
+    message = (
         f"{op}: dispatch must be one of {tuple(DISPATCHES)} or a record such as moeops.dispatch.Static(capacity=1.25), "
         f"got {dispatch!r}. Pick one of them."
     )
+    if isinstance(dispatch, str):
+        raise ValueError(message)
+    raise TypeError(message)
 
 
 def build_dispatcher(options: DispatchOptions, ranks: ExpertRanks) -> Dispatcher:
@@ -371,6 +373,6 @@ def _place(group: RankGroup, device: Any) -> torch.device:
 def _refuse_shards(option: str, ranks: ExpertRanks) -> None:
     if ranks.num_shards > 1:
         raise NotImplementedError(
-            f"{ranks.op}: {option} must be None with expert_tensor_parallel_size={ranks.num_shards}: a rank has no use "
-            "for another rank's shard. Choose one of them."
+            f"{ranks.op}: {option} must be None where a rank has no use for another rank's shard, got it with "
+            f"expert_tensor_parallel_size={ranks.num_shards}. Choose one of them."
         )

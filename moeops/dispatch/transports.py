@@ -87,11 +87,15 @@ class Leg(Generic[AnyTransport]):
 
     def wire(self) -> Wire:
         """The collective that brings rows to the experts; the one of its gradients brings answers back."""
-        raise NotImplementedError(f"{type(self).__name__}: wire must be written by the subclass.")
+        raise NotImplementedError(
+            f"{type(self).__name__}: wire must be written by the subclass, got none. Write it."
+        )
 
     def part(self, rows: Tensor) -> Tensor:
         """The chunk's part of all rows of this rank, as it is sent."""
-        raise NotImplementedError(f"{type(self).__name__}: part must be written by the subclass.")
+        raise NotImplementedError(
+            f"{type(self).__name__}: part must be written by the subclass, got none. Write it."
+        )
 
     def send(self, rows: Tensor) -> InFlight:
         """Begin to send the chunk's part of all rows of this rank to the experts."""
@@ -115,7 +119,9 @@ class Leg(Generic[AnyTransport]):
 
     def plan(self, choices: Choices) -> TokenPlan:
         """Sort the rows that arrived by this rank's experts."""
-        raise NotImplementedError(f"{type(self).__name__}: plan must be written by the subclass.")
+        raise NotImplementedError(
+            f"{type(self).__name__}: plan must be written by the subclass, got none. Write it."
+        )
 
 
 class Transport:
@@ -170,7 +176,7 @@ class Transport:
     def positions(self, degree: int, leg: Leg) -> Tensor:
         """Where the rows that arrive with a leg are among those of all legs of another degree, in order: ``[R]``."""
         raise NotImplementedError(
-            f"{type(self).__name__}: positions must be written by the subclass."
+            f"{type(self).__name__}: positions must be written by the subclass, got none. Write it."
         )
 
     def join(self, parts: list[Tensor]) -> Tensor:

@@ -100,8 +100,8 @@ def check_fused(op: str, option: str, experts: nn.Module) -> None:
     for name, _ in (*experts.named_parameters(), *experts.named_buffers()):
         if "." in name:
             raise NotImplementedError(
-                f"{op}: {option} needs an activation without parameters and buffers, which belong to a rank and to no "
-                f"expert, got {name!r}. Pass {option}=None, or another activation."
+                f"{op}: the activation must have no parameters and buffers for {option}, because they belong to a "
+                f"rank and to no expert, got {name!r}. Pass {option}=None, or another activation."
             )
 
 
@@ -111,7 +111,7 @@ def check_modules(op: str, option: str, experts: Sequence[nn.Module]) -> tuple[A
     for index, structure in enumerate(structures):
         if structure != structures[0]:
             raise NotImplementedError(
-                f"{op}: {option} needs experts of the same structure, got {experts[0]} as expert 0 and "
+                f"{op}: experts must have the same structure for {option}, got {experts[0]} as expert 0 and "
                 f"{experts[index]} as expert {index}. Make them alike, or pass {option}=None."
             )
     return structures[0]
@@ -122,12 +122,12 @@ def _structure(op: str, option: str, index: int, expert: nn.Module) -> tuple[Any
     parameters = list(expert.named_parameters())
     if not parameters:
         raise NotImplementedError(
-            f"{op}: {option} needs experts with parameters, got {expert} as expert {index}. Pass {option}=None."
+            f"{op}: experts must have parameters for {option}, got {expert} as expert {index}. Pass {option}=None."
         )
     for name, _ in expert.named_buffers():
         raise NotImplementedError(
-            f"{op}: {option} needs experts without buffers, which would not travel, got {name!r} in expert {index}. "
-            f"Make it a parameter or a constant, or pass {option}=None."
+            f"{op}: experts must have no buffers for {option}, because they would not travel, got {name!r} in "
+            f"expert {index}. Make it a parameter or a constant, or pass {option}=None."
         )
     shapes = [(name, tuple(p.shape), str(p.dtype), p.requires_grad) for name, p in parameters]
     return (repr(expert), *shapes)

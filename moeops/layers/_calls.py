@@ -43,8 +43,8 @@ class CallsExperts(nn.Module):
             return check_modules(op, option, list(self.experts))
         if type(self)._expert_weights is CallsExperts._expert_weights:
             raise NotImplementedError(
-                f"{op}: {option} must be None where a subclass sets self.experts and has no _expert_weights. Use "
-                "FMoETransformerMLP, or a list of experts."
+                f"{op}: {option} must be None without _expert_weights, got a subclass that sets self.experts and has "
+                "none. Use FMoETransformerMLP, or a list of experts."
             )
         return None
 

@@ -42,8 +42,8 @@ def check_gate_input(op: str, first: Tensor) -> None:
     """A gate that sees the first leaf can read it."""
     if first.dim() < 2:
         raise ValueError(
-            f"{op}: x must have shape [T, d_model], got {_checks.describe(first)}. Put the tensor for the gate first, "
-            "or give the gate nested_input = True."
+            f"{op}: moe_inp must have shape [T, d_model], got {_checks.describe(first)}. Put the tensor for the gate "
+            "first, or give the gate nested_input = True."
         )
 
 

@@ -60,7 +60,7 @@ def activation_name(activation: Activation) -> str | None:
     if isinstance(activation, str):
         if activation not in ACTIVATIONS:
             raise ValueError(
-                f"activation must be one of {ACTIVATIONS}, a module or a function, got {activation!r}. "
+                f"FusedExperts: activation must be one of {ACTIVATIONS}, a module or a function, got {activation!r}. "
                 "Pick a name or pass a callable."
             )
         return activation
@@ -74,7 +74,7 @@ def activation_name(activation: Activation) -> str | None:
         return None
     if not callable(activation):
         raise TypeError(
-            f"activation must be one of {ACTIVATIONS}, a module or a function, got {activation!r}. "
+            f"FusedExperts: activation must be one of {ACTIVATIONS}, a module or a function, got {activation!r}. "
             "Pick a name or pass a callable."
         )
     try:

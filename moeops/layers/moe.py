@@ -439,8 +439,8 @@ class FMoE(CallsExperts, TagsParameters):
         if not self._gate_reads_nest():
             gate_inp = first if first.dim() == 2 else first.flatten(1)  # [T, D]
             if not torch.compiler.is_compiling():
-                _checks.check_float(op, "x", gate_inp)
-                _checks.check_size(op, "x", gate_inp, 1, self.d_model, "d_model")
+                _checks.check_float(op, "moe_inp", gate_inp)
+                _checks.check_size(op, "moe_inp", gate_inp, 1, self.d_model, "d_model")
         # Before the gate: weights or tokens may be on their way while it works.
         dispatcher = self._dispatcher_of(parallel)
         early = dispatcher.start(moe_inp, self._expert_weights, self.dispatch_table)

@@ -221,6 +221,8 @@ class FMoETransformerMLP(FMoE):
                 f"{op}: inp must have size d_model = {self.d_model} in its last dimension, got "
                 f"{_checks.describe(inp)}. Check d_model."
             )
+        if not torch.compiler.is_compiling():
+            _checks.check_float(op, "inp", inp)
         x = inp if inp.dim() == 2 else inp.reshape(-1, self.d_model)  # [T, D]
         return super().forward(x, mask, parallel=parallel).reshape(inp.shape)
 

@@ -123,7 +123,8 @@ def default_samples(op: Op) -> Iterator[dict[str, Any]]:
         missing = "numbers without defaults"
     if missing:
         raise ValueError(
-            f"{op.name}: samples must be given for an op with {missing}. Pass samples=[{{...}}]."
+            f"{op.name}: samples must be given for what cannot be made up, got None for an op with {missing}. Pass "
+            "samples=[{...}]."
         )
     generator = torch.Generator().manual_seed(0)
 

@@ -118,7 +118,9 @@ def configuration(args: argparse.Namespace) -> Configuration:
             sizes[field] = getattr(args, option)
     missing = [f"--{name.replace('_', '-')}" for name, field in SIZES.items() if field not in sizes]
     if missing:
-        raise ValueError(f"{', '.join(missing)} must be given where --model is not.")
+        raise ValueError(
+            f"plan: {', '.join(missing)} must be given where --model is not, got neither. Pass one of them."
+        )
     return Configuration(
         world_size=args.world,
         node_size=args.node_size,

@@ -36,7 +36,7 @@ class TorchrunRanks(Ranks):
         if device == "cuda":
             if local >= torch.cuda.device_count():
                 raise RuntimeError(
-                    f"profile: every rank needs a GPU of its own, got {torch.cuda.device_count()} for local rank "
+                    f"profile: every rank must have a GPU of its own, got {torch.cuda.device_count()} for local rank "
                     f"{local}. Lower --nproc-per-node, or pass --device cpu."
                 )
             self.device = torch.device("cuda", local)

@@ -156,7 +156,7 @@ def _check_real(op: str, group: RankGroup, device: torch.device) -> None:
     backend = dist.get_backend(process_group(group.name))
     if device.type not in ("cpu", "cuda") or backend == "fake" or group.size == 1:
         raise ValueError(
-            f"{op}: a job measures itself on several ranks with CPUs or GPUs, got device {device.type!r} and backend "
+            f"{op}: a job that measures itself must have several ranks with CPUs or GPUs, got device {device.type!r} and backend "
             f"{backend!r} in {describe_group(group)}. Pass a cost model: CostModel.load(FILE), with a file of python "
             "-m moeops profile."
         )

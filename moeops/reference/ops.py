@@ -233,7 +233,9 @@ def sort_tokens(
     if num_rows is not None:
         live = int(offsets[-1])
         if live > num_rows:
-            raise RuntimeError(f"sort_tokens: {live} pairs do not fit into {num_rows} rows")
+            raise RuntimeError(
+                f"sort_tokens: num_rows must hold all pairs, got {num_rows} for {live}. Pass an upper bound."
+            )
         owned = live if num_rows < flat.numel() else flat.numel()
         row_to_pair = F.pad(row_to_pair[:owned], (0, num_rows - owned))
         pair_to_row = torch.where(pair_to_row < owned, pair_to_row, num_rows)
@@ -362,7 +364,9 @@ def activate(pre_activation: Tensor, activation: str) -> Tensor:
         return F.silu(pre_activation)
     if activation == "relu_squared":
         return F.relu(pre_activation).square()
-    raise ValueError(f"unknown activation {activation!r}")
+    raise ValueError(
+        f"moe_mlp: activation must be one of those of moeops.moe_mlp, got {activation!r}. Pick one."
+    )
 
 
 def moe_mlp(

@@ -328,15 +328,21 @@ def check_what_is_refused(ranks: Ranks) -> None:
     layer = partial(FMoE, 2, 6, world_size=size, device=ranks.device)
     cases = [
         ([double(6, 3), double(6, 4)], shadowing, "got Linear.* as expert 0 and .* as expert 1"),
-        (WithBuffer, few(ranks), "buffers, which would not travel, got 'seen' in expert 0"),
-        (nn.Identity, shadowing, "needs experts with parameters, got Identity"),
+        (
+            WithBuffer,
+            few(ranks),
+            "no buffers for replicas, because they would not travel, got 'seen' in expert 0",
+        ),
+        (nn.Identity, shadowing, "experts must have parameters for shadowing, got Identity"),
     ]
     for expert, options, message in cases:
         with pytest.raises(NotImplementedError, match=message):
             layer(expert=expert, **with_record(options))
-    with pytest.raises(NotImplementedError, match="where a subclass sets"):
+    with pytest.raises(NotImplementedError, match=r"got a subclass that sets self\.experts"):
         layer(**with_record(shadowing))
-    with pytest.raises(NotImplementedError, match=r"activation without parameters .* 'activation"):
+    with pytest.raises(
+        NotImplementedError, match=r"activation must have no parameters .* 'activation"
+    ):
         FMoETransformerMLP(
             2, 6, 5, nn.PReLU(), world_size=size, device=ranks.device, **with_record(shadowing)
         )

@@ -86,12 +86,12 @@ def test_gates_that_return_something_else(kind, result, error, match):
         (
             torch.ones(4, D, dtype=torch.int64),
             TypeError,
-            r"x must be float64.*got torch\.int64 \[4, 8\]",
+            r"inp must be float64.*got torch\.int64 \[4, 8\]",
         ),
         (
             torch.ones(4, D, dtype=torch.complex64),
             TypeError,
-            r"x must be float64.*got torch\.complex64",
+            r"inp must be float64.*got torch\.complex64",
         ),
     ],
 )
@@ -117,7 +117,7 @@ def test_tokens_that_do_not_fit(kind, x, error, match):
         (
             [torch.randn(4), torch.randn(4, D)],
             ValueError,
-            r"FMoE: x must have shape \[T, d_model\], got .*\[4\]",
+            r"FMoE: moe_inp must have shape \[T, d_model\], got .*\[4\]",
         ),
     ],
 )

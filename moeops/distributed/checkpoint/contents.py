@@ -21,6 +21,11 @@ def count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 1 << 63
 
 
+def positive(value: Any) -> bool:
+    """A whole number from 1 on, of 63 bits."""
+    return count(value) and value > 0
+
+
 def file_name(value: Any) -> bool:
     """The name of a file or folder, with no way out of the folder that it is in."""
     return isinstance(value, str) and re.fullmatch(r"\.?\w[\w.-]*", value) is not None
@@ -37,7 +42,7 @@ def anything(value: Any) -> bool:
 
 
 _PLACE = {"file": file_name, "start": count, "length": count}
-_LAYERS = [{"prefix": str, "num_experts": count, "names": (None, [str])}]
+_LAYERS = [{"prefix": str, "num_experts": positive, "names": (None, [str])}]
 _GROUPS = (None, [{"params": [str], str: anything}])
 _INDEX = {
     "folder": file_name,
