@@ -420,3 +420,20 @@ def test_ready_gate_of_another_type_compiles():
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     x = torch.randn(5, D)
     torch.testing.assert_close(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_beyond_the_recompile_limit(kind):
+    """Torch goes on in eager mode, or raises with ``fullgraph``; values, gradients and losses stay right."""
+    layer = make_layer(kind, "gshard").eval()
+    compiled = torch.compile(layer, backend="aot_eager", dynamic=False)
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for tokens in (3, 5, 6, 9, 4):
+            x = torch.randn(tokens, D)
+            assert_same(run(compiled, layer.gate, x), run(layer, layer.gate, x))
+        torch._dynamo.reset()
+        whole = torch.compile(layer, backend="aot_eager", dynamic=False, fullgraph=True)
+        for tokens in (3, 5):
+            whole(torch.randn(tokens, D))
+        with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+            whole(torch.randn(6, D))

@@ -200,3 +200,44 @@ def test_parameters_of_a_custom_activation_train():
     layer = FMoETransformerMLP(E, D, H, activation=ScaledTanh())
     layer(torch.randn(5, D)).sum().backward()
     assert float(layer.experts.activation.scale.grad.abs()) > 0
+
+
+@each("autocast", [None, torch.bfloat16])
+@each("router", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["mlp", "modules"])
+def test_types_of_router_and_experts_may_differ(kind, router, autocast):
+    """The value of float64, in the experts' type or autocast's; experts of another type than ``x`` are refused."""
+    exact = make_layer(kind, "naive").double()
+    x = torch.randn(9, D)
+    for experts in (torch.float32, torch.bfloat16):
+        layer = copy.deepcopy(exact)
+        layer.gate.to(router)
+        layer.experts.to(experts)
+        tokens = x.to(experts, copy=True).requires_grad_()
+        with torch.autocast("cpu", autocast or experts, enabled=autocast is not None):
+            y = layer(tokens)
+        truth = tokens.detach().double().requires_grad_()
+        expected = exact(truth)
+        assert y.dtype == (autocast or experts)
+        full = {router, y.dtype} <= {torch.float64, torch.float32}
+        lowest = torch.float32 if full else torch.bfloat16
+        assert_close(y, expected, lowest)
+        y.float().sum().backward()
+        expected.sum().backward()
+        assert_close(tokens.grad, truth.grad, lowest)
+        other = torch.bfloat16 if experts == torch.float32 else torch.float32
+        if autocast is None:
+            match = r"w_up must be torch\.\w+ like x" if kind == "mlp" else "same dtype"
+            with pytest.raises((TypeError, RuntimeError), match=match):
+                layer(x.to(other))
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_tangents_of_layers(kind):
+    """Forward mode against differences, for experts of every kind."""
+    layer = make_layer(kind, "naive").double()
+    x, v = torch.randn(2, 9, D, dtype=torch.float64)
+    tangent = torch.func.jvp(layer, (x,), (v,))[1]
+    difference = (layer(x + 1e-6 * v) - layer(x - 1e-6 * v)) / 2e-6
+    torch.testing.assert_close(tangent, difference, rtol=1e-5, atol=1e-6)
+    assert tangent.abs().max() > 0.01
