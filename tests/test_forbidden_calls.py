@@ -34,7 +34,7 @@ ALLOWED = [
     ("comm/gathering.py", "check_equal_rows", "all_gather_object"),
     ("numba/_loops.py", "define", "exec"),  # the one loop that Numba needs as text; see there
     ("numba/_loops.py", "define", "compile"),
-    ("planner/clock.py", "gather", "all_gather_object"),
+    ("planner/ranks.py", "gather", "all_gather_object"),
 ]
 
 

@@ -156,9 +156,9 @@ def _check_real(op: str, group: RankGroup, device: torch.device) -> None:
     backend = dist.get_backend(process_group(group.name))
     if device.type not in ("cpu", "cuda") or backend == "fake" or group.size == 1:
         raise ValueError(
-            f"{op}: a job that measures itself must have several ranks with CPUs or GPUs, got device {device.type!r} and backend "
-            f"{backend!r} in {describe_group(group)}. Pass a cost model: CostModel.load(FILE), with a file of python "
-            "-m moeops profile."
+            f"{op}: a job that measures itself must have several ranks with CPUs or GPUs, got device "
+            f"{device.type!r} and backend {backend!r} in {describe_group(group)}. Pass a cost model: "
+            "CostModel.load(FILE), with a file of python -m moeops profile."
         )
 
 
