@@ -96,7 +96,6 @@ def check_averages_in_the_graph_are_those_after_it(ranks: Ranks) -> None:
             compiled = torch.compile(model, fullgraph=True, options=settings)
             got, codes = run_and_get_code(gradients, compiled, model, ranks)
             torch.testing.assert_close(got, expected)
-            assert rewrite.moved == [0, 10], rewrite.moved
             calls = calls_of(codes[1])
             assert calls.index("C") < calls.index("w"), calls  # behind the last layer's dispatch
             last = max(calls.rfind(letter) for letter in "CRS")
@@ -106,8 +105,10 @@ def check_averages_in_the_graph_are_those_after_it(ranks: Ranks) -> None:
                 # Behind each layer's dispatch, at the end, and where something is left behind the last combine.
                 assert calls.count("C") in (3, 4), calls
             every: list = [None] * ranks.size
-            dist.all_gather_object(every, calls)
-            assert every == [calls] * ranks.size
+            dist.all_gather_object(every, (calls, rewrite.moved))
+            assert [order for order, _ in every] == [calls] * ranks.size
+            # A rank may find in the cache what another has compiled.
+            assert set().union(*(moved for _, moved in every)) == {0, 10}
 
 
 class Slow(nn.Module):
