@@ -1,5 +1,6 @@
 """Ranks and wires: groups, agreement between ranks, exchanges of rows and counts. No gates, experts or layers here."""
 
+import moeops.comm.order  # noqa: F401  (registers the op, for compiled code from a cache)
 from moeops.comm.collectives import all_gather_counts, all_reduce_sum
 from moeops.comm.exchange import all_to_all_rows, exchange_counts
 from moeops.comm.failures import explain_failures

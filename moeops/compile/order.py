@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-import moeops.comm.order  # noqa: F401  (registers the op)
 from moeops.compile.passes import LAST, Pass, set_value
 
 
