@@ -101,7 +101,7 @@ def check_fused(op: str, option: str, experts: nn.Module) -> None:
         if "." in name:
             raise NotImplementedError(
                 f"{op}: the activation must have no parameters and buffers for {option}, because they belong to a "
-                f"rank and to no expert, got {name!r}. Pass {option}=None, or another activation."
+                f"rank and to no expert, got {name!r}. Leave {option} out, or pass another activation."
             )
 
 
@@ -112,7 +112,7 @@ def check_modules(op: str, option: str, experts: Sequence[nn.Module]) -> tuple[A
         if structure != structures[0]:
             raise NotImplementedError(
                 f"{op}: experts must have the same structure for {option}, got {experts[0]} as expert 0 and "
-                f"{experts[index]} as expert {index}. Make them alike, or pass {option}=None."
+                f"{experts[index]} as expert {index}. Make them alike, or leave {option} out."
             )
     return structures[0]
 
@@ -122,12 +122,12 @@ def _structure(op: str, option: str, index: int, expert: nn.Module) -> tuple[Any
     parameters = list(expert.named_parameters())
     if not parameters:
         raise NotImplementedError(
-            f"{op}: experts must have parameters for {option}, got {expert} as expert {index}. Pass {option}=None."
+            f"{op}: experts must have parameters for {option}, got {expert} as expert {index}. Leave {option} out."
         )
     for name, _ in expert.named_buffers():
         raise NotImplementedError(
             f"{op}: experts must have no buffers for {option}, because they would not travel, got {name!r} in "
-            f"expert {index}. Make it a parameter or a constant, or pass {option}=None."
+            f"expert {index}. Make it a parameter or a constant, or leave {option} out."
         )
     shapes = [(name, tuple(p.shape), str(p.dtype), p.requires_grad) for name, p in parameters]
     return (repr(expert), *shapes)

@@ -110,6 +110,8 @@ def _without_gradient(op: str) -> Callable[..., Any]:
 def _decompose_what_has_no_gradient(_onnx: ModuleType) -> None:
     for op in ("count_tokens", "limit_capacity", "sort_tokens"):
         LIBRARY.impl(op, _without_gradient(op), "Autograd", with_keyset=True)
+        # Where an export looks for kernels, torch remembers that there was none when something was compiled before.
+        getattr(torch.ops.moeops, op).default._dispatch_cache.clear()
 
 
 # Not before: a kernel in Python, which only an export needs, adds a third to the time of a small call. torch.onnx comes

@@ -197,9 +197,11 @@ def check_refusals(ranks: Ranks) -> None:
             expert_tensor_parallel_size=ranks.size,
             parallel_degrees=[1],
         )
-    with pytest.raises(NotImplementedError, match="parallel_degrees needs experts without buffers"):
+    with pytest.raises(
+        NotImplementedError, match="experts must have no buffers for parallel_degrees"
+    ):
         FMoE(2, D, world_size=ranks.size, expert=nn.BatchNorm1d, parallel_degrees=[1])
-    with pytest.raises(NotImplementedError, match="needs an activation without parameters"):
+    with pytest.raises(NotImplementedError, match="the activation must have no parameters"):
         FMoETransformerMLP(
             2, D, H, activation=nn.PReLU(), world_size=ranks.size, parallel_degrees=[1]
         )

@@ -197,7 +197,7 @@ def test_errors_name_the_hook():
         layer(x)
 
 
-def test_compiled_code_sees_that_hooks_changed():
+def test_compiled_code_sees_that_hooks_changed(fresh_dynamo):
     layer = make("mlp", "exact")
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     x = torch.randn(T, D, dtype=torch.float64)
