@@ -149,6 +149,17 @@ def check_the_backend_computes_what_gloo_does(ranks: Ranks) -> None:
     torch.testing.assert_close(x, 2 * torch.arange(3.0))
 
 
+def assert_takes(module, group, expected, what) -> None:
+    """One of five measurements fits, all of which have the same result on every rank: others may use the machine."""
+    for attempt in range(5):
+        times = measured(module, group, expected)
+        try:
+            return assert_close(times, expected, what)
+        except AssertionError:
+            if attempt == 4:
+                raise
+
+
 def check_chunks_take_the_time_of_the_pipeline(ranks: Ranks) -> None:
     """Exact has an exchange of counts before the first chunk; otherwise both are FSMoE's pipeline."""
     group = start_group()
@@ -156,10 +167,10 @@ def check_chunks_take_the_time_of_the_pipeline(ranks: Ranks) -> None:
         forward, backward = predicted(degree)
         layer = make(Exact(n_chunks=degree), group)
         expected = [forward + CALL, backward]
-        assert_close(measured(layer, group, expected), expected, f"exact, {degree}")
+        assert_takes(layer, group, expected, f"exact, {degree}")
         layer = make(Static(capacity=TOKENS, n_chunks=degree), group)
         expected = [forward, backward]
-        assert_close(measured(layer, group, expected), expected, f"static, {degree}")
+        assert_takes(layer, group, expected, f"static, {degree}")
 
 
 def check_compiled_chunks_take_the_time_of_the_pipeline(ranks: Ranks) -> None:
@@ -167,7 +178,7 @@ def check_compiled_chunks_take_the_time_of_the_pipeline(ranks: Ranks) -> None:
     layer = make(Static(capacity=TOKENS, n_chunks=2), group)
     compiled = torch.compile(layer, fullgraph=True, options=IN_ORDER)
     compiled(batch()).sum().backward()
-    assert_close(measured(compiled, group, predicted(2)), predicted(2), "compiled")
+    assert_takes(compiled, group, predicted(2), "compiled")
     group.set_link(CALL)
     compiled(batch()).sum().backward()
     assert group.most_in_flight == 2
