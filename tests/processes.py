@@ -35,6 +35,11 @@ class Ranks(NamedTuple):
     device: str
     folder: Path = Path()  # for files; all ranks have the same
 
+    @property
+    def gather(self) -> str:
+        """The collective by which rows of all ranks begin to travel: gloo's own may not run twice at once."""
+        return "all_to_all_single" if self.device == "cpu" else "all_gather_into_tensor"
+
     def split(self, x: torch.Tensor) -> torch.Tensor:
         """This rank's part of a batch that every rank has: equal parts but for the last."""
         return x.tensor_split(self.size)[self.rank].to(self.device)

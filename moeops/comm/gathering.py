@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from moeops.comm.groups import RankGroup, describe_group, process_group
+from moeops.comm.groups import RankGroup, describe_group, process_group, uses_gloo
 from moeops.comm.wires import Carried, Wire, carry, guarded, pack_rows, unpack_rows
 
 if TYPE_CHECKING:
@@ -40,10 +40,19 @@ class AllGather(Wire):
         super().__init__("all_gather_rows", group)
 
     def send(self, packed: Tensor) -> Tensor:
-        """Begin."""
-        return torch.ops._c10d_functional.all_gather_into_tensor(
-            packed.contiguous(), self.group.size, self.group.name
-        )
+        """Begin; with gloo as an exchange in which every rank sends every other the same rows.
+
+        Two functional all-gathers that gloo runs at once free one string twice, in torch 2.13 at least: each thread
+        writes the name of its work, too long to be kept in place, where the other one does.
+        """
+        name, size = self.group.name, self.group.size
+        if not uses_gloo(name, packed.device.type):
+            return torch.ops._c10d_functional.all_gather_into_tensor(
+                packed.contiguous(), size, name
+            )
+        splits = [packed.shape[0]] * size
+        copies = packed.repeat(size, *[1] * (packed.dim() - 1))
+        return torch.ops._c10d_functional.all_to_all_single(copies, splits, splits, name)
 
     def run(self, packed: Tensor) -> Tensor:
         """Gather at once."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from moeops import _checks
+from moeops._imports import constant_when_traced
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -72,6 +73,13 @@ def describe_group(group: RankGroup) -> str:
 def process_group(name: str) -> ProcessGroup:
     """Return the process group of this name."""
     return torch.distributed.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
+
+
+@constant_when_traced
+def uses_gloo(name: str, device_type: str) -> bool:
+    """Whether the group of this name works on such devices by gloo."""
+    config = torch.distributed.get_backend_config(process_group(name))
+    return f"{device_type}:gloo" in config.split(",")
 
 
 def timeout_of(group: RankGroup) -> timedelta | None:

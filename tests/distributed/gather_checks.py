@@ -183,7 +183,7 @@ def check_order(ranks: Ranks) -> None:
     assert reads.names == []
     with Order() as forward:
         loss = loss_of(part(x))
-    gather, wait = ["all_gather_into_tensor"], ["wait_tensor"]
+    gather, wait = [ranks.gather], ["wait_tensor"]
     experts, scatter = ["sort_tokens", "moe_mlp"], ["reduce_scatter_tensor"]
     before, after = ["require_common_size", *gather, "addmm"], [*experts, *scatter, *wait]
     assert forward.events == [*before, *gather, *wait, *wait, *after]

@@ -96,7 +96,7 @@ def check_what_travels(ranks: Ranks) -> None:
         across = part.moe_ranks.name if parallel == 1 else degree.across.name
         with Collectives() as seen:
             part(x, parallel=parallel)
-        weights = [("all_gather_into_tensor", across)] * num_weights
+        weights = [(ranks.gather, across)] * num_weights
         assert seen.calls[:num_weights] == weights
         rest = {group for _, group in seen.calls[num_weights:]}
         assert rest == (set() if parallel == 1 else {degree.inside.name})
