@@ -436,12 +436,20 @@ def _moe_mlp(p, dtype, device, activation, with_bias):
     return OpCase("moe_mlp", args, {0: 0, 1: 0, 2: 0, 4: 0}, differentiable)
 
 
-def _moe_mlp_backward(p, dtype, device, activation, with_bias, needs):
+def _moe_mlp_backward_data(p, dtype, device, activation, with_bias, needs):
     *block, _ = _moe_mlp(p, dtype, device, activation, with_bias).args
     grad_y = p.tensor(p.T, p.D, dtype=dtype, device=device)
     pre = p.tensor(p.R, 2 * p.H if activation == "swiglu" else p.H, dtype=dtype, device=device)
     args = (grad_y, *block, pre, activation, *needs)
-    return OpCase("moe_mlp_backward", args, {0: 0, 1: 0, 2: 0, 3: 0, 5: 0, 10: 0})
+    return OpCase("moe_mlp_backward_data", args, {0: 0, 1: 0, 2: 0, 3: 0, 5: 0, 10: 0})
+
+
+def _moe_mlp_backward_weights(p, dtype, device, needs):
+    grad_y, x = (p.tensor(p.T, p.D, dtype=dtype, device=device) for _ in range(2))
+    grad_pre = p.tensor(p.R, 2 * p.H, dtype=dtype, device=device)
+    hidden = p.tensor(p.R, p.H, dtype=dtype, device=device)
+    args = (grad_y, x, *p.plan(device), p.weights(dtype, device), grad_pre, hidden, *needs)
+    return OpCase("moe_mlp_backward_weights", args, {0: 0, 1: 0, 2: 0, 3: 0, 5: 0, 6: 0, 7: 0})
 
 
 OP_CASES: dict[str, list[Callable[[Sample, torch.dtype, str], OpCase]]] = {
@@ -507,10 +515,15 @@ OP_CASES: dict[str, list[Callable[[Sample, torch.dtype, str], OpCase]]] = {
         lambda *a: _moe_mlp(*a, activation="swiglu", with_bias=False),
         lambda *a: _moe_mlp(*a, activation="gelu", with_bias=True),
     ],
-    "moe_mlp_backward": [
-        lambda *a: _moe_mlp_backward(*a, "swiglu", True, (True, True, True, True)),
-        lambda *a: _moe_mlp_backward(*a, "gelu", False, (False, True, False, True)),
-        lambda *a: _moe_mlp_backward(*a, "relu", True, (True, False, False, False)),
+    "moe_mlp_backward_data": [
+        lambda *a: _moe_mlp_backward_data(*a, "swiglu", True, (True, True, True, True)),
+        lambda *a: _moe_mlp_backward_data(*a, "gelu", False, (False, True, False, True)),
+        lambda *a: _moe_mlp_backward_data(*a, "relu", True, (True, False, False, False)),
+    ],
+    "moe_mlp_backward_weights": [
+        lambda *a: _moe_mlp_backward_weights(*a, (True, True, True, True)),
+        lambda *a: _moe_mlp_backward_weights(*a, (False, True, True, False)),
+        lambda *a: _moe_mlp_backward_weights(*a, (True, False, False, True)),
     ],
 }
 

@@ -107,11 +107,17 @@ STABLE_TORCH_LIBRARY(moeops, m) {
       "moe_mlp(Tensor x, Tensor row_to_pair, Tensor pair_to_row, Tensor expert_offsets, Tensor "
       "topk_weights, Tensor w_up, Tensor w_down, Tensor? b_up=None, Tensor? b_down=None, *, str "
       "activation='swiglu', bool keep_pre=True) -> (Tensor y, Tensor pre_activation)");
+  // its backward in two: what tokens wait for, and the weights' gradients from the gradient of the
+  // pre-activation, grad_pre [R, 2H or H], and weighted_hidden [R, H]
   m.def(
-      "moe_mlp_backward(Tensor grad_y, Tensor x, Tensor row_to_pair, Tensor pair_to_row, Tensor "
-      "expert_offsets, Tensor topk_weights, Tensor w_up, Tensor w_down, Tensor? b_up, Tensor? "
-      "b_down, Tensor pre_activation, *, str activation='swiglu', bool need_x=True, bool "
-      "need_topk_weights=True, bool need_w_up=True, bool need_w_down=True) -> (Tensor grad_x, "
-      "Tensor grad_topk_weights, Tensor grad_w_up, Tensor grad_w_down, Tensor grad_b_up, Tensor "
-      "grad_b_down)");
+      "moe_mlp_backward_data(Tensor grad_y, Tensor x, Tensor row_to_pair, Tensor pair_to_row, "
+      "Tensor expert_offsets, Tensor topk_weights, Tensor w_up, Tensor w_down, Tensor? b_up, "
+      "Tensor? b_down, Tensor pre_activation, *, str activation='swiglu', bool need_x=True, bool "
+      "need_topk_weights=True, bool need_grad_pre=True, bool need_weighted_hidden=True) -> (Tensor "
+      "grad_x, Tensor grad_topk_weights, Tensor grad_pre, Tensor weighted_hidden)");
+  m.def(
+      "moe_mlp_backward_weights(Tensor grad_y, Tensor x, Tensor row_to_pair, Tensor pair_to_row, "
+      "Tensor expert_offsets, Tensor topk_weights, Tensor grad_pre, Tensor weighted_hidden, *, "
+      "bool need_w_up=True, bool need_w_down=True, bool need_b_up=True, bool need_b_down=True) -> "
+      "(Tensor grad_w_up, Tensor grad_w_down, Tensor grad_b_up, Tensor grad_b_down)");
 }

@@ -2,7 +2,8 @@
 
 Autograd reverses what it recorded, so that a backward has the chunks of its forward. The region is one function to it:
 the forward sends all its chunks before the first expert runs, and sends each back while the next one is computed; the
-backward does the same with gradients, in as many chunks as it likes. Experts are one op, whose gradient is another, so
+backward does the same with gradients, in as many chunks as it likes, and computes those of the experts' weights last,
+while the tokens' travel. Experts are one op, whose gradient is another, so
 that what the forward keeps of all rows can be cut anew: rows, and their pre-activations by the place of their pair.
 
 ``torch.ops.moeops.ep_region`` is composite. Dynamo's graph shows it with both degrees, where a pass may set them;
@@ -25,6 +26,7 @@ from moeops.dispatch.degrees import Degrees
 from moeops.dispatch.forms import unpack_choices
 from moeops.dispatch.transports import TRANSPORTS, Choices, Leg, Transport
 from moeops.ops._autocast import cast_for_autocast
+from moeops.ops.moe_mlp import DataGrads, backward_data, backward_weights
 from moeops.types import TokenPlan
 
 _library = torch.library.Library("moeops", "FRAGMENT")
@@ -192,24 +194,23 @@ class _Region(torch.autograd.Function):
             legs = transport.legs(spec.degrees.backward)
         flights = [leg.send(grad) for leg in legs]
         recut = None if spec.degrees.are_equal else _Recut(transport, works)
-        _, need_x, need_weights, *need_block = ctx.needs_input_grad[:7]
-        returns: list[tuple[InFlight | None, InFlight | None]] = []
-        sums: list[Tensor | None] = [None] * 4
+        needs = ctx.needs_input_grad[1:7]
+        returns: list[tuple[InFlight | None, ...]] = []
+        waiting: list[tuple[Tensor, _Work, DataGrads]] = []
         for number, (leg, flight) in enumerate(zip(legs, flights, strict=True)):
             work = works[number] if recut is None else recut.work(leg)
-            grad_rows, grad_weights, *grads = _backward_of(
-                flight.finish(), work, block, spec.activation, need_x, need_weights, need_block
-            )
+            grad_y = flight.finish()
+            inputs = (work.rows, *work.plan, work.weights, *block)
+            grads = backward_data(grad_y, inputs, work.pre_activation, spec.activation, needs)
             returns.append(
-                (
-                    leg.turn(grad_rows) if need_x else None,
-                    leg.turn(grad_weights) if need_weights else None,
+                tuple(
+                    leg.turn(grad) if need else None
+                    for grad, need in zip(grads[:2], needs[:2], strict=True)
                 )
             )
-            for i, need in enumerate(need_block):
-                if need:
-                    so_far = sums[i]
-                    sums[i] = grads[i] if so_far is None else so_far + grads[i]
+            waiting.append((grad_y, work, grads))
+        # What goes back travels meanwhile.
+        sums = _weight_gradients(waiting, needs[2:])
         grad_x, grad_topk_weights = (
             _land(transport, legs, [pair[i] for pair in returns]) for i in range(2)
         )
@@ -231,22 +232,18 @@ class _Once(torch.autograd.Function):
         )
 
 
-def _backward_of(grad, work, block, activation, need_x, need_weights, need_block):
-    """Gradients of rows, of weights, and of the experts' weights by a leg's experts."""
-    w_up, w_down, b_up, b_down = need_block
-    return torch.ops.moeops.moe_mlp_backward(
-        grad,
-        work.rows,
-        *work.plan,
-        work.weights,
-        *block,
-        work.pre_activation,
-        activation=activation,
-        need_x=need_x,
-        need_topk_weights=need_weights,
-        need_w_up=w_up or b_up,
-        need_w_down=w_down or b_down,
-    )
+def _weight_gradients(
+    waiting: list[tuple[Tensor, _Work, DataGrads]], needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """Sums over all legs of the gradients of the experts' weights, in the order of ``_Block``."""
+    sums: list[Tensor | None] = [None] * 4
+    for grad_y, work, grads in waiting:
+        parts = backward_weights(grad_y, work.rows, work.plan, work.weights, grads, needs)
+        sums = [
+            part if so_far is None or part is None else so_far + part
+            for so_far, part in zip(sums, parts, strict=True)
+        ]
+    return sums
 
 
 def _land(

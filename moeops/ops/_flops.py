@@ -46,7 +46,7 @@ def _moe_mlp_flops(
     return sum(_block_flops(row_to_pair[0], w_up, w_down))
 
 
-def _moe_mlp_backward_flops(
+def _moe_mlp_data_flops(
     grad_y: Any,
     x: Any,
     row_to_pair: Any,
@@ -58,21 +58,39 @@ def _moe_mlp_backward_flops(
     *_rest: Any,
     need_x: bool = True,
     need_topk_weights: bool = True,
+    need_grad_pre: bool = True,
+    **_options: Any,
+) -> int:
+    up, down = _block_flops(row_to_pair[0], w_up, w_down)
+    # The gradient of the hidden rows serves all three; nothing of the forward is multiplied again.
+    return up * need_x + down * (need_x or need_topk_weights or need_grad_pre)
+
+
+def _moe_mlp_weights_flops(
+    grad_y: Any,
+    x: Any,
+    row_to_pair: Any,
+    pair_to_row: Any,
+    expert_offsets: Any,
+    topk_weights: Any,
+    grad_pre: Any,
+    weighted_hidden: Any,
+    *,
     need_w_up: bool = True,
     need_w_down: bool = True,
     **_options: Any,
 ) -> int:
-    up, down = _block_flops(row_to_pair[0], w_up, w_down)
-    # The gradient of the hidden rows serves all but w_down's; nothing of the forward is multiplied again.
-    need_hidden = need_x or need_topk_weights or need_w_up
-    return up * (need_x + need_w_up) + down * (need_hidden + need_w_down)
+    up = 2 * row_to_pair[0] * grad_pre[1] * x[1] if need_w_up else 0
+    down = 2 * row_to_pair[0] * grad_y[1] * weighted_hidden[1] if need_w_down else 0
+    return up + down
 
 
 _FORMULAS = {
     "grouped_linear": _grouped_linear_flops,
     "grouped_linear_weight_grad": _weight_grad_flops,
     "moe_mlp": _moe_mlp_flops,
-    "moe_mlp_backward": _moe_mlp_backward_flops,
+    "moe_mlp_backward_data": _moe_mlp_data_flops,
+    "moe_mlp_backward_weights": _moe_mlp_weights_flops,
 }
 
 

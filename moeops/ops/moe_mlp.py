@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -50,8 +53,8 @@ def _moe_mlp_fake(
     return x.new_empty((x.shape[0], w_down.shape[1])), pre_activation
 
 
-@torch.library.register_fake("moeops::moe_mlp_backward")
-def _moe_mlp_backward_fake(
+@torch.library.register_fake("moeops::moe_mlp_backward_data")
+def _moe_mlp_backward_data_fake(
     grad_y,
     x,
     row_to_pair,
@@ -67,20 +70,117 @@ def _moe_mlp_backward_fake(
     activation="swiglu",
     need_x=True,
     need_topk_weights=True,
+    need_grad_pre=True,
+    need_weighted_hidden=True,
+):
+    num_rows = row_to_pair.shape[0]
+    return (
+        x.new_empty(x.shape if need_x else 0),
+        topk_weights.new_empty(topk_weights.shape) if need_topk_weights else x.new_empty(0),
+        x.new_empty((num_rows, w_up.shape[1]) if need_grad_pre else 0),
+        x.new_empty((num_rows, w_down.shape[2]) if need_weighted_hidden else 0),
+    )
+
+
+@torch.library.register_fake("moeops::moe_mlp_backward_weights")
+def _moe_mlp_backward_weights_fake(
+    grad_y,
+    x,
+    row_to_pair,
+    pair_to_row,
+    expert_offsets,
+    topk_weights,
+    grad_pre,
+    weighted_hidden,
+    *,
     need_w_up=True,
     need_w_down=True,
+    need_b_up=True,
+    need_b_down=True,
 ):
-    def like(tensor, needed):
-        return tensor.new_empty(tensor.shape) if tensor is not None and needed else x.new_empty(0)
-
+    num_experts = expert_offsets.shape[0] - 1
+    out = grad_y.shape[1]
     return (
-        like(x, need_x),
-        like(topk_weights, need_topk_weights),
-        like(w_up, need_w_up),
-        like(w_down, need_w_down),
-        like(b_up, need_w_up),
-        like(b_down, need_w_down),
+        x.new_empty((num_experts, grad_pre.shape[1], x.shape[1]) if need_w_up else 0),
+        x.new_empty((num_experts, out, weighted_hidden.shape[1]) if need_w_down else 0),
+        x.new_empty((num_experts, grad_pre.shape[1]) if need_b_up else 0),
+        x.new_empty((num_experts, out) if need_b_down else 0),
     )
+
+
+class DataGrads(NamedTuple):
+    """What ``moe_mlp_backward_data`` returns; empty where it was not asked for.
+
+    Attributes:
+        x: ``[T, D]``.
+        topk_weights: ``[T, K]``.
+        pre: of the pre-activation, ``[R, 2H or H]``.
+        weighted_hidden: ``[R, H]``, the hidden rows times their routing weights.
+    """
+
+    x: Tensor
+    topk_weights: Tensor
+    pre: Tensor
+    weighted_hidden: Tensor
+
+
+def backward_data(
+    grad_y: Tensor,
+    inputs: Sequence[Tensor | None],
+    pre_activation: Tensor,
+    activation: str,
+    needs: Sequence[bool],
+) -> DataGrads:
+    """The gradients that tokens wait for, and what the weights' gradients are made of.
+
+    Args:
+        grad_y: ``[T, D_out]``.
+        inputs: what ``torch.ops.moeops.moe_mlp`` took, in order.
+        pre_activation: what the op returned, ``[R, 2H or H]``.
+        activation: of the op.
+        needs: for each of x, topk_weights, w_up, w_down, b_up and b_down, whether its gradient is wanted.
+
+    Host sync: none.
+    """
+    x, topk_weights, w_up, w_down, b_up, _ = needs
+    grads = torch.ops.moeops.moe_mlp_backward_data(
+        grad_y,
+        *inputs,
+        pre_activation,
+        activation=activation,
+        need_x=x,
+        need_topk_weights=topk_weights,
+        need_grad_pre=w_up or b_up,
+        need_weighted_hidden=w_down,
+    )
+    return DataGrads(*grads)
+
+
+def backward_weights(
+    grad_y: Tensor,
+    x: Tensor,
+    plan: Sequence[Tensor],
+    topk_weights: Tensor,
+    grads: DataGrads,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """The gradients of w_up, w_down, b_up and b_down, ``None`` where ``needs`` of these four wants none."""
+    if not any(needs):
+        return [None] * 4
+    w_up, w_down, b_up, b_down = needs
+    found = torch.ops.moeops.moe_mlp_backward_weights(
+        grad_y,
+        x,
+        *plan,
+        topk_weights,
+        grads.pre,
+        grads.weighted_hidden,
+        need_w_up=w_up,
+        need_w_down=w_down,
+        need_b_up=b_up,
+        need_b_down=b_down,
+    )
+    return [grad if need else None for grad, need in zip(found, needs, strict=True)]
 
 
 def _moe_mlp_setup(ctx, inputs, keyword_only_inputs, output):
@@ -99,26 +199,26 @@ def _moe_mlp_grad(ctx, grad_y, _grad_pre_activation):
             "moe_mlp: keep_pre must be True where a gradient is wanted, got False. Drop the argument."
         )
     # The dispatcher leaves biases at the end out where they are None.
-    inputs = (*ctx.needs_input_grad, False, False)[:9]
-    x, _, _, _, weights, w_up, w_down, b_up, b_down = inputs
-    needs = (x, weights, w_up, w_down, b_up, b_down)
-    grads = torch.ops.moeops.moe_mlp_backward(
-        grad_y,
-        *ctx.saved_tensors,
-        activation=ctx.options["activation"],
-        need_x=x,
-        need_topk_weights=weights,
-        need_w_up=w_up or b_up,
-        need_w_down=w_down or b_down,
+    wanted = (*ctx.needs_input_grad, False, False)[:9]
+    needs = (wanted[0], *wanted[4:])
+    *inputs, pre_activation = ctx.saved_tensors
+    grads = backward_data(grad_y, inputs, pre_activation, ctx.options["activation"], needs)
+    x, *plan, topk_weights = inputs[:5]
+    # The weights' gradients, which are large, can take the place of the pre-activation, unless the graph is retained.
+    ctx.maybe_clear_saved_tensors()
+    del pre_activation, inputs
+    weights = backward_weights(grad_y, x, plan, topk_weights, grads, needs[2:])
+    grad_x, grad_topk_weights = (
+        grad if need else None for grad, need in zip(grads[:2], needs[:2], strict=True)
     )
-    grad_x, *picked = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-    return (grad_x, None, None, None, *picked)
+    return (grad_x, None, None, None, grad_topk_weights, *weights)
 
 
 torch.library.register_autograd(
     "moeops::moe_mlp", _moe_mlp_grad, setup_context=_moe_mlp_setup, lib=LIBRARY
 )
-refuse_second_gradient("moe_mlp_backward")
+refuse_second_gradient("moe_mlp_backward_data")
+refuse_second_gradient("moe_mlp_backward_weights")
 
 
 def moe_mlp(

@@ -42,7 +42,9 @@ def test_architectures_of_the_gpus(answer, expected, tmp_path):
 
 
 @pytest.mark.skipif(_extension.cuda_status() == "loaded", reason="this build has the CUDA library")
-@pytest.mark.parametrize("op", ["topk_route", "moe_mlp_backward", "grouped_linear_weight_grad"])
+@pytest.mark.parametrize(
+    "op", ["topk_route", "moe_mlp_backward_data", "grouped_linear_weight_grad"]
+)
 def test_op_on_cuda_says_what_to_run(op):
     # The kernel that CUDA tensors are dispatched to; a CPU build of torch has none to call it with.
     on_cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)

@@ -189,11 +189,10 @@ def check_order(ranks: Ranks) -> None:
     assert forward.events == [*before, *gather, *wait, *wait, *after]
     with Order() as backward:
         loss.backward()
-    sums = [
-        name for name in backward.events if name in (*gather, *scatter, *wait, "moe_mlp_backward")
-    ]
+    products = ["moe_mlp_backward_data", "moe_mlp_backward_weights"]
+    sums = [name for name in backward.events if name in (*gather, *scatter, *wait, *products)]
     # Gradients of all outputs come; those of tokens, of weights go, and the tokens' arrive last.
-    assert sums == [*gather, *wait, "moe_mlp_backward", *scatter, *scatter, *wait, *wait]
+    assert sums == [*gather, *wait, *products, *scatter, *scatter, *wait, *wait]
     assert backward.events.index("mm") > backward.events.index(scatter[0])
     assert backward.events[-1] == "wait_tensor"
 

@@ -172,7 +172,8 @@ class Order(TorchDispatchMode):
         "_c10d_functional.all_to_all_single.default": "send",
         "_c10d_functional.wait_tensor.default": "wait",
         "moeops.moe_mlp.default": "experts",
-        "moeops.moe_mlp_backward.default": "experts",
+        "moeops.moe_mlp_backward_data.default": "experts",
+        "moeops.moe_mlp_backward_weights.default": "weights",
     }
 
     def __init__(self):
@@ -186,12 +187,15 @@ class Order(TorchDispatchMode):
 
 
 def check_chunks_are_in_flight(ranks: Ranks) -> None:
-    """Every dispatch begins before the first expert runs, and every chunk returns while the next is computed."""
+    """Every dispatch begins before the first expert runs, and every chunk returns while the next is computed.
 
-    def steps(there: int, back: int) -> list[str]:
+    The last ones of the backward return while the weights' gradients are computed.
+    """
+
+    def steps(there: int, back: int, weights: int = 0) -> list[str]:
         """Exchanges of a chunk on either way."""
         one = ["wait"] * there + ["experts"] + ["send"] * back
-        return ["send"] * 3 * there + one * 3 + ["wait"] * 3 * back
+        return ["send"] * 3 * there + one * 3 + ["weights"] * weights + ["wait"] * 3 * back
 
     for options in ({"dispatch": "exact"}, {"dispatch": "static", "capacity": 6}):
         part, _ = make_pair("mlp", ranks, n_chunks=3, **options)
@@ -202,10 +206,10 @@ def check_chunks_are_in_flight(ranks: Ranks) -> None:
             loss.backward()
         if options["dispatch"] == "exact":  # tokens, and what the gate chose for them
             assert forward.events == ["send", "wait", *steps(2, 1)]
-            assert backward.events == steps(1, 2)
+            assert backward.events == steps(1, 2, weights=3)
         else:
             assert forward.events == steps(1, 1)
-            assert backward.events == steps(1, 1)
+            assert backward.events == steps(1, 1, weights=3)
 
 
 def check_mask_and_autocast_and_checkpoint(ranks: Ranks) -> None:

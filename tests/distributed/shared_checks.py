@@ -91,7 +91,7 @@ def check_the_shared_expert_runs_while_tokens_travel(ranks: Ranks) -> None:
             assert events[first - num_sent : first] == [send] * num_sent, events
             assert events[first : first + 3] == [shared, shared, "wait"], events
         events = backward.events
-        last_experts = len(events) - events[::-1].index(f"{experts}_backward")
+        last_experts = len(events) - events[::-1].index(f"{experts}_backward_weights")
         first, last = events.index(shared), len(events) - 1 - events[::-1].index(shared)
         on_the_way = "reduce_scatter_tensor" if options["dispatch"] == "gather" else send
         assert last_experts < first, events

@@ -103,7 +103,7 @@ def test_formulas_come_with_the_counter_whichever_is_imported_first():
 import sys, moeops
 assert "torch.utils.flop_counter" not in sys.modules, "importing the counter may import Triton"
 import torch.utils.flop_counter as counter
-for name in ("moe_mlp", "moe_mlp_backward", "grouped_linear", "grouped_linear_weight_grad"):
+for name in ("moe_mlp", "moe_mlp_backward_data", "moe_mlp_backward_weights", "grouped_linear"):
     assert getattr(counter.torch.ops.moeops, name) in counter.flop_registry
 assert not any(getattr(finder, "name", None) == counter.__name__ for finder in sys.meta_path)
 """

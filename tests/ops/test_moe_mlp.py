@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import moeops
 from cases import each
@@ -117,29 +119,82 @@ def test_only_needed_gradients_are_computed(needed, device):
         torch.testing.assert_close(grad, want[name], msg=lambda text, name=name: f"{name}: {text}")
 
 
-NEEDS = ("need_x", "need_topk_weights", "need_w_up", "need_w_down")
+DATA_NEEDS = ("need_x", "need_topk_weights", "need_grad_pre", "need_weighted_hidden")
+WEIGHT_NEEDS = ("need_w_up", "need_w_down", "need_b_up", "need_b_down")
 
 
 @each("needs", list(itertools.product([False, True], repeat=4)), ids=str)
-def test_backward_returns_empty_tensors_for_what_is_not_needed(needs, device):
+def test_backward_ops_return_empty_tensors_for_what_is_not_needed(needs, device):
     sample = Sample("plain")
     t = mlp_tensors(sample, torch.float32, device, "swiglu", with_bias=True)
     pre = sample.tensor(sample.R, 2 * sample.H, dtype=torch.float32, device=device)
-    block = [t["x"], t["topk_weights"], t["w_up"], t["w_down"], t["b_up"], t["b_down"]]
-    grads = torch.ops.moeops.moe_mlp_backward(
-        torch.randn_like(t["x"]),
-        t["x"],
-        *sample.plan(device),
-        *block[1:],
-        pre,
-        **dict(zip(NEEDS, needs, strict=True)),
-    )
-    need_x, need_weights, need_up, need_down = needs
-    for grad, source, need in zip(
-        grads, block, (need_x, need_weights, need_up, need_down, need_up, need_down), strict=True
+    plan, grad_y = sample.plan(device), torch.randn_like(t["x"])
+    weights = [t["w_up"], t["w_down"], t["b_up"], t["b_down"]]
+
+    def data(*needed):
+        return torch.ops.moeops.moe_mlp_backward_data(
+            grad_y,
+            t["x"],
+            *plan,
+            t["topk_weights"],
+            *weights,
+            pre,
+            **dict(zip(DATA_NEEDS, needed, strict=True)),
+        )
+
+    every = data(True, True, True, True)
+    hidden = pre.new_empty(sample.R, sample.H)
+    for grad, source, need, whole in zip(
+        data(*needs), (t["x"], t["topk_weights"], pre, hidden), needs, every, strict=True
     ):
         assert grad.shape == (source.shape if need else (0,))
         assert grad.dtype == torch.float32
+        if need:
+            assert torch.equal(grad, whole)
+
+    def of_weights(kept, *needed):
+        return torch.ops.moeops.moe_mlp_backward_weights(
+            grad_y,
+            t["x"],
+            *plan,
+            t["topk_weights"],
+            *kept,
+            **dict(zip(WEIGHT_NEEDS, needed, strict=True)),
+        )
+
+    w_up, w_down, b_up, _ = needs
+    kept = [
+        rows if need else rows.new_empty(0, 1)
+        for rows, need in zip(every[2:], (w_up or b_up, w_down), strict=True)
+    ]
+    grads = of_weights(kept, *needs)
+    every = of_weights(every[2:], True, True, True, True)
+    for grad, source, need, whole in zip(grads, weights, needs, every, strict=True):
+        assert grad.shape == (source.shape if need else (0,))
+        assert grad.dtype == torch.float32
+        if need:
+            assert torch.equal(grad, whole)
+
+
+def test_the_pre_activation_is_gone_when_gradients_of_weights_are_made(device):
+    """They may take its memory, unless the graph is kept for another pass."""
+    sample = Sample("plain")
+    t = mlp_tensors(sample, torch.float32, device, "swiglu", with_bias=False)
+    leaves = {n: v.requires_grad_() for n, v in t.items()}
+
+    class Held(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.moeops.moe_mlp_backward_data.default:
+                self.pre = weakref.ref(args[-1])
+            if func is torch.ops.moeops.moe_mlp_backward_weights.default:
+                self.is_held = self.pre() is not None
+            return func(*args, **(kwargs or {}))
+
+    for retain in (False, True):
+        y = call(moeops.moe_mlp, sample.plan(device), "swiglu")(**leaves)
+        with Held() as held:
+            y.sum().backward(retain_graph=retain)
+        assert held.is_held == retain
 
 
 def test_expanded_gradient(dtype, device):
@@ -352,7 +407,16 @@ def test_bare_op_refuses_what_would_corrupt_memory():
         block(0, t["x"], "tanh")
     pre = torch.randn(26, 11)
     with pytest.raises(RuntimeError, match=r"pre_activation must have size 12 .*\[26, 11\]"):
-        torch.ops.moeops.moe_mlp_backward(t["x"], *good, pre)
+        torch.ops.moeops.moe_mlp_backward_data(t["x"], *good, pre)
+    rows = torch.randn(26, 12)
+    for name, grad_pre, hidden in (
+        ("grad_pre", rows[1:], rows),
+        ("weighted_hidden", rows, rows[1:]),
+    ):
+        with pytest.raises(RuntimeError, match=rf"{name} must have size 26 in dimension 0"):
+            torch.ops.moeops.moe_mlp_backward_weights(
+                t["x"], t["x"], *plan, t["topk_weights"], grad_pre, hidden
+            )
 
 
 @each("activation", ["swiglu", "gelu", "relu", "silu", "relu_squared"])

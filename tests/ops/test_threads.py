@@ -8,7 +8,13 @@ import torch
 from samples import OP_CASES, SAMPLES, op_cases
 
 # mm may split its sums by thread.
-WITH_MM = {"grouped_linear", "grouped_linear_weight_grad", "moe_mlp", "moe_mlp_backward"}
+WITH_MM = {
+    "grouped_linear",
+    "grouped_linear_weight_grad",
+    "moe_mlp",
+    "moe_mlp_backward_data",
+    "moe_mlp_backward_weights",
+}
 
 
 @pytest.fixture

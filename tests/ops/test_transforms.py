@@ -25,7 +25,7 @@ def as_tuple(outputs):
 
 
 def test_every_op_of_a_forward_has_a_decomposition():
-    forward = {op for op in OP_CASES if not op.endswith("_backward")}
+    forward = {op for op in OP_CASES if "_backward" not in op}
     assert set(DECOMPOSITIONS) == forward
 
 
@@ -205,11 +205,11 @@ def test_per_sample_gradients_of_parameters():
 
 
 def test_a_backward_op_refuses_tangents():
-    case = op_cases("moe_mlp_backward", FEW[0], torch.float64)[0]
+    case = op_cases("moe_mlp_backward_data", FEW[0], torch.float64)[0]
     with fwAD.dual_level():
         dual = fwAD.make_dual(case.args[0], torch.ones_like(case.args[0]))
         with pytest.raises(
-            NotImplementedError, match="moe_mlp_backward: arguments must have no tan"
+            NotImplementedError, match="moe_mlp_backward_data: arguments must have no tan"
         ):
             case.overload(dual, *case.positional[1:], **case.keywords)
 

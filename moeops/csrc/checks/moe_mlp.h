@@ -52,19 +52,40 @@ inline void check_moe_mlp(const char* op, const Tensor& x, const Tensor& topk_we
   }
 }
 
-// What the backward takes besides.
+// Rows of a buffer that belongs to x.
+inline void check_rows_like_x(const char* op, const char* name, const Tensor& t, const Tensor& x,
+                              int64_t rows) {
+  check_dim(op, name, t, 2);
+  check_same_type(op, name, t, "x", x);
+  check_same_device(op, name, t, x);
+  check_size(op, name, t, 0, rows);
+}
+
+// What moe_mlp_backward_data takes besides.
 inline void check_moe_mlp_grads(const char* op, const Tensor& grad_y, const Tensor& pre_activation,
                                 const Tensor& x, const Tensor& w_up, const Tensor& w_down,
                                 const Tensor& row_to_pair) {
-  const auto check_rows = [&](const char* name, const Tensor& t, int64_t rows, int64_t columns) {
-    check_dim(op, name, t, 2);
-    check_same_type(op, name, t, "x", x);
-    check_same_device(op, name, t, x);
-    check_size(op, name, t, 0, rows);
-    check_size(op, name, t, 1, columns);
-  };
-  check_rows("grad_y", grad_y, x.size(0), w_down.size(1));
-  check_rows("pre_activation", pre_activation, row_to_pair.size(0), w_up.size(1));
+  check_rows_like_x(op, "grad_y", grad_y, x, x.size(0));
+  check_size(op, "grad_y", grad_y, 1, w_down.size(1));
+  check_rows_like_x(op, "pre_activation", pre_activation, x, row_to_pair.size(0));
+  check_size(op, "pre_activation", pre_activation, 1, w_up.size(1));
+}
+
+// The arguments of moe_mlp_backward_weights; what no gradient needs may be anything.
+inline void check_moe_mlp_weight_grads(const char* op, const Tensor& grad_y, const Tensor& x,
+                                       const Tensor& row_to_pair, const Tensor& pair_to_row,
+                                       const Tensor& expert_offsets, const Tensor& topk_weights,
+                                       const Tensor& grad_pre, const Tensor& weighted_hidden,
+                                       bool need_grad_pre, bool need_weighted_hidden) {
+  check_dim(op, "x", x, 2);
+  check_float(op, "x", x);
+  check_plan(op, row_to_pair, pair_to_row, expert_offsets, x);
+  check_size(op, "x", x, 0, pair_to_row.size(0));
+  check_topk_weights(op, topk_weights, x.scalar_type(), pair_to_row);
+  check_rows_like_x(op, "grad_y", grad_y, x, x.size(0));
+  const int64_t num_rows = row_to_pair.size(0);
+  if (need_grad_pre) check_rows_like_x(op, "grad_pre", grad_pre, x, num_rows);
+  if (need_weighted_hidden) check_rows_like_x(op, "weighted_hidden", weighted_hidden, x, num_rows);
 }
 
 }  // namespace moeops

@@ -1,4 +1,5 @@
-// The expert block on the CPU and its backward. A block of one expert's rows goes through the whole
+// The expert block on the CPU and what tokens wait for of its backward; the weights' gradients are
+// in moe_mlp_weights.cpp. A block of one expert's rows goes through the whole
 // expert (gather, up projection, activation, down projection) on one thread while the rows are in
 // its second cache level; what the tokens sum up is all that reaches memory besides the results.
 // The output rows are not kept for the backward: with dA = dY @ w_down[e] the gradient of a routing
@@ -14,10 +15,9 @@
 #include <vector>
 
 #include "cpu/activation.h"
-#include "cpu/expert_blocks.h"
-#include "cpu/grouped_linear.h"
 #include "cpu/permute.h"
 #include "cpu/products.h"
+#include "cpu/row_buffers.h"
 #include "dispatch.h"
 #include "text.h"
 
@@ -74,7 +74,6 @@ struct BackwardRows {
   scalar_t* grad_pre;                     // [n, 2H or H]
   scalar_t* weighted_hidden;              // [n, H]
   accumulate_t<scalar_t>* grad_weights;   // [T, K]
-  accumulate_t<scalar_t>* row_weights;    // [n], the routing weight of each row
   const scalar_t* pre;                    // [n, 2H or H]
   const scalar_t* grad_hidden;            // [n, H]; null if nothing needs it
   const accumulate_t<scalar_t>* weights;  // [T, K]
@@ -151,7 +150,6 @@ void activate_backward(const std::string& activation, const BackwardRows<scalar_
       for (int64_t row = begin; row < end; ++row) {
         const int64_t pair = p.row_to_pair[row];
         const acc_t weight = p.weights[pair];
-        if (p.row_weights) p.row_weights[row] = weight;
         acc_t dot = 0;
         for (int64_t first = 0; first < p.width; first += kColumnBlock) {
           dot += activate_backward_block(functions, gated, p, row, weight, first);
@@ -165,44 +163,6 @@ void activate_backward(const std::string& activation, const BackwardRows<scalar_
     });
   });
 }
-
-// Buffers of rows, several columns wide. Each worker has its own rows, as many as the longest
-// block; a buffer that is `kept` holds the rows of experts of several blocks until all blocks are
-// done.
-class RowBuffers {
- public:
-  RowBuffers(const Tensor& like, const std::vector<ExpertBlock>& blocks, int64_t num_workers,
-             int64_t num_rows)
-      : like_(like),
-        num_workers_(num_workers),
-        num_rows_(num_rows),
-        longest_(blocks.empty() ? 0 : blocks.front().size()),
-        split_(std::any_of(blocks.begin(), blocks.end(),
-                           [](const ExpertBlock& block) { return !block.whole; })) {}
-
-  struct Buffer {
-    Tensor own;                 // [workers * longest, width]
-    std::optional<Tensor> all;  // [R, width]
-    int64_t longest;
-
-    Matrix rows(int64_t worker, const ExpertBlock& block) const {
-      if (all && !block.whole) return row_matrix(*all, block.begin, block.size());
-      return row_matrix(own, worker * longest, block.size());
-    }
-  };
-
-  Buffer make(int64_t width, bool kept = false) const {
-    Buffer buffer{torch::stable::new_empty(like_, {num_workers_ * longest_, width}), std::nullopt,
-                  longest_};
-    if (kept && split_) buffer.all = torch::stable::new_empty(like_, {num_rows_, width});
-    return buffer;
-  }
-
- private:
-  const Tensor& like_;
-  int64_t num_workers_, num_rows_, longest_;
-  bool split_;
-};
 
 std::tuple<Tensor, Tensor> moe_mlp(const Tensor& x, const Tensor& row_to_pair,
                                    const Tensor& pair_to_row, const Tensor& expert_offsets,
@@ -244,132 +204,96 @@ std::tuple<Tensor, Tensor> moe_mlp(const Tensor& x, const Tensor& row_to_pair,
   return {sum_rows(out, topk_weights, plan), pre};
 }
 
-// The gradients of one expert's weight [M, N] and bias [M], from the gradient grad [n, M] of what
-// the weight computed of rows [n, N]: rows [first, first + count) of them. The gradient is scaled
-// by row_weights in the bias alone.
-void weight_gradient(int64_t expert, const Matrix& grad, const Matrix& rows,
-                     const void* row_weights, int64_t first, int64_t count, Tensor& weight_grad,
-                     std::optional<Tensor>& bias_grad) {
-  multiply(grad.transposed().row_range(first, count), rows,
-           expert_matrix(weight_grad, expert).row_range(first, count));
-  if (!bias_grad) return;
-  auto* target = row_matrix(*bias_grad, expert, 1).data + first * bias_grad->element_size();
-  sum_columns(grad, row_weights, first, count, target);
-}
+// Which outputs of moe_mlp_backward_data are wanted.
+struct NeededData {
+  bool x, topk_weights, grad_pre, weighted_hidden;
 
-// Which gradients are wanted, and which rows' gradients they take.
-struct Needed {
-  bool x, topk_weights, w_up, w_down;
-
-  bool grad_pre() const { return x || w_up; }
-  bool grad_hidden() const { return grad_pre() || topk_weights; }
+  bool any_grad_pre() const { return x || grad_pre; }
+  bool grad_hidden() const { return any_grad_pre() || topk_weights; }
 };
 
-// What the backward reads, contiguous but for the weights.
-struct BackwardInputs {
+// What moe_mlp_backward_data reads, contiguous but for the weights.
+struct DataInputs {
   Tensor grad_y, x, topk_weights, w_up, w_down;
-  std::optional<Tensor> b_up, b_down;
+  std::optional<Tensor> b_down;
   Tensor pre;
   std::string activation;
 };
 
-// The backward of one call: block by block the rows' gradients, and the weights' while the rows are
-// at hand; then the weights of the experts whose rows were cut into several blocks.
-class BlockBackward {
+// The first half of the backward, block by block: what tokens and their routing weights wait for,
+// and of each row what the weights' gradients need.
+class DataBackward {
  public:
-  using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+  using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-  BlockBackward(const Plan& plan, const BackwardInputs& in, const Needed& needed)
+  DataBackward(const Plan& plan, const DataInputs& in, const NeededData& needed)
       : plan_(plan),
         in_(in),
         needed_(needed),
         blocks_(expert_blocks(plan.offsets)),
         tasks_(blocks_.size()) {
-    allocate_outputs();
-    allocate_buffers();
+    const int64_t up_width = in_.w_up.size(1), width = in_.w_down.size(2);
+    const Tensor& weights = in_.topk_weights;
+    // Pairs without a live row keep the zero.
+    grad_weights_ = needed_.topk_weights ? torch::stable::new_zeros(weights, weights.sizes())
+                                         : torch::stable::new_empty(in_.x, {0});
+    grad_rows_ = rows(needed_.x, in_.x.size(1));
+    grad_pre_ = rows(needed_.grad_pre, up_width);
+    weighted_hidden_ = rows(needed_.weighted_hidden, width);
+    const RowBuffers buffers(in_.x, blocks_, tasks_.num_workers(), plan_.num_rows);
+    grad_out_buffer_ = buffers.make(in_.w_down.size(1));
+    grad_hidden_buffer_ = buffers.make(needed_.grad_hidden() ? width : 0);
+    grad_pre_buffer_ = buffers.make(needed_.x && !needed_.grad_pre ? up_width : 0);
   }
 
   Outputs run() {
     tasks_.run([&](int64_t worker, int64_t task) { run_block(worker, blocks_[task]); });
-    std::vector<bool> cut(static_cast<size_t>(plan_.offsets.num_experts), false);
-    for (const ExpertBlock& block : blocks_) cut[block.expert] = !block.whole;
-    if (needed_.w_up) finish(cut, in_.w_up.size(1), &BlockBackward::up_gradient);
-    if (needed_.w_down) finish(cut, in_.w_down.size(1), &BlockBackward::down_gradient);
-    return {needed_.x ? sum_rows(grad_rows_, std::nullopt, plan_) : none(),
-            grad_weights_,
-            grad_w_up_,
-            grad_w_down_,
-            grad_b_up_ ? *grad_b_up_ : none(),
-            grad_b_down_ ? *grad_b_down_ : none()};
+    const int64_t live = plan_.offsets.num_live, tail = plan_.num_rows - live;
+    if (needed_.grad_pre) clear(row_matrix(grad_pre_, live, tail));
+    if (needed_.weighted_hidden) clear(row_matrix(weighted_hidden_, live, tail));
+    const Tensor grad_x = needed_.x ? sum_rows(grad_rows_, std::nullopt, plan_)
+                                    : torch::stable::new_empty(in_.x, {0});
+    return {grad_x, grad_weights_, grad_pre_, weighted_hidden_};
   }
 
  private:
-  using WeightGradient = void (BlockBackward::*)(int64_t worker, const ExpertBlock& block,
-                                                 int64_t first, int64_t count);
-
   // Outputs must not alias each other, so what is not needed is an empty tensor of its own.
-  Tensor none() const { return torch::stable::new_empty(in_.x, {0}); }
-  Tensor like(bool needed, const Tensor& t) const {
-    return needed ? torch::stable::new_empty(in_.x, t.sizes()) : none();
-  }
-
-  void allocate_outputs() {
-    grad_w_up_ = like(needed_.w_up, in_.w_up);
-    grad_w_down_ = like(needed_.w_down, in_.w_down);
-    if (needed_.w_up && in_.b_up) grad_b_up_ = like(true, *in_.b_up);
-    if (needed_.w_down && in_.b_down) grad_b_down_ = like(true, *in_.b_down);
-    const Tensor& weights = in_.topk_weights;
-    // Pairs without a live row keep the zero.
-    grad_weights_ =
-        needed_.topk_weights ? torch::stable::new_zeros(weights, weights.sizes()) : none();
-    row_weights_ = torch::stable::new_empty(weights, {grad_b_down_ ? plan_.num_rows : 0});
-    grad_rows_ = torch::stable::new_empty(in_.x, {needed_.x ? plan_.num_rows : 0, in_.x.size(1)});
-  }
-
-  void allocate_buffers() {
-    const RowBuffers buffers(in_.x, blocks_, tasks_.num_workers(), plan_.num_rows);
-    const int64_t up_width = in_.w_up.size(1), width = in_.w_down.size(2);
-    grad_out_buffer_ = buffers.make(in_.w_down.size(1), needed_.w_down);
-    grad_hidden_buffer_ = buffers.make(needed_.grad_hidden() ? width : 0);
-    grad_pre_buffer_ = buffers.make(needed_.grad_pre() ? up_width : 0, needed_.w_up);
-    hidden_buffer_ = buffers.make(needed_.w_down ? width : 0, needed_.w_down);
-    x_buffer_ = buffers.make(needed_.w_up ? in_.x.size(1) : 0, needed_.w_up);
+  Tensor rows(bool needed, int64_t width) const {
+    if (!needed) return torch::stable::new_empty(in_.x, {0});
+    return torch::stable::new_empty(in_.x, {plan_.num_rows, width});
   }
 
   void run_block(int64_t worker, const ExpertBlock& block) {
     const Matrix grad_out = grad_out_buffer_.rows(worker, block);
     const Matrix grad_hidden = grad_hidden_buffer_.rows(worker, block);
-    const Matrix grad_pre = grad_pre_buffer_.rows(worker, block);
+    const Matrix grad_pre = needed_.grad_pre ? row_matrix(grad_pre_, block.begin, block.size())
+                                             : grad_pre_buffer_.rows(worker, block);
     gather_live_rows(in_.grad_y, plan_, block.begin, grad_out);
     if (needed_.grad_hidden()) {
       multiply(grad_out, expert_matrix(in_.w_down, block.expert), grad_hidden);
     }
-    run_pointwise(block, grad_out, grad_hidden, grad_pre, hidden_buffer_.rows(worker, block));
+    run_pointwise(block, grad_out, grad_hidden, grad_pre);
     if (needed_.x) {
       multiply(grad_pre, expert_matrix(in_.w_up, block.expert),
                row_matrix(grad_rows_, block.begin, block.size()));
     }
-    if (needed_.w_up) gather_live_rows(in_.x, plan_, block.begin, x_buffer_.rows(worker, block));
-    if (!block.whole) return;
-    if (needed_.w_up) up_gradient(worker, block, 0, in_.w_up.size(1));
-    if (needed_.w_down) down_gradient(worker, block, 0, in_.w_down.size(1));
   }
 
   void run_pointwise(const ExpertBlock& block, const Matrix& grad_out, const Matrix& grad_hidden,
-                     const Matrix& grad_pre, const Matrix& hidden) {
-    MOEOPS_DISPATCH_FLOAT(in_.x.scalar_type(), "moe_mlp_backward", [&] {
+                     const Matrix& grad_pre) {
+    MOEOPS_DISPATCH_FLOAT(in_.x.scalar_type(), "moe_mlp_backward_data", [&] {
       using acc_t = accumulate_t<scalar_t>;
       const auto in = [](const void* data) { return static_cast<const scalar_t*>(data); };
       const auto out = [](bool needed, const Matrix& m) {
         return needed ? reinterpret_cast<scalar_t*>(m.data) : nullptr;
       };
       BackwardRows<scalar_t> p;
-      p.grad_pre = out(needed_.grad_pre(), grad_pre);
-      p.weighted_hidden = out(needed_.w_down, hidden);
+      p.grad_pre = out(needed_.any_grad_pre(), grad_pre);
+      p.weighted_hidden = needed_.weighted_hidden
+                              ? out(true, row_matrix(weighted_hidden_, block.begin, block.size()))
+                              : nullptr;
       p.grad_weights =
           needed_.topk_weights ? static_cast<acc_t*>(grad_weights_.mutable_data_ptr()) : nullptr;
-      p.row_weights =
-          grad_b_down_ ? reinterpret_cast<acc_t*>(row_weights_from(block.begin)) : nullptr;
       p.pre = in(row_of(in_.pre, block.begin));
       p.grad_hidden = out(needed_.grad_hidden(), grad_hidden);
       p.weights = static_cast<const acc_t*>(in_.topk_weights.const_data_ptr());
@@ -382,67 +306,36 @@ class BlockBackward {
     });
   }
 
-  char* row_weights_from(int64_t row) {
-    return static_cast<char*>(row_weights_.mutable_data_ptr()) + row * row_weights_.element_size();
-  }
-
-  // The rows [first, first + count) of a weight's gradient that `block`, of all rows of an expert,
-  // has.
-  void up_gradient(int64_t worker, const ExpertBlock& block, int64_t first, int64_t count) {
-    weight_gradient(block.expert, grad_pre_buffer_.rows(worker, block),
-                    x_buffer_.rows(worker, block), nullptr, first, count, grad_w_up_, grad_b_up_);
-  }
-  void down_gradient(int64_t worker, const ExpertBlock& block, int64_t first, int64_t count) {
-    weight_gradient(block.expert, grad_out_buffer_.rows(worker, block),
-                    hidden_buffer_.rows(worker, block),
-                    grad_b_down_ ? row_weights_from(block.begin) : nullptr, first, count,
-                    grad_w_down_, grad_b_down_);
-  }
-
-  // The gradients of weights of `height` rows, of the experts that were cut.
-  void finish(const std::vector<bool>& cut, int64_t height, WeightGradient gradient) {
-    const std::vector<WeightTile> tiles = weight_tiles(plan_.offsets, height, cut);
-    Tasks(tiles.size()).run([&](int64_t, int64_t task) {
-      const WeightTile& tile = tiles[task];
-      const ExpertBlock rows{tile.expert, plan_.offsets.begin(tile.expert),
-                             plan_.offsets.end(tile.expert), false};
-      (this->*gradient)(0, rows, tile.first, tile.count);
-    });
-  }
-
   const Plan& plan_;
-  const BackwardInputs& in_;
-  const Needed needed_;
+  const DataInputs& in_;
+  const NeededData needed_;
   const std::vector<ExpertBlock> blocks_;
   const Tasks tasks_;
-  RowBuffers::Buffer grad_out_buffer_, grad_hidden_buffer_, grad_pre_buffer_, hidden_buffer_,
-      x_buffer_;
-  Tensor grad_rows_, grad_weights_, grad_w_up_, grad_w_down_;
-  std::optional<Tensor> grad_b_up_, grad_b_down_;
-  Tensor row_weights_;  // of each row, for the gradient of b_down
+  RowBuffers::Buffer grad_out_buffer_, grad_hidden_buffer_, grad_pre_buffer_;
+  Tensor grad_rows_, grad_weights_, grad_pre_, weighted_hidden_;
 };
 
-BlockBackward::Outputs moe_mlp_backward(
+DataBackward::Outputs moe_mlp_backward_data(
     const Tensor& grad_y, const Tensor& x, const Tensor& row_to_pair, const Tensor& pair_to_row,
     const Tensor& expert_offsets, const Tensor& topk_weights, const Tensor& w_up,
     const Tensor& w_down, const std::optional<Tensor>& b_up, const std::optional<Tensor>& b_down,
     const Tensor& pre_activation, const Text& activation, bool need_x, bool need_topk_weights,
-    bool need_w_up, bool need_w_down) {
-  constexpr const char* kOp = "moe_mlp_backward";
+    bool need_grad_pre, bool need_weighted_hidden) {
+  constexpr const char* kOp = "moe_mlp_backward_data";
   check_moe_mlp(kOp, x, topk_weights, w_up, w_down, b_up, b_down, row_to_pair, pair_to_row,
                 expert_offsets, activation);
   check_moe_mlp_grads(kOp, grad_y, pre_activation, x, w_up, w_down, row_to_pair);
   const Plan plan = read_plan(kOp, row_to_pair, pair_to_row, expert_offsets, x);
-  const BackwardInputs in{as_contiguous(grad_y),
-                          as_contiguous(x),
-                          as_contiguous(topk_weights),
-                          w_up,
-                          w_down,
-                          b_up,
-                          contiguous_or_none(b_down),
-                          as_contiguous(pre_activation),
-                          activation};
-  return BlockBackward(plan, in, {need_x, need_topk_weights, need_w_up, need_w_down}).run();
+  const DataInputs in{as_contiguous(grad_y),
+                      x,
+                      as_contiguous(topk_weights),
+                      w_up,
+                      w_down,
+                      contiguous_or_none(b_down),
+                      as_contiguous(pre_activation),
+                      activation};
+  return DataBackward(plan, in, {need_x, need_topk_weights, need_grad_pre, need_weighted_hidden})
+      .run();
 }
 
 }  // namespace
@@ -450,5 +343,5 @@ BlockBackward::Outputs moe_mlp_backward(
 
 STABLE_TORCH_LIBRARY_IMPL(moeops, CPU, m) {
   m.impl("moe_mlp", TORCH_BOX(&moeops::cpu::moe_mlp));
-  m.impl("moe_mlp_backward", TORCH_BOX(&moeops::cpu::moe_mlp_backward));
+  m.impl("moe_mlp_backward_data", TORCH_BOX(&moeops::cpu::moe_mlp_backward_data));
 }

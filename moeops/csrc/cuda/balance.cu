@@ -1,6 +1,7 @@
 // topk_route_balance and its backward on CUDA.
 #include "balance.h"
 #include "checks/routing.h"
+#include "text.h"
 
 namespace moeops::cuda {
 
@@ -8,9 +9,9 @@ namespace {
 
 Outputs topk_route_balance(const Tensor& logits, int64_t top_k, const std::optional<Tensor>& bias,
                            const std::optional<Tensor>& uniform,
-                           const std::optional<Tensor>& temperature, const std::string& score,
+                           const std::optional<Tensor>& temperature, const Text& score,
                            bool renormalize, double scale, int64_t num_groups, int64_t top_groups,
-                           const std::string& group_score, double top_p, double min_score,
+                           const Text& group_score, double top_p, double min_score,
                            std::optional<int64_t> num_counted) {
   constexpr auto kOp = "topk_route_balance";
   const RouteOptions options =
@@ -53,7 +54,7 @@ Tensor topk_route_balance_backward(const std::optional<Tensor>& grad_topk_weight
                                    const std::optional<Tensor>& grad_sums,
                                    const std::optional<Tensor>& grad_loss, const Tensor& logits,
                                    const std::optional<Tensor>& temperature, const Tensor& topk_ids,
-                                   const Tensor& tokens_per_expert, const std::string& score,
+                                   const Tensor& tokens_per_expert, const Text& score,
                                    bool renormalize, double scale) {
   constexpr auto kOp = "topk_route_balance_backward";
   check_ids_of_logits(kOp, logits, topk_ids);

@@ -5,6 +5,7 @@
 #include "common.h"
 #include "device_dispatch.h"
 #include "kernels/chosen_weights.cuh"
+#include "text.h"
 
 namespace moeops::cuda {
 
@@ -13,7 +14,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarpsPerBlock = kThreads / kWarpSize;
 
-Tensor chosen_weights(const Tensor& logits, const Tensor& topk_ids, const std::string& score,
+Tensor chosen_weights(const Tensor& logits, const Tensor& topk_ids, const Text& score,
                       bool renormalize, double scale) {
   constexpr auto kOp = "chosen_weights";
   check_ids_of_logits(kOp, logits, topk_ids);

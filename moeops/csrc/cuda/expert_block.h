@@ -11,33 +11,40 @@
 
 namespace moeops::cuda {
 
-// What both directions take, checked, contiguous, with boundaries that are safe to index with.
-struct Block {
-  Tensor x, topk_weights, w_up, w_down;
-  std::optional<Tensor> b_up, b_down;
+// Tokens and what is known of their pairs, checked, contiguous, with boundaries that are safe to
+// index with.
+struct PlannedTokens {
+  Tensor x, topk_weights;
   Tensor row_to_pair, pair_to_row;
   RowPlan plan;
-  Activation activation;
   cudaStream_t stream;
 
   int64_t num_rows() const { return row_to_pair.size(0); }
-  int64_t hidden_width() const { return w_down.size(2); }
-  int64_t out_width() const { return w_down.size(1); }
   int num_experts() const { return static_cast<int>(plan.offsets.size(0) - 1); }
   const int32_t* offsets_data() const {
     return static_cast<const int32_t*>(plan.offsets.data_ptr());
   }
 };
 
-// Which gradients are wanted; those of biases follow their weights.
-struct Needed {
-  bool x, topk_weights, w_up, w_down;
+// The same with experts: what the forward and the first half of the backward take.
+struct Block : PlannedTokens {
+  Tensor w_up, w_down;
+  std::optional<Tensor> b_up, b_down;
+  Activation activation;
+
+  int64_t hidden_width() const { return w_down.size(2); }
+  int64_t out_width() const { return w_down.size(1); }
 };
 
-// Outputs of the backward; what is not needed stays an empty tensor of its own, because outputs
-// must not alias each other.
-struct BlockGrads {
-  Tensor x, topk_weights, w_up, w_down, b_up, b_down;
+// Which outputs of moe_mlp_backward_data are wanted.
+struct NeededData {
+  bool x, topk_weights, grad_pre, weighted_hidden;
+};
+
+// Its outputs; what is not needed stays an empty tensor of its own, because outputs must not alias
+// each other. Rows past the last offset are not written here.
+struct DataGrads {
+  Tensor x, topk_weights, pre, weighted_hidden;
 };
 
 namespace hopper {
@@ -49,8 +56,17 @@ bool takes_block(const char* op, const Block& block, std::initializer_list<const
 // y's rows before the weighted sum, [R, D_out]; `pre` is written unless it is undefined.
 Tensor expert_rows(const Block& block, Tensor& pre);
 
-void expert_rows_backward(const Block& block, const Tensor& grad_y, const Tensor& pre,
-                          const Needed& needed, BlockGrads& grads);
+// grads.pre is written for x's gradient, too.
+void data_backward(const Block& block, const Tensor& grad_y, const Tensor& pre,
+                   const NeededData& needed, DataGrads& grads);
+
+// The same question for the gradients of weights; null where a gradient is not wanted.
+bool takes_weight_grads(const char* op, const PlannedTokens& tokens, const Tensor& grad_y,
+                        const Tensor* grad_pre, const Tensor* weighted_hidden);
+
+void weight_backward(const PlannedTokens& tokens, const Tensor& grad_y, const Tensor& grad_pre,
+                     const Tensor& weighted_hidden, bool need_w_up, bool need_w_down,
+                     Tensor& grad_w_up, Tensor& grad_w_down);
 
 }  // namespace hopper
 

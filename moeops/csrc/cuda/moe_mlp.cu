@@ -1,9 +1,12 @@
-// The expert block on CUDA: moe_mlp and moe_mlp_backward.
+// The expert block on CUDA: moe_mlp, and its backward in two ops.
 //
 // Forward: gather rows, up projection, activation, down projection, weighted sum. Only x and the
 // pre-activation are kept; the backward gathers x and grad_y again and folds the routing weight
 // into the activation's gradient, so the down projection's output is never needed: d weight =
 // <d hidden, hidden>. On Hopper the products gather and activate by themselves (hopper/).
+//
+// moe_mlp_backward_data computes what tokens wait for, moe_mlp_backward_weights the rest from the
+// rows that it returns.
 #include <torch/csrc/stable/library.h>
 
 #include "checks/moe_mlp.h"
@@ -11,6 +14,7 @@
 #include "device_dispatch.h"
 #include "expert_block.h"
 #include "permute.h"
+#include "text.h"
 
 namespace moeops::cuda {
 
@@ -59,17 +63,14 @@ Block make_block(const char* op, const Tensor& x, const Tensor& topk_weights, co
   check_moe_mlp(op, x, topk_weights, w_up, w_down, b_up, b_down, row_to_pair, pair_to_row,
                 expert_offsets, activation);
   const cudaStream_t stream = current_stream(x);
-  return {as_contiguous(x),
-          as_contiguous(topk_weights),
+  return {{as_contiguous(x), as_contiguous(topk_weights), as_contiguous(row_to_pair),
+           as_contiguous(pair_to_row),
+           plan_rows(as_contiguous(expert_offsets), row_to_pair.size(0), x, stream), stream},
           w_up,
           w_down,
           contiguous_or_none(b_up),
           contiguous_or_none(b_down),
-          as_contiguous(row_to_pair),
-          as_contiguous(pair_to_row),
-          plan_rows(as_contiguous(expert_offsets), row_to_pair.size(0), x, stream),
-          parse_activation(activation),
-          stream};
+          parse_activation(activation)};
 }
 
 // Threads along a row, whole warps, and rows per block.
@@ -86,7 +87,7 @@ bool vectors_fit(const Block& block, std::initializer_list<const Tensor*> buffer
   return bits % kVectorBytes == 0;
 }
 
-Tensor gather(const Tensor& x, const Block& block) {
+Tensor gather(const Tensor& x, const PlannedTokens& block) {
   Tensor rows = empty_on(x, {block.num_rows(), x.size(1)}, x.scalar_type());
   permute(x, block.pair_to_row, block.plan.offsets, rows, block.stream);
   return rows;
@@ -150,7 +151,7 @@ std::tuple<Tensor, Tensor> moe_mlp(const Tensor& x, const Tensor& row_to_pair,
                                    const Tensor& pair_to_row, const Tensor& expert_offsets,
                                    const Tensor& topk_weights, const Tensor& w_up,
                                    const Tensor& w_down, const std::optional<Tensor>& b_up,
-                                   const std::optional<Tensor>& b_down, std::string activation,
+                                   const std::optional<Tensor>& b_down, const Text& activation,
                                    bool keep_pre) {
   constexpr auto kOp = "moe_mlp";
   DeviceGuard guard(x.get_device_index());
@@ -174,28 +175,21 @@ std::tuple<Tensor, Tensor> moe_mlp(const Tensor& x, const Tensor& row_to_pair,
   return {y, pre};
 }
 
-struct ActivationGrads {
-  Tensor grad_pre, weighted_hidden;
-};
-
-// Pointwise backward; grad_topk_weights may be undefined.
-ActivationGrads activation_backward(const Block& block, const Tensor& pre,
-                                    const Tensor& grad_hidden, const Tensor& grad_y,
-                                    bool need_grad_pre, bool need_weighted_hidden,
-                                    Tensor& grad_topk_weights) {
-  ActivationGrads out;
+// Pointwise backward: the outputs of `grads` that are wanted, and grad_pre where x's gradient needs
+// it.
+void activation_backward(const Block& block, const Tensor& pre, const Tensor& grad_hidden,
+                         const Tensor& grad_y, const NeededData& needed, DataGrads& grads) {
+  const bool need_grad_pre = needed.x || needed.grad_pre;
   const auto type = pre.scalar_type();
-  if (need_grad_pre) out.grad_pre = empty_on(pre, pre.sizes(), type);
-  if (need_weighted_hidden) out.weighted_hidden = empty_on(pre, grad_hidden.sizes(), type);
-  if (block.num_rows() == 0) return out;
+  if (need_grad_pre) grads.pre = empty_on(pre, pre.sizes(), type);
+  if (needed.weighted_hidden) grads.weighted_hidden = empty_on(pre, grad_hidden.sizes(), type);
+  if (block.num_rows() == 0) return;
   bool vectors = vectors_fit(block, {&pre, &grad_hidden});
-  if (need_grad_pre) vectors = vectors && vectors_fit(block, {&out.grad_pre});
-  if (need_weighted_hidden) vectors = vectors && vectors_fit(block, {&out.weighted_hidden});
-  MOEOPS_DISPATCH_DEVICE_FLOAT(type, "moe_mlp_backward", [&] {
+  if (need_grad_pre) vectors = vectors && vectors_fit(block, {&grads.pre});
+  if (needed.weighted_hidden) vectors = vectors && vectors_fit(block, {&grads.weighted_hidden});
+  MOEOPS_DISPATCH_DEVICE_FLOAT(type, "moe_mlp_backward_data", [&] {
     using Acc = device_accumulate_t<scalar_t>;
-    auto data = [](const Tensor& t) {
-      return t.defined() ? static_cast<scalar_t*>(t.data_ptr()) : nullptr;
-    };
+    auto data = [](const Tensor& t) { return static_cast<scalar_t*>(t.data_ptr()); };
     ActivationBackwardArgs<scalar_t> args{};
     args.pre = data(pre);
     args.grad_hidden = data(grad_hidden);
@@ -217,10 +211,11 @@ ActivationGrads activation_backward(const Block& block, const Tensor& pre,
     args.num_pairs = block.pair_to_row.numel();
     args.hidden_width = block.hidden_width();
     args.out_width = block.out_width();
-    args.grad_pre = data(out.grad_pre);
-    args.weighted_hidden = data(out.weighted_hidden);
-    args.grad_topk_weights =
-        grad_topk_weights.defined() ? static_cast<Acc*>(grad_topk_weights.data_ptr()) : nullptr;
+    if (need_grad_pre) args.grad_pre = data(grads.pre);
+    if (needed.weighted_hidden) args.weighted_hidden = data(grads.weighted_hidden);
+    if (needed.topk_weights) {
+      args.grad_topk_weights = static_cast<Acc*>(grads.topk_weights.data_ptr());
+    }
     dispatch_activation(block.activation, [&](auto kind) {
       constexpr int kElements = kVectorBytes / sizeof(scalar_t);
       auto* kernel = vectors
@@ -231,14 +226,12 @@ ActivationGrads activation_backward(const Block& block, const Tensor& pre,
       STD_CUDA_KERNEL_LAUNCH_CHECK();
     });
   });
-  return out;
 }
 
-// The general path of the backward: grad_y and x gathered again, the products and the pointwise
-// pass one by one.
-void general_backward(const Block& block, const Tensor& grad_y, const Tensor& pre,
-                      const Needed& needed, BlockGrads& grads) {
-  constexpr auto kOp = "moe_mlp_backward";
+// The general path: grad_y gathered again, the products and the pointwise pass one by one.
+void general_data_backward(const Block& block, const Tensor& grad_y, const Tensor& pre,
+                           const NeededData& needed, DataGrads& grads) {
+  constexpr auto kOp = "moe_mlp_backward_data";
   if (needed.topk_weights) {
     // With as many rows as pairs the kernel meets every pair.
     const bool every_pair_has_a_row = block.num_rows() == block.pair_to_row.numel();
@@ -248,65 +241,105 @@ void general_backward(const Block& block, const Tensor& grad_y, const Tensor& pr
                        block.topk_weights.scalar_type())
             : torch::stable::new_zeros(block.topk_weights, block.topk_weights.sizes());
   }
-  Tensor grad_pre, scores = needed.topk_weights ? grads.topk_weights : Tensor();
   {
-    const Tensor grad_rows = gather(grad_y, block);
     const Tensor grad_hidden =
-        grouped_matmul(kOp, grad_rows, torch::stable::transpose(block.w_down, 1, 2), block.plan,
-                       std::nullopt, block.stream);
-    ActivationGrads pointwise = activation_backward(block, pre, grad_hidden, grad_y,
-                                                    needed.x || needed.w_up, needed.w_down, scores);
-    grad_pre = pointwise.grad_pre;
-    if (needed.w_down) {
-      grads.w_down =
-          grouped_weight_grad(kOp, grad_rows, pointwise.weighted_hidden, block.plan, block.stream);
-    }
-  }
-  if (needed.w_up) {
-    grads.w_up =
-        grouped_weight_grad(kOp, grad_pre, gather(block.x, block), block.plan, block.stream);
-    if (block.b_up) grads.b_up = grouped_row_sum(grad_pre, block.plan.offsets, block.stream);
+        grouped_matmul(kOp, gather(grad_y, block), torch::stable::transpose(block.w_down, 1, 2),
+                       block.plan, std::nullopt, block.stream);
+    activation_backward(block, pre, grad_hidden, grad_y, needed, grads);
   }
   if (needed.x) {
-    const Tensor rows = grouped_matmul(kOp, grad_pre, torch::stable::transpose(block.w_up, 1, 2),
+    const Tensor rows = grouped_matmul(kOp, grads.pre, torch::stable::transpose(block.w_up, 1, 2),
                                        block.plan, std::nullopt, block.stream);
     grads.x = empty_on(block.x, block.x.sizes(), block.x.scalar_type());
     unpermute(rows, std::nullopt, block.pair_to_row, block.plan.offsets, grads.x, block.stream);
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor> moe_mlp_backward_data(
     const Tensor& grad_y, const Tensor& x, const Tensor& row_to_pair, const Tensor& pair_to_row,
     const Tensor& expert_offsets, const Tensor& topk_weights, const Tensor& w_up,
     const Tensor& w_down, const std::optional<Tensor>& b_up, const std::optional<Tensor>& b_down,
-    const Tensor& pre_activation, std::string activation, bool need_x, bool need_topk_weights,
-    bool need_w_up, bool need_w_down) {
-  constexpr auto kOp = "moe_mlp_backward";
+    const Tensor& pre_activation, const Text& activation, bool need_x, bool need_topk_weights,
+    bool need_grad_pre, bool need_weighted_hidden) {
+  constexpr auto kOp = "moe_mlp_backward_data";
   DeviceGuard guard(x.get_device_index());
   const Block block = make_block(kOp, x, topk_weights, w_up, w_down, b_up, b_down, row_to_pair,
                                  pair_to_row, expert_offsets, activation);
   check_moe_mlp_grads(kOp, grad_y, pre_activation, x, w_up, w_down, row_to_pair);
   const Tensor gy = as_contiguous(grad_y), pre = as_contiguous(pre_activation);
-  const Needed needed{need_x, need_topk_weights, need_w_up, need_w_down};
+  const NeededData needed{need_x, need_topk_weights, need_grad_pre, need_weighted_hidden};
   const auto none = [&] { return empty_on(x, {0}, x.scalar_type()); };
-  BlockGrads grads{none(), none(), none(), none(), none(), none()};
+  DataGrads grads{none(), none(), none(), none()};
   if (hopper::takes_block(kOp, block, {&gy, &pre})) {
-    hopper::expert_rows_backward(block, gy, pre, needed, grads);
+    hopper::data_backward(block, gy, pre, needed, grads);
   } else {
-    general_backward(block, gy, pre, needed, grads);
+    general_data_backward(block, gy, pre, needed, grads);
   }
-  if (need_w_down && block.b_down) {
-    grads.b_down = grouped_weighted_sum(gy, block.topk_weights, block.row_to_pair,
-                                        block.plan.offsets, block.stream);
+  if (!need_grad_pre) grads.pre = none();
+  if (need_grad_pre) zero_tail(grads.pre, block.plan.offsets, block.stream);
+  if (need_weighted_hidden) zero_tail(grads.weighted_hidden, block.plan.offsets, block.stream);
+  return {grads.x, grads.topk_weights, grads.pre, grads.weighted_hidden};
+}
+
+// The general path: x and grad_y gathered once more.
+void general_weight_backward(const PlannedTokens& tokens, const Tensor& grad_y,
+                             const Tensor& grad_pre, const Tensor& weighted_hidden, bool need_w_up,
+                             bool need_w_down, Tensor& grad_w_up, Tensor& grad_w_down) {
+  constexpr auto kOp = "moe_mlp_backward_weights";
+  if (need_w_up) {
+    grad_w_up =
+        grouped_weight_grad(kOp, grad_pre, gather(tokens.x, tokens), tokens.plan, tokens.stream);
   }
-  return {grads.x, grads.topk_weights, grads.w_up, grads.w_down, grads.b_up, grads.b_down};
+  if (need_w_down) {
+    grad_w_down = grouped_weight_grad(kOp, gather(grad_y, tokens), weighted_hidden, tokens.plan,
+                                      tokens.stream);
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> moe_mlp_backward_weights(
+    const Tensor& grad_y, const Tensor& x, const Tensor& row_to_pair, const Tensor& pair_to_row,
+    const Tensor& expert_offsets, const Tensor& topk_weights, const Tensor& grad_pre,
+    const Tensor& weighted_hidden, bool need_w_up, bool need_w_down, bool need_b_up,
+    bool need_b_down) {
+  constexpr auto kOp = "moe_mlp_backward_weights";
+  DeviceGuard guard(x.get_device_index());
+  check_moe_mlp_weight_grads(kOp, grad_y, x, row_to_pair, pair_to_row, expert_offsets, topk_weights,
+                             grad_pre, weighted_hidden, need_w_up || need_b_up, need_w_down);
+  const cudaStream_t stream = current_stream(x);
+  const PlannedTokens tokens{
+      as_contiguous(x),
+      as_contiguous(topk_weights),
+      as_contiguous(row_to_pair),
+      as_contiguous(pair_to_row),
+      plan_rows(as_contiguous(expert_offsets), row_to_pair.size(0), x, stream),
+      stream};
+  const Tensor gy = as_contiguous(grad_y), pre = as_contiguous(grad_pre),
+               hidden = as_contiguous(weighted_hidden);
+  const auto none = [&] { return empty_on(x, {0}, x.scalar_type()); };
+  Tensor grad_w_up = none(), grad_w_down = none();
+  Tensor grad_b_up = none(), grad_b_down = none();
+  if (hopper::takes_weight_grads(kOp, tokens, gy, need_w_up ? &pre : nullptr,
+                                 need_w_down ? &hidden : nullptr)) {
+    hopper::weight_backward(tokens, gy, pre, hidden, need_w_up, need_w_down, grad_w_up,
+                            grad_w_down);
+  } else {
+    general_weight_backward(tokens, gy, pre, hidden, need_w_up, need_w_down, grad_w_up,
+                            grad_w_down);
+  }
+  if (need_b_up) grad_b_up = grouped_row_sum(pre, tokens.plan.offsets, stream);
+  if (need_b_down) {
+    grad_b_down = grouped_weighted_sum(gy, tokens.topk_weights, tokens.row_to_pair,
+                                       tokens.plan.offsets, stream);
+  }
+  return {grad_w_up, grad_w_down, grad_b_up, grad_b_down};
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(moeops, CUDA, m) {
   m.impl("moe_mlp", TORCH_BOX(&moe_mlp));
-  m.impl("moe_mlp_backward", TORCH_BOX(&moe_mlp_backward));
+  m.impl("moe_mlp_backward_data", TORCH_BOX(&moe_mlp_backward_data));
+  m.impl("moe_mlp_backward_weights", TORCH_BOX(&moe_mlp_backward_weights));
 }
 
 }  // namespace moeops::cuda

@@ -3,6 +3,7 @@
 
 #include "checks/routing.h"
 #include "routing_forward.cuh"
+#include "text.h"
 
 namespace moeops::cuda {
 
@@ -15,7 +16,7 @@ extern template void launch_topk_route<__nv_bfloat16, false>(const TopkRoute<__n
 namespace {
 
 std::tuple<Tensor, Tensor> topk_route(const Tensor& logits, int64_t top_k,
-                                      const std::optional<Tensor>& bias, const std::string& score,
+                                      const std::optional<Tensor>& bias, const Text& score,
                                       bool renormalize, double scale, int64_t num_groups,
                                       int64_t top_groups) {
   constexpr auto kOp = "topk_route";

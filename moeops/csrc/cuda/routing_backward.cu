@@ -5,6 +5,7 @@
 #include "common.h"
 #include "device_dispatch.h"
 #include "kernels/routing.cuh"
+#include "text.h"
 
 namespace moeops::cuda {
 
@@ -14,7 +15,7 @@ constexpr int kThreads = 256;
 constexpr int kWarpsPerBlock = kThreads / kWarpSize;
 
 Tensor topk_route_backward(const Tensor& grad_topk_weights, const Tensor& logits,
-                           const Tensor& topk_ids, const std::string& score, bool renormalize,
+                           const Tensor& topk_ids, const Text& score, bool renormalize,
                            double scale) {
   constexpr auto kOp = "topk_route_backward";
   check_topk_route_backward(kOp, grad_topk_weights, logits, topk_ids);

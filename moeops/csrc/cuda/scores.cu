@@ -4,6 +4,7 @@
 #include "common.h"
 #include "device_dispatch.h"
 #include "kernels/scores.cuh"
+#include "text.h"
 
 namespace moeops::cuda {
 
@@ -14,14 +15,14 @@ constexpr int kWarpsPerBlock = kThreads / kWarpSize;
 // Enough warps to hide the latency of one row each; more would only make more partial sums.
 constexpr int64_t kBlocksPerSm = 6;
 
-void check_logits(const char* op, const Tensor& logits, const std::string& score) {
+void check_logits(const char* op, const Tensor& logits, const Text& score) {
   check_dim(op, "logits", logits, 2);
   check_float(op, "logits", logits);
   check_score(op, score);
   check_register_experts(op, logits.size(1));
 }
 
-Tensor score_sums(const Tensor& logits, const std::string& score) {
+Tensor score_sums(const Tensor& logits, const Text& score) {
   constexpr auto kOp = "score_sums";
   check_logits(kOp, logits, score);
   DeviceGuard guard(logits.get_device_index());
@@ -59,8 +60,7 @@ Tensor score_sums(const Tensor& logits, const std::string& score) {
   return sums;
 }
 
-Tensor score_sums_backward(const Tensor& grad_sums, const Tensor& logits,
-                           const std::string& score) {
+Tensor score_sums_backward(const Tensor& grad_sums, const Tensor& logits, const Text& score) {
   constexpr auto kOp = "score_sums_backward";
   check_logits(kOp, logits, score);
   check_dim(kOp, "grad_sums", grad_sums, 1);

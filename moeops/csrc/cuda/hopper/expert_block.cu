@@ -10,7 +10,7 @@ namespace {
 
 constexpr int kThreads = 256;
 
-Gather gather_of(const Block& block) {
+Gather gather_of(const PlannedTokens& block) {
   return {block.row_to_pair, block.pair_to_row.size(1), block.pair_to_row.numel()};
 }
 
@@ -88,7 +88,7 @@ void pair_grads(const Block& block, const Tensor& grad_y, const Tensor& partial,
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-const char* rows_of_plan_refusal(const Block& block) {
+const char* rows_of_plan_refusal(const PlannedTokens& block) {
   constexpr int64_t kMaxPairs = int64_t{1} << 31;
   if (block.num_rows() == 0 || block.pair_to_row.numel() == 0) return "there are no rows";
   if (block.num_rows() >= kMaxRows) return "there are 2^30 rows or more";
@@ -122,23 +122,22 @@ Tensor expert_rows(const Block& block, Tensor& pre) {
   return matmul("w_down", hidden, block.w_down, block.plan, std::nullopt, block.stream);
 }
 
-// In an order that keeps the peak low: rows of x's gradient first, while no weight's gradient
-// exists, and w_up's gradient before the smaller one of w_down.
-void expert_rows_backward(const Block& block, const Tensor& grad_y, const Tensor& pre,
-                          const Needed& needed, BlockGrads& grads) {
+void data_backward(const Block& block, const Tensor& grad_y, const Tensor& pre,
+                   const NeededData& needed, DataGrads& grads) {
   const auto type = block.x.scalar_type();
-  const Gather gather = gather_of(block);
   const int64_t num_rows = block.num_rows();
   DownBackward down{grad_y, block.w_down, pre, block.topk_weights, {}, {}, {}};
-  if (needed.x || needed.w_up) down.grad_pre = empty_on(pre, pre.sizes(), type);
-  if (needed.w_down) down.weighted_hidden = empty_on(pre, {num_rows, block.hidden_width()}, type);
+  if (needed.x || needed.grad_pre) down.grad_pre = empty_on(pre, pre.sizes(), type);
+  if (needed.weighted_hidden) {
+    down.weighted_hidden = empty_on(pre, {num_rows, block.hidden_width()}, type);
+  }
   if (needed.topk_weights) {
     const int64_t tiles = down_backward_tiles(block.w_down, block.activation, block.plan, num_rows);
     down.partial = empty_on(pre, {num_rows, tiles}, ScalarType::Float);
     grads.topk_weights =
         empty_on(block.topk_weights, block.topk_weights.sizes(), block.topk_weights.scalar_type());
   }
-  down_backward(down, gather, block.activation, block.plan, block.stream);
+  down_backward(down, gather_of(block), block.activation, block.plan, block.stream);
   if (needed.topk_weights) pair_grads(block, grad_y, down.partial, grads.topk_weights);
   down.partial = Tensor();
   if (needed.x) {
@@ -148,17 +147,37 @@ void expert_rows_backward(const Block& block, const Tensor& grad_y, const Tensor
     grads.x = empty_on(block.x, block.x.sizes(), type);
     unpermute(rows, std::nullopt, block.pair_to_row, block.plan.offsets, grads.x, block.stream);
   }
-  if (needed.w_up) {
-    grads.w_up = empty_on(block.w_up, block.w_up.sizes(), type);
-    weight_grad("w_up's gradient", down.grad_pre, block.x, Operand::kQ, &gather, block.plan,
-                grads.w_up, block.stream);
-    if (block.b_up) grads.b_up = grouped_row_sum(down.grad_pre, block.plan.offsets, block.stream);
+  if (down.grad_pre.defined()) grads.pre = down.grad_pre;
+  if (needed.weighted_hidden) grads.weighted_hidden = down.weighted_hidden;
+}
+
+bool takes_weight_grads(const char* op, const PlannedTokens& tokens, const Tensor& grad_y,
+                        const Tensor* grad_pre, const Tensor* weighted_hidden) {
+  if (!takes(op, {refusal(tokens.x), rows_refusal(tokens.x), rows_refusal(grad_y),
+                  rows_of_plan_refusal(tokens)})) {
+    return false;
   }
-  down.grad_pre = Tensor();
-  if (needed.w_down) {
-    grads.w_down = empty_on(block.w_down, block.w_down.sizes(), type);
-    weight_grad("w_down's gradient", grad_y, down.weighted_hidden, Operand::kP, &gather, block.plan,
-                grads.w_down, block.stream);
+  for (const Tensor* rows : {grad_pre, weighted_hidden}) {
+    if (rows != nullptr && !takes(op, {rows_refusal(*rows)})) return false;
+  }
+  return true;
+}
+
+void weight_backward(const PlannedTokens& tokens, const Tensor& grad_y, const Tensor& grad_pre,
+                     const Tensor& weighted_hidden, bool need_w_up, bool need_w_down,
+                     Tensor& grad_w_up, Tensor& grad_w_down) {
+  const auto type = tokens.x.scalar_type();
+  const int64_t num_experts = tokens.num_experts();
+  const Gather gather = gather_of(tokens);
+  if (need_w_up) {
+    grad_w_up = empty_on(tokens.x, {num_experts, grad_pre.size(1), tokens.x.size(1)}, type);
+    weight_grad("w_up's gradient", grad_pre, tokens.x, Operand::kQ, &gather, tokens.plan, grad_w_up,
+                tokens.stream);
+  }
+  if (need_w_down) {
+    grad_w_down = empty_on(tokens.x, {num_experts, grad_y.size(1), weighted_hidden.size(1)}, type);
+    weight_grad("w_down's gradient", grad_y, weighted_hidden, Operand::kP, &gather, tokens.plan,
+                grad_w_down, tokens.stream);
   }
 }
 
