@@ -26,7 +26,7 @@ from moeops.dispatch.degrees import Degrees
 from moeops.dispatch.forms import unpack_choices
 from moeops.dispatch.transports import TRANSPORTS, Choices, Leg, Transport
 from moeops.ops._autocast import cast_for_autocast
-from moeops.ops.moe_mlp import DataGrads, backward_data, backward_weights
+from moeops.ops.moe_mlp import backward_data, backward_weights
 from moeops.types import TokenPlan
 
 _library = torch.library.Library("moeops", "FRAGMENT")
@@ -196,7 +196,7 @@ class _Region(torch.autograd.Function):
         recut = None if spec.degrees.are_equal else _Recut(transport, works)
         needs = ctx.needs_input_grad[1:7]
         returns: list[tuple[InFlight | None, ...]] = []
-        waiting: list[tuple[Tensor, _Work, DataGrads]] = []
+        waiting: list[tuple[Tensor, _Work, list[Tensor]]] = []
         for number, (leg, flight) in enumerate(zip(legs, flights, strict=True)):
             work = works[number] if recut is None else recut.work(leg)
             grad_y = flight.finish()
@@ -208,7 +208,7 @@ class _Region(torch.autograd.Function):
                     for grad, need in zip(grads[:2], needs[:2], strict=True)
                 )
             )
-            waiting.append((grad_y, work, grads))
+            waiting.append((grad_y, work, grads.kept))
         # What goes back travels meanwhile.
         sums = _weight_gradients(waiting, needs[2:])
         grad_x, grad_topk_weights = (
@@ -233,12 +233,12 @@ class _Once(torch.autograd.Function):
 
 
 def _weight_gradients(
-    waiting: list[tuple[Tensor, _Work, DataGrads]], needs: Sequence[bool]
+    waiting: list[tuple[Tensor, _Work, list[Tensor]]], needs: Sequence[bool]
 ) -> list[Tensor | None]:
     """Sums over all legs of the gradients of the experts' weights, in the order of ``_Block``."""
     sums: list[Tensor | None] = [None] * 4
-    for grad_y, work, grads in waiting:
-        parts = backward_weights(grad_y, work.rows, work.plan, work.weights, grads, needs)
+    for grad_y, work, kept in waiting:
+        parts = backward_weights(grad_y, work.rows, work.plan, work.weights, kept, needs)
         sums = [
             part if so_far is None or part is None else so_far + part
             for so_far, part in zip(sums, parts, strict=True)

@@ -109,19 +109,18 @@ def _moe_mlp_backward_weights_fake(
 
 
 class DataGrads(NamedTuple):
-    """What ``moe_mlp_backward_data`` returns; empty where it was not asked for.
+    """The gradients that tokens wait for, and what those of the weights are made of.
 
     Attributes:
-        x: ``[T, D]``.
-        topk_weights: ``[T, K]``.
-        pre: of the pre-activation, ``[R, 2H or H]``.
-        weighted_hidden: ``[R, H]``, the hidden rows times their routing weights.
+        x: ``[T, D]``, empty where it was not asked for.
+        topk_weights: ``[T, K]``, likewise.
+        kept: the pre-activation's gradient ``[R, 2H or H]`` and the hidden rows times their routing weights ``[R, H]``,
+            likewise; ``backward_weights`` takes them out.
     """
 
     x: Tensor
     topk_weights: Tensor
-    pre: Tensor
-    weighted_hidden: Tensor
+    kept: list[Tensor]
 
 
 def backward_data(
@@ -131,7 +130,7 @@ def backward_data(
     activation: str,
     needs: Sequence[bool],
 ) -> DataGrads:
-    """The gradients that tokens wait for, and what the weights' gradients are made of.
+    """The first half of the backward.
 
     Args:
         grad_y: ``[T, D_out]``.
@@ -143,7 +142,7 @@ def backward_data(
     Host sync: none.
     """
     x, topk_weights, w_up, w_down, b_up, _ = needs
-    grads = torch.ops.moeops.moe_mlp_backward_data(
+    grad_x, grad_topk_weights, *kept = torch.ops.moeops.moe_mlp_backward_data(
         grad_y,
         *inputs,
         pre_activation,
@@ -153,7 +152,7 @@ def backward_data(
         need_grad_pre=w_up or b_up,
         need_weighted_hidden=w_down,
     )
-    return DataGrads(*grads)
+    return DataGrads(grad_x, grad_topk_weights, kept)
 
 
 def backward_weights(
@@ -161,26 +160,40 @@ def backward_weights(
     x: Tensor,
     plan: Sequence[Tensor],
     topk_weights: Tensor,
-    grads: DataGrads,
+    kept: list[Tensor],
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
-    """The gradients of w_up, w_down, b_up and b_down, ``None`` where ``needs`` of these four wants none."""
-    if not any(needs):
-        return [None] * 4
-    w_up, w_down, b_up, b_down = needs
-    found = torch.ops.moeops.moe_mlp_backward_weights(
-        grad_y,
-        x,
-        *plan,
-        topk_weights,
-        grads.pre,
-        grads.weighted_hidden,
-        need_w_up=w_up,
-        need_w_down=w_down,
-        need_b_up=b_up,
-        need_b_down=b_down,
-    )
-    return [grad if need else None for grad, need in zip(found, needs, strict=True)]
+    """The gradients of w_up, w_down, b_up and b_down, ``None`` where ``needs`` of these four wants none.
+
+    Empties ``kept``: ``w_down``'s gradient may take the memory of what ``w_up``'s was made of.
+    """
+    need_up, need_down, need_b_up, need_b_down = needs
+    grads: list[Tensor | None] = [None] * 4
+
+    def run(grad_pre, weighted_hidden, *needed):
+        found = torch.ops.moeops.moe_mlp_backward_weights(
+            grad_y,
+            x,
+            *plan,
+            topk_weights,
+            grad_pre,
+            weighted_hidden,
+            need_w_up=needed[0],
+            need_w_down=needed[1],
+            need_b_up=needed[2],
+            need_b_down=needed[3],
+        )
+        for number, need in enumerate(needed):
+            if need:
+                grads[number] = found[number]
+
+    hidden, pre = kept.pop(), kept.pop()
+    if need_up or need_b_up:
+        run(pre, hidden, need_up, False, need_b_up, False)
+    del pre
+    if need_down or need_b_down:
+        run(hidden, hidden, False, need_down, False, need_b_down)
+    return grads
 
 
 def _moe_mlp_setup(ctx, inputs, keyword_only_inputs, output):
@@ -207,7 +220,7 @@ def _moe_mlp_grad(ctx, grad_y, _grad_pre_activation):
     # The weights' gradients, which are large, can take the place of the pre-activation, unless the graph is retained.
     ctx.maybe_clear_saved_tensors()
     del pre_activation, inputs
-    weights = backward_weights(grad_y, x, plan, topk_weights, grads, needs[2:])
+    weights = backward_weights(grad_y, x, plan, topk_weights, grads.kept, needs[2:])
     grad_x, grad_topk_weights = (
         grad if need else None for grad, need in zip(grads[:2], needs[:2], strict=True)
     )

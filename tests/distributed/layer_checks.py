@@ -206,10 +206,10 @@ def check_chunks_are_in_flight(ranks: Ranks) -> None:
             loss.backward()
         if options["dispatch"] == "exact":  # tokens, and what the gate chose for them
             assert forward.events == ["send", "wait", *steps(2, 1)]
-            assert backward.events == steps(1, 2, weights=3)
+            assert backward.events == steps(1, 2, weights=6)
         else:
             assert forward.events == steps(1, 1)
-            assert backward.events == steps(1, 1, weights=3)
+            assert backward.events == steps(1, 1, weights=6)
 
 
 def check_mask_and_autocast_and_checkpoint(ranks: Ranks) -> None:

@@ -139,7 +139,7 @@ def check_order_in_generated_code(ranks: Ranks) -> None:
     for name, value in expected.items():
         assert torch.equal(actual[name], value), name
     # In the backward the weights' gradients are computed last, while the tokens' travel.
-    for code, degree, weights in zip(codes, (2, 3), (0, 3), strict=True):
+    for code, degree, weights in zip(codes, (2, 3), (0, 6), strict=True):
         chunks = [*["send"] * degree, *["wait", "experts", "send"] * degree]
         wanted = [*chunks, *["weights"] * weights, *["wait"] * degree]
         assert stages_of(code) == wanted

@@ -176,25 +176,30 @@ def test_backward_ops_return_empty_tensors_for_what_is_not_needed(needs, device)
             assert torch.equal(grad, whole)
 
 
-def test_the_pre_activation_is_gone_when_gradients_of_weights_are_made(device):
-    """They may take its memory, unless the graph is kept for another pass."""
+def test_what_was_kept_is_gone_when_gradients_of_weights_are_made(device):
+    """They may take its memory: the pre-activation's, unless the graph is kept for another pass, and its gradient's."""
     sample = Sample("plain")
     t = mlp_tensors(sample, torch.float32, device, "swiglu", with_bias=False)
     leaves = {n: v.requires_grad_() for n, v in t.items()}
 
     class Held(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.held = []
+
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func is torch.ops.moeops.moe_mlp_backward_data.default:
-                self.pre = weakref.ref(args[-1])
             if func is torch.ops.moeops.moe_mlp_backward_weights.default:
-                self.is_held = self.pre() is not None
-            return func(*args, **(kwargs or {}))
+                self.held.append([ref() is not None for ref in self.refs])
+            out = func(*args, **(kwargs or {}))
+            if func is torch.ops.moeops.moe_mlp_backward_data.default:
+                self.refs = [weakref.ref(args[-1]), weakref.ref(out[2])]
+            return out
 
     for retain in (False, True):
         y = call(moeops.moe_mlp, sample.plan(device), "swiglu")(**leaves)
-        with Held() as held:
+        with Held() as mode:
             y.sum().backward(retain_graph=retain)
-        assert held.is_held == retain
+        assert mode.held == [[retain, True], [retain, False]]
 
 
 def test_expanded_gradient(dtype, device):
