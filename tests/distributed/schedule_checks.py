@@ -25,7 +25,13 @@ from processes import GROUP_TIMEOUT, Ranks
 
 D, H = 6, 5
 PAIRS = [Degrees(*pair) for pair in itertools.product((1, 2, 3, 4), repeat=2)]
-RECORDS = (Exact(), Static(7), Static(1.25), Gather(), Gather(rows=1.999), Gather(max_tokens=13))
+
+
+def records_of(ranks: Ranks) -> tuple:
+    """All dispatchers; those that gather have room for every pair, one by a share that is no whole number of rows."""
+    every, most = float(ranks.size), ranks.size - 0.001
+    gathers = (Gather(rows=every), Gather(rows=most), Gather(rows=every, max_tokens=13))
+    return (Exact(), Static(7), Static(1.25), *gathers)
 
 
 class IntegerGate(TableGate):
@@ -61,7 +67,7 @@ def integers(record, ranks: Ranks, **options) -> FMoETransformerMLP:
 def tokens_of(record, ranks: Ranks) -> torch.Tensor:
     """Integers; other numbers of tokens on other ranks where a dispatcher takes them."""
     unequal = not isinstance(record, Gather) or record.max_tokens is not None
-    return batch(11 - 5 * ranks.rank * unequal, ranks.device).mul(2).round()
+    return batch(11 - 3 * ranks.rank * unequal, ranks.device).mul(2).round()
 
 
 def one_step(layer, module, x: torch.Tensor, routing) -> dict[str, torch.Tensor]:
@@ -72,7 +78,7 @@ def one_step(layer, module, x: torch.Tensor, routing) -> dict[str, torch.Tensor]
 
 def check_all_pairs_of_degrees_equal_one_chunk(ranks: Ranks) -> None:
     """Outputs and all gradients, to the bit: with integers no order of sums matters."""
-    for record, routing in itertools.product(RECORDS, (uneven, dropped)):
+    for record, routing in itertools.product(records_of(ranks), (uneven, dropped)):
         layer = integers(record, ranks)
         x = tokens_of(record, ranks)
         expected = one_step(layer, layer, x, routing)
@@ -213,6 +219,8 @@ def check_pairs_that_a_layer_cannot_have(ranks: Ranks) -> None:
 
 def check_lost_pairs_of_chunks(ranks: Ranks) -> None:
     """Chunks of either direction have their share of the rows; what has none is an error in the next forward."""
+    if ranks.size > 2:  # the routings are for four experts
+        return
     for n_chunks in ((1, 4), (4, 1)):
         layer = integers(Gather(rows=1.0, n_chunks=n_chunks), ranks)
         layer.gate.set_routing(lambda index, num: torch.stack([index % 2, 2 + index % 2], 1))
@@ -246,7 +254,7 @@ FAST_LINKS = CostModel.from_rates(
 def check_a_cost_model_chooses(ranks: Ranks) -> None:
     """Rank 0's, for all ranks."""
     for models, many in (((SLOW_LINKS, FAST_LINKS), True), ((FAST_LINKS, SLOW_LINKS), False)):
-        chunks = AutoChunks(cost_model=models[ranks.rank], num_tokens=4096)
+        chunks = AutoChunks(cost_model=models[ranks.rank > 0], num_tokens=4096)
         for record in (Exact(n_chunks=chunks), Gather(n_chunks=chunks), Static(n_chunks=chunks)):
             layer = integers(record, ranks)
             every: list = [None] * ranks.size

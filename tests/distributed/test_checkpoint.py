@@ -45,10 +45,11 @@ def test_jobs_of_4_2_and_1_ranks_load_what_the_others_saved(tmp_path):
 
 @pytest.mark.cuda
 @pytest.mark.distributed
-def test_nccl(tmp_path, cuda_device):
-    if torch.cuda.device_count() < 2:
-        pytest.skip(f"2 CUDA devices are needed, {torch.cuda.device_count()} are there")
-    run_jobs([2, 1], "nccl", tmp_path)
+@pytest.mark.parametrize("sizes", [[2, 1], [4, 2, 1]], ids=["2_1", "4_2_1"])
+def test_nccl(sizes, tmp_path, cuda_device):
+    if torch.cuda.device_count() < sizes[0]:
+        pytest.skip(f"{sizes[0]} CUDA devices are needed, {torch.cuda.device_count()} are there")
+    run_jobs(sizes, "nccl", tmp_path)
 
 
 def test_a_checkpoint_of_an_earlier_version_loads(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 import traceback
@@ -14,7 +15,7 @@ import torch
 from parallel_cases import batch, make
 
 from moeops.comm import exchange
-from moeops.distributed import explain_failures
+from moeops.distributed import DistributedGroupedDataParallel, explain_failures
 from processes import launch, start_rank
 
 pytestmark = pytest.mark.distributed
@@ -137,23 +138,51 @@ def test_other_errors_stay_as_they_are():
     assert caught.value.__cause__ is None
 
 
-def nccl_worker(rank: int, blocking: bool, folder: str) -> None:
-    """Rank 1 kills itself before an exchange; what rank 0 raises goes to a file, what torch logs to another."""
+NCCL_OPS = {  # where the last rank goes, and what the others then wait for; None: any op
+    "counts": "exchange_counts",
+    "tokens": "all_gather_rows",
+    "static": "all_to_all_rows",
+    "backward": "all_to_all_rows",
+    "gradients": None,
+    "compiled": "all_to_all_single in compiled code",
+}
+
+
+def nccl_worker(rank: int, size: int, where: str, blocking: bool, folder: str) -> None:
+    """The last rank kills itself; what the others raise goes to files, what torch logs to others."""
     log = os.open(f"{folder}/stderr{rank}.txt", os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 2)
     os.environ["TORCH_NCCL_BLOCKING_WAIT"] = str(int(blocking))
     os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] = "0"  # torch's flight recorder takes its time
     report = Path(folder) / f"rank{rank}.txt"
     try:
-        ranks = start_rank(rank, 2, "nccl", folder, TIMEOUT)
-        layer = make("mlp", 2, ranks.device, world_size=2)
+        timeout = COMPILED_TIMEOUT if where == "compiled" else TIMEOUT
+        ranks = start_rank(rank, size, "nccl", folder, timeout)
+        options = {"tokens": EAGER["tokens"]}.get(where, {})
+        if where in ("static", "compiled"):
+            options = COMPILED["backward"]
+        layer = make("mlp", 2, ranks.device, world_size=size, **options)
+        model = DistributedGroupedDataParallel(layer)
+        run = torch.compile(layer, fullgraph=True) if where == "compiled" else layer
         x = batch(4, ranks.device).requires_grad_()
-        layer(x).sum().backward()
+        run(x).sum().backward()
+        model.allreduce_gradients()
         torch.cuda.synchronize()
-        if rank == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        layer(x)
-        torch.cuda.synchronize()
+
+        def vanish(point: str) -> None:
+            if rank == size - 1 and where == point:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        vanish(where if where not in ("backward", "gradients") else "")
+        with explain_failures():
+            y = run(x)
+            torch.cuda.synchronize()
+            vanish("backward")
+            y.sum().backward()
+            torch.cuda.synchronize()
+            vanish("gradients")
+            model.allreduce_gradients()
+            torch.cuda.synchronize()
     except RuntimeError as error:
         report.write_text(str(error))
         os._exit(0)
@@ -164,22 +193,42 @@ def nccl_worker(rank: int, blocking: bool, folder: str) -> None:
     os._exit(1)
 
 
-@pytest.mark.cuda
-@pytest.mark.parametrize("blocking", [False, True], ids=["watchdog", "blocking_wait"])
-def test_nccl(blocking, tmp_path, cuda_device):
-    if torch.cuda.device_count() < 2:
-        pytest.skip(f"2 CUDA devices are needed, {torch.cuda.device_count()} are there")
+def vanish_with_nccl(
+    size: int, where: str, blocking: bool, folder: Path
+) -> tuple[list[int], dict[str, str]]:
+    """Exit codes of all ranks, and what they wrote."""
+    if torch.cuda.device_count() < size:
+        pytest.skip(f"{size} CUDA devices are needed, {torch.cuda.device_count()} are there")
     # The start of CUDA and the time-out; the watchdog then gives all ranks a minute to write what they know.
-    codes = launch(nccl_worker, (blocking, str(tmp_path)), 2, 150)
-    texts = {path.name: path.read_text(errors="replace") for path in tmp_path.glob("*.txt")}
-    assert codes[1] == -signal.SIGKILL, texts
-    if blocking:  # the host waits, and this package names the op
-        assert codes[0] == 0, texts
-        message = texts["rank0.txt"]
-        assert message.startswith("exchange_counts: every rank of group '0' (rank 0 of 2) must")
-        assert f"time-out of {TIMEOUT} s" in message
-    else:  # torch's watchdog ends the process, and names the collective
-        assert codes[0] == -signal.SIGABRT, texts
-        assert "Watchdog caught collective operation timeout" in texts["stderr0.txt"]
-        assert f"Timeout(ms)={TIMEOUT * 1000}" in texts["stderr0.txt"]
-        assert "OpType=ALLTOALL" in texts["stderr0.txt"]
+    codes = launch(nccl_worker, (size, where, blocking, str(folder)), size, 150)
+    texts = {path.name: path.read_text(errors="replace") for path in folder.glob("*.txt")}
+    assert codes[-1] == -signal.SIGKILL, texts
+    return codes[:-1], texts
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("where", NCCL_OPS)
+@pytest.mark.parametrize("size", [2, 4])
+def test_nccl_that_waits_ends_with_an_error(size, where, tmp_path, cuda_device):
+    """Where the host waits, this package names the op."""
+    codes, texts = vanish_with_nccl(size, where, True, tmp_path)
+    timeout = COMPILED_TIMEOUT if where == "compiled" else TIMEOUT
+    op, any_op = NCCL_OPS[where], r"[\w .]+"
+    for rank, code in enumerate(codes):
+        assert code == 0, texts
+        place = rf"every rank of group '\w+' \(rank {rank} of {size}\) must take part within"
+        start = rf"{op or any_op}: {place} the time-out of {timeout} s, got: "
+        assert re.match(start, texts[f"rank{rank}.txt"]), texts
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("size", [2, 4])
+def test_the_watchdog_of_nccl_ends_every_rank(size, tmp_path, cuda_device):
+    """torch's watchdog ends the process, and names the collective."""
+    codes, texts = vanish_with_nccl(size, "counts", False, tmp_path)
+    for rank, code in enumerate(codes):
+        assert code == -signal.SIGABRT, texts
+        log = texts[f"stderr{rank}.txt"]
+        assert "Watchdog caught collective operation timeout" in log
+        assert f"Timeout(ms)={TIMEOUT * 1000}" in log
+        assert "OpType=ALLTOALL" in log

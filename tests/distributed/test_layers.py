@@ -22,5 +22,6 @@ def test_gloo(world_size, tmp_path):
 
 
 @pytest.mark.cuda
-def test_nccl(tmp_path, cuda_device):
-    run_checks(CHECKS, 2, "nccl", tmp_path)
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_nccl(world_size, tmp_path, cuda_device):
+    run_checks(CHECKS, world_size, "nccl", tmp_path)

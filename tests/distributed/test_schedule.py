@@ -1,4 +1,4 @@
-"""Schedules of expert-parallel layers on 2 processes; the checks themselves are in schedule_checks.py."""
+"""Schedules of expert-parallel layers on 2 and 4 processes; the checks themselves are in schedule_checks.py."""
 
 from __future__ import annotations
 
@@ -14,5 +14,6 @@ def test_gloo(tmp_path):
 
 
 @pytest.mark.cuda
-def test_nccl(tmp_path, cuda_device):
-    run_checks("schedule_checks", 2, "nccl", tmp_path, seconds=200)
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_nccl(world_size, tmp_path, cuda_device):
+    run_checks("schedule_checks", world_size, "nccl", tmp_path, seconds=200)

@@ -24,8 +24,9 @@ def test_gloo(world_size, tmp_path):
 
 @pytest.mark.distributed
 @pytest.mark.cuda
-def test_nccl(tmp_path, cuda_device):
-    run_checks("shadow_checks", 2, "nccl", tmp_path)
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_nccl(world_size, tmp_path, cuda_device):
+    run_checks("shadow_checks", world_size, "nccl", tmp_path)
 
 
 def predict(counts, num_expert, policy, shadows) -> float:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import itertools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,17 @@ from fmoe.gates.faster_gate import FasterGate  # noqa: E402
 from fmoe.layers import _fmoe_general_global_forward  # noqa: E402
 
 _groups: dict[int, tuple] = {}
+
+
+def on_own_device(check: Callable[[Ranks], None]) -> Callable[[Ranks], None]:
+    """Run a check with what it makes on the rank's device."""
+
+    @functools.wraps(check)
+    def run(ranks: Ranks) -> None:
+        with torch.device(ranks.device):
+            check(ranks)
+
+    return run
 
 
 def groups_of(ranks: Ranks) -> tuple:
@@ -63,6 +75,7 @@ def compare_ranks(ranks: Ranks, layer: nn.Module, dtype: torch.dtype) -> None:
     compare(layer, Reference(layer, gather), x, own_part)
 
 
+@on_own_device
 def check_layers(ranks: Ranks) -> None:
     """Fused experts and experts of a list, on ranks with other tokens and with the same ones."""
     if ranks.size > 4:
@@ -79,6 +92,7 @@ def check_layers(ranks: Ranks) -> None:
             compare_ranks(ranks, layer.to(dtype), dtype)
 
 
+@on_own_device
 def check_grouped_data_parallelism(ranks: Ranks) -> None:
     """Parameters that are tagged after the model was wrapped are averaged over the group of their tag."""
     if ranks.size > 4:
@@ -106,6 +120,7 @@ def check_grouped_data_parallelism(ranks: Ranks) -> None:
         near(actual, expected / members[tag].size(), torch.float32)
 
 
+@on_own_device
 def check_swipe_gates(ranks: Ranks) -> None:
     """Every rank gets as many pairs as another, and scores are those of the experts that were chosen at last."""
     ensure_comm(torch.zeros(1), None)
@@ -145,6 +160,7 @@ def environment(**values: object) -> Iterator[None]:
             del os.environ[name]
 
 
+@on_own_device
 def check_faster_gates(ranks: Ranks) -> None:
     """No more tokens leave their node than are allowed to."""
     if ranks.size != 8:
@@ -170,6 +186,7 @@ class Given(nn.Module):
         return self.ids, torch.ones_like(self.ids, dtype=inp.dtype)
 
 
+@on_own_device
 def check_schedules_and_shadows(ranks: Ranks) -> None:
     """Chunks of tokens, and experts that come to the tokens, are equal to the naive function."""
     if ranks.size != 8:

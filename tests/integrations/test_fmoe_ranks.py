@@ -19,5 +19,6 @@ def test_eight_ranks(tmp_path):
 
 
 @pytest.mark.cuda
-def test_nccl(tmp_path, cuda_device):
-    run_checks("fmoe_checks", 2, "nccl", tmp_path)
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_nccl(world_size, tmp_path, cuda_device):
+    run_checks("fmoe_checks fmoe_grid_checks", world_size, "nccl", tmp_path)
