@@ -51,6 +51,26 @@ def choice_of(label: str) -> tuple[bool, Choice]:
     return found is None, Choice("exact") if found is None else Choice(found[1], int(found[2] or 1))
 
 
+def configuration_of(row: dict[str, Any], record: dict[str, Any], num_tokens: int) -> Configuration:
+    """What the planner is asked for a row of ``benchmarks.parallel``."""
+    shape = SHAPES[row["shape"]]
+    alone, _ = choice_of(row["label"])
+    ranks = 1 if alone else record["ranks"]
+    return Configuration(
+        world_size=ranks,
+        node_size=ranks,
+        num_experts=shape.num_experts,
+        top_k=shape.top_k,
+        d_model=shape.d_model,
+        d_hidden=shape.d_hidden,
+        num_tokens=num_tokens,
+        dtype=record["dtype"],
+        activation=shape.activation,
+        capacity_factor=CAPACITY,
+        mode=row["mode"],
+    )
+
+
 def compare_layers(model: CostModel, record: dict[str, Any]) -> tuple[list[Comparison], list[str]]:
     """Every layer that was measured; and what could not be predicted, with the reason."""
     found, skipped = [], []
@@ -69,21 +89,7 @@ def compare_layers(model: CostModel, record: dict[str, Any]) -> tuple[list[Compa
         if model.host_cost(row["mode"], name) is None:
             skipped.append(f"{label}: the profile has no host time of {row['mode']} {name} layers")
             continue
-        shape = SHAPES[row["shape"]]
-        ranks = 1 if alone else record["ranks"]
-        config = Configuration(
-            world_size=ranks,
-            node_size=ranks,
-            num_experts=shape.num_experts,
-            top_k=shape.top_k,
-            d_model=shape.d_model,
-            d_hidden=shape.d_hidden,
-            num_tokens=tokens[row["shape"]],
-            dtype=record["dtype"],
-            activation=shape.activation,
-            capacity_factor=CAPACITY,
-            mode=row["mode"],
-        )
+        config = configuration_of(row, record, tokens[row["shape"]])
         times = predict(model, config, choice)
         measured = {
             "forward": (row["forward"]["median"], times.forward.total),
