@@ -270,11 +270,11 @@ class Session:
             self._in_stages()
         for what in self.args.compiled:
             self._compiled(self.args.dispatch[0], what)
-        if self.args.trace is not None:
-            self._trace(self.args.dispatch[0])
         if self.ranks.rank == 0:
             print(self.text(), flush=True)
             self._write()
+        if self.args.trace is not None:
+            self._trace(self.args.dispatch[0])
         dist.barrier()
         dist.destroy_process_group()
         return 1 if any(row.error for row in self.rows) else 0
