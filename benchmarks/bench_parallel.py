@@ -34,6 +34,7 @@ CAPACITY = 1.25  # of the static dispatcher: a factor on T * K / E
 GATHERED = 1.25  # rows of the dispatcher that gathers: a factor on T * K
 ONE_RANK = "one rank"
 BY_PAIR = "exact, by pair"
+PEER = "gather, peer"
 # Label, options of the layer; the first one has all experts on every rank and exchanges nothing.
 DISPATCHES: tuple[tuple[str, dict[str, Any]], ...] = (
     (ONE_RANK, {}),
@@ -41,6 +42,7 @@ DISPATCHES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("exact", {"dispatch": "exact"}),
     ("gather", {"dispatch": Gather()}),
     ("gather, 1.25 rows", {"dispatch": Gather(rows=GATHERED)}),
+    (PEER, {"dispatch": Gather(transport="peer")}),
     ("static", {"dispatch": Static(CAPACITY)}),
     ("exact, 2 chunks", {"dispatch": Exact(n_chunks=2)}),
     ("exact, 4 chunks", {"dispatch": Exact(n_chunks=4)}),

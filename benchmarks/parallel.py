@@ -25,7 +25,14 @@ import torch.distributed as dist
 
 from benchmarks import bench_exchange, bench_parallel, machine, shapes
 from benchmarks.bench_exchange import ExchangeRow
-from benchmarks.bench_parallel import BY_PAIR, DISPATCHES, ONE_RANK, LayerProblem, LayerRow
+from benchmarks.bench_parallel import (
+    BY_PAIR,
+    DISPATCHES,
+    ONE_RANK,
+    PEER,
+    LayerProblem,
+    LayerRow,
+)
 from benchmarks.ranks import Ranks, RankTimer, attempt
 
 CUDA_CONFIGS = ("qwen3_30b", "mixtral_8x7b")
@@ -38,6 +45,7 @@ COMPILED_ORDER = (
     "gather",
     ONE_RANK,
     "gather, 1.25 rows",
+    PEER,
     "static",
     BY_PAIR,
     "exact, 2 chunks",
@@ -74,7 +82,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         replace(shapes.SHAPES[n], num_tokens=tokens or shapes.SHAPES[n].num_tokens) for n in names
     ]
     args.modes = args.modes.split(",")
-    labels = [label for label, _ in DISPATCHES]
+    # Ranks read each other's memory on GPUs only.
+    labels = [label for label, _ in DISPATCHES if on_cuda or label != PEER]
     args.labels = labels if args.labels is None else args.labels.split(";")
     if not set(args.labels) <= set(labels):
         parser.error(f"--labels must be from {labels}, got {args.labels}")

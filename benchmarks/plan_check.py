@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.bench_parallel import BY_PAIR, CAPACITY, ONE_RANK
+from benchmarks.bench_parallel import BY_PAIR, CAPACITY, ONE_RANK, PEER
 from benchmarks.report import table
 from benchmarks.shapes import SHAPES
 from moeops.cost.model import CostModel
@@ -40,7 +40,7 @@ class Comparison(NamedTuple):
 
 
 # Rows that show what another choice would cost.
-NOT_PREDICTED = (BY_PAIR, "gather, 1.25 rows")
+NOT_PREDICTED = (BY_PAIR, PEER, "gather, 1.25 rows")
 
 
 def choice_of(label: str) -> tuple[bool, Choice]:

@@ -52,7 +52,11 @@ from moeops.profiling.job import JobLayer, job_model
 DEGREES = (1, 2, 4, 8)
 HIERARCHY_DEGREES = (1, 2, 4)
 # Gates at random are balanced, and what they make of tokens of deeper layers is not.
-DISPATCHES = {"exact": Exact, "gather": functools.partial(Gather, rows=2.0)}
+DISPATCHES = {
+    "exact": Exact,
+    "gather": functools.partial(Gather, rows=2.0),
+    "peer": functools.partial(Gather, rows=2.0, transport="peer"),  # on GPUs of one node
+}
 COMPILED = ("first", "chosen", "slices")
 HEAD = 128  # columns of a head of attention
 CLOSE = 2e-2  # relative: a loss is a sum of rounded numbers

@@ -6,12 +6,13 @@ end the process where one has not, which ``CommonSize.require`` and ``check_equa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+import moeops.comm.peer  # noqa: F401  (registers the ops)
 from moeops.comm.groups import RankGroup, describe_group, process_group, uses_gloo
 from moeops.comm.wires import Carried, Wire, carry, guarded, pack_rows, unpack_rows
 
@@ -88,11 +89,53 @@ class ReduceScatter(Wire):
         return AllGather(self.group)
 
 
+class PeerAllGather(Wire):
+    """``AllGather`` by copy engines, from the memory of ranks on one machine: see ``moeops.comm.peer``."""
+
+    def __init__(self, group: RankGroup) -> None:
+        super().__init__("peer_all_gather", group)
+
+    def send(self, packed: Tensor) -> Tensor:
+        """Begin."""
+        return torch.ops.moeops.peer_all_gather(packed, self.group.size, self.group.name)
+
+    def run(self, packed: Tensor) -> Tensor:
+        """Gather, and let the current stream wait."""
+        return torch.ops._c10d_functional.wait_tensor(self.send(packed))
+
+    def turn(self) -> Wire:
+        """Gradients of a rank's rows come from all ranks."""
+        return PeerReduceScatter(self.group)
+
+
+class PeerReduceScatter(Wire):
+    """``ReduceScatter`` likewise; half types are added in float32."""
+
+    def __init__(self, group: RankGroup) -> None:
+        super().__init__("peer_reduce_scatter", group)
+
+    def send(self, packed: Tensor) -> Tensor:
+        """Begin."""
+        return torch.ops.moeops.peer_reduce_scatter(packed, self.group.size, self.group.name)
+
+    def run(self, packed: Tensor) -> Tensor:
+        """Sum and scatter, and let the current stream wait."""
+        return torch.ops._c10d_functional.wait_tensor(self.send(packed))
+
+    def turn(self) -> Wire:
+        """The gradient of a sum goes to all ranks that added to it."""
+        return PeerAllGather(self.group)
+
+
+# By name: how rows of all ranks come to every rank. The wire of the gradients brings sums back.
+GATHERS: dict[str, Callable[[RankGroup], Wire]] = {"nccl": AllGather, "peer": PeerAllGather}
+
+
 class Gathering(Carried):
     """An all-gather on its way: construction begins it, ``finish`` returns what ``all_gather_rows`` does."""
 
-    def __init__(self, rows: Tensor, group: RankGroup) -> None:
-        super().__init__(rows, AllGather(group))
+    def __init__(self, rows: Tensor, group: RankGroup, transport: str = "nccl") -> None:
+        super().__init__(rows, GATHERS[transport](group))
 
 
 def all_gather_rows(rows: Tensor, group: RankGroup) -> Tensor:
@@ -112,13 +155,14 @@ def all_gather_rows(rows: Tensor, group: RankGroup) -> Tensor:
     return _carry(rows, AllGather(group))
 
 
-def reduce_scatter_rows(rows: Tensor, group: RankGroup) -> Tensor:
+def reduce_scatter_rows(rows: Tensor, group: RankGroup, transport: str = "nccl") -> Tensor:
     """Add up the rows of all ranks, and keep this rank's part of the sum.
 
     Args:
         rows: ``[W * T, ...]``, a float type; same shape and dtype on every rank. Rows ``r * T`` to ``(r + 1) * T`` are
             what this rank adds to the result of rank ``r``.
         group: the ranks, more than one.
+        transport: "nccl", the group's backend, or "peer": see ``moeops.comm.peer``.
 
     Returns:
         ``[T, ...]``, dtype of ``rows``, in which the backend adds.
@@ -127,7 +171,7 @@ def reduce_scatter_rows(rows: Tensor, group: RankGroup) -> Tensor:
         RuntimeError: a rank did not take part within the group's time-out.
     Gradients: ``rows``, by ``all_gather_rows``.  Host sync: none.  Deterministic: as the backend's reduce-scatter is.
     """
-    return _carry(rows, ReduceScatter(group))
+    return _carry(rows, GATHERS[transport](group).turn())
 
 
 def _carry(rows: Tensor, wire: Wire) -> Tensor:

@@ -82,6 +82,12 @@ def uses_gloo(name: str, device_type: str) -> bool:
     return f"{device_type}:gloo" in config.split(",")
 
 
+def uses_nccl(name: str) -> bool:
+    """Whether the group of this name works on CUDA devices by NCCL."""
+    config = torch.distributed.get_backend_config(process_group(name))
+    return "cuda:nccl" in config.split(",")
+
+
 def timeout_of(group: RankGroup) -> timedelta | None:
     """Time after which the group gives a collective up; ``None`` for a backend without such an option."""
     resolved = process_group(group.name)

@@ -229,12 +229,12 @@ def unobserved(rows: Tensor) -> bool:
     return (
         type(rows) in (Tensor, torch.nn.Parameter)
         and torch._C._len_torch_dispatch_stack() == 0
-        and not (rows.is_cuda and _nccl_waits_on_host())
+        and not (rows.is_cuda and nccl_waits_on_host())
     )
 
 
 @functools.cache
-def _nccl_waits_on_host() -> bool:
+def nccl_waits_on_host() -> bool:
     """Whether NCCL has no watchdog: torch then sees a missing rank where the host waits, and no blocking call does."""
     return os.environ.get("TORCH_NCCL_BLOCKING_WAIT", "0").lower() in ("1", "y", "yes", "true", "t")
 

@@ -15,6 +15,7 @@ from torch import nn
 from torch.fx import Graph, Node
 from torch.nn.parallel import DistributedDataParallel
 
+from moeops.comm.peer import PEER_OPS
 from moeops.compile.order import group_of
 from moeops.compile.passes import LAST, Pass, set_value
 from moeops.cost.laws import BytesLaw
@@ -27,6 +28,7 @@ _EXCHANGES = (
     _COLLECTIVES.all_to_all_single.default,
     _COLLECTIVES.all_gather_into_tensor.default,
     _COLLECTIVES.reduce_scatter_tensor.default,
+    *PEER_OPS,
 )
 # What may stand between a gradient that was waited for and the output of the graph: nothing that needs another tensor.
 _CASTS = (

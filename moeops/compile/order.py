@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from moeops.comm.peer import PEER_OPS
 from moeops.compile.passes import LAST, Pass, set_value
 
 
@@ -65,11 +66,11 @@ _SENDS = ("isend", "irecv", "batch_p2p_ops")
 
 
 def is_collective(node: Node) -> bool:
-    """A node begins a collective of torch's."""
+    """A node begins a collective of torch's, or an exchange by peer memory."""
     target = node.target
     return (
         isinstance(target, torch._ops.OpOverload)
-        and target.namespace == "_c10d_functional"
+        and (target.namespace == "_c10d_functional" or target in PEER_OPS)
         and _position(target, "group_name") is not None
         and target._opname not in _SENDS
     )

@@ -204,6 +204,9 @@ class DispatchOptions:
             f"{type(self).__name__}: build must be written by the subclass, got none. Write it."
         )
 
+    def connect(self, ranks: ExpertRanks) -> None:
+        """Do what ranks do together before a dispatcher can work; all of them call it, behind ``build``."""
+
     def settings(self, ranks: ExpertRanks) -> dict[str, Any]:
         """Say what must be equal on all ranks, by option: values that can be pickled and compared."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.compare}

@@ -15,12 +15,13 @@ from torch import Tensor
 from moeops import _checks, _nests
 from moeops.comm.common_size import CommonSize
 from moeops.comm.gathering import (
-    AllGather,
+    GATHERS,
     Gathering,
     check_equal_rows,
     reduce_scatter_rows,
 )
 from moeops.comm.groups import RankGroup
+from moeops.comm.peer import open_peer_memory
 from moeops.comm.wires import InFlight
 from moeops.cost.schedule import LayerSizes
 from moeops.dispatch.base import (
@@ -68,19 +69,26 @@ class Gather(ChunkedOptions):
         max_tokens: an upper bound of ``T``, the same on every rank: tokens are padded to it, and ranks may then have
             different numbers of them. ``None`` sends no padding.
         n_chunks: see ``ChunkedOptions``; for experts that are one call. With ``rows`` every part has its share of them.
+        transport: what brings tokens there and sums back: "nccl", the group's own backend, or "peer", copy engines that
+            read the other ranks' memory and leave the GPU's processors to experts, for ranks on one machine with NCCL.
 
     Example:
         >>> Gather(rows=1.25)
-        Gather(n_chunks=1, rows=1.25, max_tokens=None)
+        Gather(n_chunks=1, rows=1.25, max_tokens=None, transport='nccl')
     """
 
     rows: float | None = None
     max_tokens: int | None = None
+    transport: str = "nccl"
 
     def check(self, ranks: ExpertRanks) -> None:
         """Raise ValueError or TypeError for a wrong option."""
         op, rows = ranks.op, self.rows
         super().check(ranks)
+        if self.transport not in GATHERS:
+            raise ValueError(
+                f"{op}: transport must be one of {tuple(GATHERS)}, got {self.transport!r}. Pick one of them."
+            )
         if self.max_tokens is not None:
             _checks.check_int(op, "max_tokens", self.max_tokens, 0, "Use None for no padding.")
         if rows is None:
@@ -105,7 +113,13 @@ class Gather(ChunkedOptions):
             rows=self.rows,
             max_tokens=self.max_tokens,
             n_chunks=self.degrees(ranks.op),
+            transport=self.transport,
         )
+
+    def connect(self, ranks: ExpertRanks) -> None:
+        """Let ranks see each other's memory, where they read it."""
+        if self.transport == "peer" and ranks.group is not None and ranks.group.size > 1:
+            open_peer_memory(ranks.op, ranks.group)
 
     def layer_sizes(self, ranks: ExpertRanks, num_tokens: int | None) -> LayerSizes | None:
         """Sizes of the layer for a cost model."""
@@ -124,7 +138,7 @@ class GatherDispatcher(Dispatcher):
     Args:
         num_expert: ``E_local``, the same on every rank.
         group: the ranks, more than one; rank ``r`` holds experts ``r * E_local`` to ``(r + 1) * E_local``.
-        rows, max_tokens, n_chunks: see ``Gather``.
+        rows, max_tokens, n_chunks, transport: see ``Gather``. Ids and weights always travel by the group's backend.
 
     Raises:
         ValueError: there are more tokens than ``max_tokens``, or, without it, not as many as on the other ranks; with
@@ -147,11 +161,13 @@ class GatherDispatcher(Dispatcher):
         rows: float | None = None,
         max_tokens: int | None = None,
         n_chunks: int | tuple[int, int] = 1,
+        transport: str = "nccl",
     ) -> None:
         size = group.size
         self.num_expert = num_expert
         self.group = group
         self.max_tokens = max_tokens
+        self.transport = transport
         self.degrees = as_degrees("GatherDispatcher", n_chunks)
         factor = (size if size == 2 else DEFAULT_ROWS) if rows is None else rows
         share = min(Fraction(factor).limit_denominator(10000), Fraction(size))
@@ -202,9 +218,11 @@ class GatherDispatcher(Dispatcher):
                 leaves[0].detach(),
                 chunk_bounds(leaves[0].shape[0], self.degrees.forward),
             )
-            begun = [InFlight(ahead.narrow(0, *part), AllGather(self.group)) for part in parts]
+            wire = GATHERS[self.transport]
+            begun = [InFlight(ahead.narrow(0, *part), wire(self.group)) for part in parts]
             return {"gathered": begun, "spec": leaves[0]}
-        return {"gathered": [Gathering(leaf, self.group) for leaf in leaves], "spec": spec}
+        gathered = [Gathering(leaf, self.group, self.transport) for leaf in leaves]
+        return {"gathered": gathered, "spec": spec}
 
     def _gather_zeros(self, num_tokens: int, like: Sequence[Tensor]) -> Tensor:
         """Gather so many tokens with nothing in them, in as many chunks; return what arrived last."""
@@ -272,7 +290,9 @@ class GatherDispatcher(Dispatcher):
             out = _nests.map_leaves(lambda leaf: combine_leaf(leaf, plan, plain.topk_weights), out)
         out = sum_copies(everyone, out)
         out = self.stage_hooks.call("before_combine", out)
-        out = _nests.map_leaves(lambda leaf: reduce_scatter_rows(leaf, self.group), out)
+        out = _nests.map_leaves(
+            lambda leaf: reduce_scatter_rows(leaf, self.group, self.transport), out
+        )
         out = self.stage_hooks.call("after_combine", out)
         if self.max_tokens is None:
             return out
@@ -308,7 +328,8 @@ class GatherDispatcher(Dispatcher):
             _land(gathered)
             raise
         tables = [ids, weights, *(gathering.sent for gathering in gathered)]
-        region = Region("gather", tables, sizes, self.group, self.num_expert, self.degrees)
+        name = "gather by peer" if self.transport == "peer" else "gather"
+        region = Region(name, tables, sizes, self.group, self.num_expert, self.degrees)
         out = block(x, topk_weights, region)
         return out if self.max_tokens is None else out.narrow(0, 0, num_tokens)
 

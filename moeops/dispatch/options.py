@@ -245,7 +245,7 @@ class Auto(DispatchOptions):
         >>> Auto().choose(ranks)[0]
         Exact(n_chunks=1, hierarchy=None, replicas=None, shadowing=None)
         >>> Auto(equal_tokens=True).choose(ranks)[0]
-        Gather(n_chunks=1, rows=None, max_tokens=None)
+        Gather(n_chunks=1, rows=None, max_tokens=None, transport='nccl')
     """
 
     equal_tokens: bool = False
@@ -319,6 +319,17 @@ def build_dispatcher(options: DispatchOptions, ranks: ExpertRanks) -> Dispatcher
         dispatcher = ShardedDispatcher(dispatcher, ranks.num_expert, expert_ranks, ranks.num_shards)
     dispatcher.built_from = options.kept(), ranks
     return dispatcher
+
+
+def connect(dispatcher: Dispatcher) -> None:
+    """Let the ranks of a dispatcher do together what its options need; all ranks call it.
+
+    Raises:
+        ValueError: the ranks or their devices do not fit, on all ranks.  RuntimeError: a rank has failed.
+    """
+    assert dispatcher.built_from is not None
+    options, ranks = dispatcher.built_from
+    options.connect(ranks)
 
 
 def choose_degrees(dispatcher: Dispatcher, device: Any) -> None:

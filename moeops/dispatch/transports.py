@@ -21,7 +21,7 @@ from torch import Tensor
 
 from moeops import _checks
 from moeops.comm.exchange import AllToAll
-from moeops.comm.gathering import AllGather
+from moeops.comm.gathering import GATHERS
 from moeops.comm.groups import RankGroup
 from moeops.comm.wires import InFlight, Wire
 from moeops.dispatch.degrees import at, cut_points
@@ -221,12 +221,17 @@ class GatherTransport(EvenTransport):
         self.num_blocks = self.group.size
 
 
+class PeerGatherTransport(GatherTransport):
+    """The same by copy engines: see ``moeops.comm.peer``."""
+
+
 class GatherLeg(Leg[GatherTransport]):
     """A part of every rank's tokens."""
 
     def wire(self) -> Wire:
         """An all-gather, and a reduce-scatter back."""
-        return AllGather(self.transport.group)
+        name = "peer" if isinstance(self.transport, PeerGatherTransport) else "nccl"
+        return GATHERS[name](self.transport.group)
 
     def part(self, rows: Tensor) -> Tensor:
         """Tokens of this rank."""
@@ -414,5 +419,6 @@ def _sums(by_cell: list[list[int]], cells: range) -> list[int]:
 TRANSPORTS: dict[str, type[Transport]] = {
     "exact": ExactTransport,
     "gather": GatherTransport,
+    "gather by peer": PeerGatherTransport,
     "static": StaticTransport,
 }

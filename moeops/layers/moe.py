@@ -15,7 +15,7 @@ from moeops.comm.hierarchical import Hierarchy
 from moeops.comm.slicing import SLICE_GRADIENTS, join_tokens, slice_tokens
 from moeops.dispatch.base import Dispatcher, DispatchOptions, ExpertRanks
 from moeops.dispatch.hooks import STAGES, StageHook, StageHooks
-from moeops.dispatch.options import as_options, build_dispatcher, choose_degrees
+from moeops.dispatch.options import as_options, build_dispatcher, choose_degrees, connect
 from moeops.dispatch.scaled_inputs import scale_inputs, sum_copies
 from moeops.dispatch.switching import build_switches
 from moeops.dispatch.weights import SharingDispatcher
@@ -228,6 +228,7 @@ class FMoE(CallsExperts, TagsParameters):
                 slice_gradients=slice_gradients,
             )
         for dispatcher in (self.dispatcher, *(one.inner for one in self._switches.values())):
+            connect(dispatcher)
             choose_degrees(dispatcher, device)
         if options.auto_chunks(op) is not None:
             why = f"n_chunks {self.dispatcher.degrees}"

@@ -97,7 +97,16 @@ KINDS = ("mlp", "composed", "modules", "nested")
 
 def with_record(options: dict) -> dict:
     """Arguments of a layer from a case's options, which are flat so that cases combine: a dispatcher's in a record."""
-    names = ("capacity", "n_chunks", "hierarchy", "shadowing", "replicas", "rows", "max_tokens")
+    names = (
+        "capacity",
+        "n_chunks",
+        "hierarchy",
+        "shadowing",
+        "replicas",
+        "rows",
+        "max_tokens",
+        "transport",
+    )
     own = {name: options[name] for name in names if name in options}
     if not own:
         return options

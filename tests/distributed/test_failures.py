@@ -144,6 +144,7 @@ NCCL_OPS = {  # where the last rank goes, and what the others then wait for; Non
     "static": "all_to_all_rows",
     "backward": "all_to_all_rows",
     "gradients": None,
+    "peer": "peer_all_gather",
     "compiled": "all_to_all_single in compiled code",
 }
 
@@ -158,7 +159,9 @@ def nccl_worker(rank: int, size: int, where: str, blocking: bool, folder: str) -
     try:
         timeout = COMPILED_TIMEOUT if where == "compiled" else TIMEOUT
         ranks = start_rank(rank, size, "nccl", folder, timeout)
-        options = {"tokens": EAGER["tokens"]}.get(where, {})
+        options = EAGER["tokens"] if where in ("tokens", "peer") else {}
+        if where == "peer":
+            options = {**options, "transport": "peer"}
         if where in ("static", "compiled"):
             options = COMPILED["backward"]
         layer = make("mlp", 2, ranks.device, world_size=size, **options)
@@ -173,11 +176,11 @@ def nccl_worker(rank: int, size: int, where: str, blocking: bool, folder: str) -
             if rank == size - 1 and where == point:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        vanish(where if where not in ("backward", "gradients") else "")
+        vanish(where if where not in ("backward", "gradients", "peer") else "")
         with explain_failures():
             y = run(x)
             torch.cuda.synchronize()
-            vanish("backward")
+            vanish(where if where in ("backward", "peer") else "")
             y.sum().backward()
             torch.cuda.synchronize()
             vanish("gradients")
@@ -232,3 +235,14 @@ def test_the_watchdog_of_nccl_ends_every_rank(size, tmp_path, cuda_device):
         assert "Watchdog caught collective operation timeout" in log
         assert f"Timeout(ms)={TIMEOUT * 1000}" in log
         assert "OpType=ALLTOALL" in log
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("size", [2, 4])
+def test_peers_that_meet_nobody_end(size, tmp_path, cuda_device):
+    """The device gives up after the time-out, and takes the CUDA context with it."""
+    codes, texts = vanish_with_nccl(size, "peer", False, tmp_path)
+    for rank, code in enumerate(codes):
+        assert code in (0, -signal.SIGABRT), texts
+        if code == 0:
+            assert "CUDA" in texts[f"rank{rank}.txt"], texts

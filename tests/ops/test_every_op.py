@@ -56,11 +56,12 @@ def test_every_registered_op_has_samples():
         for name in torch._C._dispatch_get_all_op_names()
         if name.startswith("moeops::")
     }
-    # Composite ops, which graphs hold as what they are made of, and some that tell the host something: see
-    # exchange_checks.py, gather_checks.py, compile_checks.py, slice_checks.py, codec_checks.py and schedule_checks.py
-    # in tests/distributed.
+    # Composite ops, which graphs hold as what they are made of, exchanges, and some that tell the host something: see
+    # exchange_checks.py, gather_checks.py, peer_checks.py, compile_checks.py, slice_checks.py, codec_checks.py and
+    # schedule_checks.py in tests/distributed.
     exchanges = {"all_to_all_rows", "start_all_to_all_rows", "finish_all_to_all_rows"}
     exchanges |= {"average_gradient", "encode_rows", "decode_rows", "ep_region"}
+    exchanges |= {"peer_all_gather", "peer_reduce_scatter"}
     tellers = {"check_order_", "report_lost_pairs", "require_common_size"}
     assert registered == set(OP_CASES) | exchanges | tellers
 
