@@ -126,7 +126,10 @@ def _work_class() -> type:
                 deadline = time.monotonic() + self.seconds
                 while not self.event.query():
                     if time.monotonic() > deadline:
-                        raise RuntimeError("not all ranks have come to the same exchange")
+                        raise RuntimeError(
+                            "peer memory: every rank must come to the same exchange, got some that have not. Read the "
+                            "first error of every rank."
+                        )
                     time.sleep(1e-4)
             self.event.wait()
             return True

@@ -92,7 +92,8 @@ def check_all_pairs_of_degrees_equal_one_chunk(ranks: Ranks) -> None:
 
 def check_only_some_gradients(ranks: Ranks) -> None:
     """Tokens, weights of experts, or nothing at all have no gradient."""
-    for record in (Exact(n_chunks=(2, 3)), Static(7, n_chunks=(3, 1)), Gather(n_chunks=(1, 2))):
+    gather = Gather(rows=float(ranks.size), n_chunks=(1, 2))
+    for record in (Exact(n_chunks=(2, 3)), Static(7, n_chunks=(3, 1)), gather):
         layer = integers(record, ranks)
         x = tokens_of(record, ranks)
         expected = one_step(layer, layer, x, uneven)
@@ -157,7 +158,7 @@ def check_order_in_generated_code(ranks: Ranks) -> None:
 
 def check_a_pass_sets_degrees(ranks: Ranks) -> None:
     """Those of a layer that gathers, whose chunks are begun before the gate; code from a cache keeps them."""
-    layer = integers(Gather(n_chunks=2), ranks)
+    layer = integers(Gather(rows=float(ranks.size), n_chunks=2), ranks)
     x = tokens_of(Gather(), ranks)
     expected = one_step(layer, layer, x, uneven)
     counters = torch._dynamo.utils.counters
