@@ -171,7 +171,7 @@ class PeerMemory:
         self._blocks, self._handle = [], None
         with _without_multicast():
             own = symmetric.empty(num_bytes, dtype=torch.uint8, device=self.device)
-            self._handle = symmetric.rendezvous(own, self.group.name)
+            self._handle = symmetric.rendezvous(own, process_group(self.group.name))
         for rank in range(self.group.size):
             is_own = rank == self.group.rank
             block = (
