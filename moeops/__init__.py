@@ -7,20 +7,20 @@ from moeops import _extension
 
 _extension.load()
 
-from moeops import (  # noqa: E402  (the ops register themselves on the loaded libraries)
+from moeops import (
     dispatch,
     distributed,
     gates,
     layers,
     losses,
 )
-from moeops.comm import all_to_all_rows, exchange_counts  # noqa: E402
-from moeops.gates.base import auxiliary_loss, update_gates  # noqa: E402
-from moeops.gates.injected_loss import inject_auxiliary_loss  # noqa: E402
-from moeops.layers import FMoE, FMoELinear, FMoETransformerMLP  # noqa: E402
-from moeops.logits import keep_logits, take_logits  # noqa: E402
-from moeops.monitor import LayerLoad, LoadMonitor  # noqa: E402
-from moeops.ops import (  # noqa: E402
+from moeops.comm import all_to_all_rows, exchange_counts
+from moeops.gates.base import auxiliary_loss, update_gates
+from moeops.gates.injected_loss import inject_auxiliary_loss
+from moeops.layers import FMoE, FMoELinear, FMoETransformerMLP
+from moeops.logits import keep_logits, take_logits
+from moeops.monitor import LayerLoad, LoadMonitor
+from moeops.ops import (
     alignment_sum,
     chosen_weights,
     count_tokens,
@@ -39,8 +39,8 @@ from moeops.ops import (  # noqa: E402
     unpad_rows,
     unpermute_tokens,
 )
-from moeops.replay import RoutingReplay  # noqa: E402
-from moeops.types import (  # noqa: E402
+from moeops.replay import RoutingReplay
+from moeops.types import (
     BalancedRoute,
     LoraFactors,
     NoisyRoute,

@@ -18,7 +18,7 @@ _HELPERS = (
 )
 pytest.register_assert_rewrite(*(p.stem for p in _HELPERS if not p.stem.startswith("test_")))
 
-from tolerances import VALUES_DTYPES  # noqa: E402  (asserts are rewritten from here on)
+from tolerances import VALUES_DTYPES
 
 # Workers that share the cores would spend their time waiting for each other's threads; test_threads.py sets its own.
 if "PYTEST_XDIST_WORKER" in os.environ:

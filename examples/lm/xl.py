@@ -15,8 +15,8 @@ import moeops.integrations.fmoe
 
 moeops.integrations.fmoe.install()  # from here on `import fmoe` is moeops
 
-from fmoe import FMoETransformerMLP  # noqa: E402
-from fmoe.gates import GShardGate, NaiveGate, SwitchGate  # noqa: E402
+from fmoe import FMoETransformerMLP
+from fmoe.gates import GShardGate, NaiveGate, SwitchGate
 
 VOCABULARY = 256  # bytes
 GATES = {"naive": NaiveGate, "gshard": GShardGate, "switch": SwitchGate}

@@ -14,16 +14,16 @@ except ImportError as err:
     ) from err
 del _njit
 
-from moeops.numba import scores  # noqa: E402  (the error above says what to install)
-from moeops.numba._bits import narrow, widen  # noqa: E402
-from moeops.numba._block_op import BlockOp  # noqa: E402
-from moeops.numba._checking import CheckError, CheckReport, check  # noqa: E402
-from moeops.numba._code import inspect  # noqa: E402
-from moeops.numba._decorators import block_kernel, route, row_kernel  # noqa: E402
-from moeops.numba._gate import as_gate  # noqa: E402
-from moeops.numba._row_op import RowOp  # noqa: E402
-from moeops.numba._rules import RuleError  # noqa: E402
-from moeops.numba._timing import Timing, bench  # noqa: E402
+from moeops.numba import scores
+from moeops.numba._bits import narrow, widen
+from moeops.numba._block_op import BlockOp
+from moeops.numba._checking import CheckError, CheckReport, check
+from moeops.numba._code import inspect
+from moeops.numba._decorators import block_kernel, route, row_kernel
+from moeops.numba._gate import as_gate
+from moeops.numba._row_op import RowOp
+from moeops.numba._rules import RuleError
+from moeops.numba._timing import Timing, bench
 
 __all__ = [
     "BlockOp",

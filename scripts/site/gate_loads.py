@@ -22,13 +22,13 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
 
-from lm.gates import (  # noqa: E402  (the options with which the examples use each gate)
+from lm.gates import (
     GATES,
     GateSpec,
     Sizes,
 )
 
-import moeops  # noqa: E402
+import moeops
 
 TOKENS, WIDTH, EXPERTS, TOP_K, KINDS = 256, 16, 8, 2, 6
 STEPS, RATE, LOSS_SCALE = 40, 1e-2, 0.1

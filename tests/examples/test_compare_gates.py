@@ -15,11 +15,11 @@ for package in ("matplotlib", "numpy", "tqdm"):
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
-import compare_gates  # noqa: E402
-from lm import compare  # noqa: E402
-from lm.gates import GATES  # noqa: E402
-from lm.model import GPT  # noqa: E402
-from lm.training import Trainer  # noqa: E402
+import compare_gates
+from lm import compare
+from lm.gates import GATES
+from lm.model import GPT
+from lm.training import Trainer
 
 TINY = [
     "--d-model", "16", "--d-hidden", "8", "--experts", "4", "--layers", "1", "--heads", "2", "--context", "16",

@@ -20,18 +20,18 @@ PACKAGES = ("matplotlib", "numpy", "tqdm")  # the extra "examples"
 for package in PACKAGES:
     pytest.importorskip(package, reason="needs the extra `examples`")
 
-import train_lm  # noqa: E402
-from lm.checkpoint import is_saved  # noqa: E402
-from lm.data import Batches, load_corpus, order0_entropy  # noqa: E402
-from lm.errors import UsageError  # noqa: E402
-from lm.gates import GATES  # noqa: E402
-from lm.model import GPT, ModelConfig  # noqa: E402
-from lm.run import compare, loss_at  # noqa: E402
-from lm.training import History, Result  # noqa: E402
-from train_lm_cases import ROOT, SCRIPT, read_checkpoint, read_metrics  # noqa: E402
+import train_lm
+from lm.checkpoint import is_saved
+from lm.data import Batches, load_corpus, order0_entropy
+from lm.errors import UsageError
+from lm.gates import GATES
+from lm.model import GPT, ModelConfig
+from lm.run import compare, loss_at
+from lm.training import History, Result
+from train_lm_cases import ROOT, SCRIPT, read_checkpoint, read_metrics
 
-import moeops  # noqa: E402
-from moeops.distributed import save_checkpoint  # noqa: E402
+import moeops
+from moeops.distributed import save_checkpoint
 
 
 def test_compiled_run_learns(text, tmp_path):

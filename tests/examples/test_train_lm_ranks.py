@@ -15,10 +15,10 @@ import torch
 for package in ("matplotlib", "numpy", "tqdm"):  # the extra "examples"
     pytest.importorskip(package, reason="needs the extra `examples`")
 
-from lm.checkpoint import is_saved  # noqa: E402
-from lm.errors import UsageError  # noqa: E402
-from lm.parallel import Ranks, check_shares  # noqa: E402
-from train_lm_cases import SCRIPT, read_checkpoint, read_metrics  # noqa: E402
+from lm.checkpoint import is_saved
+from lm.errors import UsageError
+from lm.parallel import Ranks, check_shares
+from train_lm_cases import SCRIPT, read_checkpoint, read_metrics
 
 # In bits per byte, over 60 steps in float32: sums in another order make differences of 1e-6 in the first steps. It
 # holds for gates that neither draw random numbers nor limit experts by the tokens of their own rank.

@@ -12,10 +12,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 for package in ("matplotlib", "numpy", "tqdm"):  # the extra "examples"
     pytest.importorskip(package, reason="needs the extra `examples`")
 
-import transformer_xl  # noqa: E402
-from lm.xl import RelativeAttention, Streams, TransformerXL, XLConfig  # noqa: E402
+import transformer_xl
+from lm.xl import RelativeAttention, Streams, TransformerXL, XLConfig
 
-from cases import each  # noqa: E402
+from cases import each
 
 B, L, D, HEADS = 2, 4, 8, 2
 

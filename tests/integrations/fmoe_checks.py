@@ -17,9 +17,9 @@ from processes import Ranks
 
 stand_in.install()
 
-import fmoe  # noqa: E402
-from fmoe import functions  # noqa: E402
-from fmoe.gates.utils import limit_by_capacity  # noqa: E402
+import fmoe
+from fmoe import functions
+from fmoe.gates.utils import limit_by_capacity
 
 E_LOCAL = 2
 

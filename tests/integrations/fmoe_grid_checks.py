@@ -21,10 +21,10 @@ from processes import Ranks
 
 stand_in.install()
 
-import fmoe  # noqa: E402
-from fmoe.functions import ensure_comm  # noqa: E402
-from fmoe.gates.faster_gate import FasterGate  # noqa: E402
-from fmoe.layers import _fmoe_general_global_forward  # noqa: E402
+import fmoe
+from fmoe.functions import ensure_comm
+from fmoe.gates.faster_gate import FasterGate
+from fmoe.layers import _fmoe_general_global_forward
 
 _groups: dict[int, tuple] = {}
 

@@ -10,9 +10,9 @@ from numba_prototypes import require_numba
 
 require_numba()
 
-import moeops.numba as prototype  # noqa: E402  (skipped without numba)
-import moeops.numba.gates as gallery  # noqa: E402
-from moeops import FMoETransformerMLP  # noqa: E402
+import moeops.numba as prototype
+import moeops.numba.gates as gallery
+from moeops import FMoETransformerMLP
 
 pytestmark = pytest.mark.cuda
 

@@ -9,14 +9,14 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 require_numba()
 
-from gallery_samples import CASES  # noqa: E402
-from prototypes.expert_choice import BlockExpertChoiceGate  # noqa: E402
-from prototypes.group_limited import GroupLimitedGate  # noqa: E402
-from prototypes.switch import SwitchJitterGate  # noqa: E402
+from gallery_samples import CASES
+from prototypes.expert_choice import BlockExpertChoiceGate
+from prototypes.group_limited import GroupLimitedGate
+from prototypes.switch import SwitchJitterGate
 
-import moeops.numba as prototype  # noqa: E402  (skipped without numba)
-import moeops.numba.gates as gallery  # noqa: E402
-from moeops import FMoETransformerMLP  # noqa: E402
+import moeops.numba as prototype
+import moeops.numba.gates as gallery
+from moeops import FMoETransformerMLP
 
 
 @pytest.mark.parametrize("name", CASES)

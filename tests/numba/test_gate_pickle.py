@@ -12,9 +12,9 @@ from numba_prototypes import require_numba
 
 require_numba()
 
-import moeops  # noqa: E402
-import moeops.numba as prototype  # noqa: E402  (skipped without numba)
-from moeops.numba.gates import top_p  # noqa: E402
+import moeops
+import moeops.numba as prototype
+from moeops.numba.gates import top_p
 
 Gate = prototype.as_gate(top_p, mass=0.5)
 Other = prototype.as_gate(top_p, "Other", mass=0.25)

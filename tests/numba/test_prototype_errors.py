@@ -11,9 +11,9 @@ from numba_prototypes import require_numba
 
 require_numba()
 
-import moeops.numba as prototype  # noqa: E402  (skipped without numba)
-from moeops.numba.gates import naive_topk, top_p  # noqa: E402
-from moeops.reference import gates_prototypes  # noqa: E402
+import moeops.numba as prototype
+from moeops.numba.gates import naive_topk, top_p
+from moeops.reference import gates_prototypes
 
 LOGITS = torch.tensor([[0.5, 2.0, 1.0], [3.0, -1.0, 0.0]])
 

@@ -12,11 +12,11 @@ from numba_prototypes import missing_compiler, require_numba
 
 require_numba()
 
-import numba.cuda  # noqa: E402  (skipped without numba)
-from gallery_samples import CASES  # noqa: E402
+import numba.cuda
+from gallery_samples import CASES
 
-import moeops.numba as prototype  # noqa: E402  (skipped without numba)
-from moeops.numba import _launch  # noqa: E402
+import moeops.numba as prototype
+from moeops.numba import _launch
 
 
 @pytest.mark.parametrize("name", CASES)

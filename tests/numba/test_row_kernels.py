@@ -9,10 +9,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 require_numba()
 
-import moeops.numba as prototype  # noqa: E402  (skipped without numba)
-from moeops.numba import scores  # noqa: E402
-from moeops.reference import gates_prototypes  # noqa: E402
-from tolerances import assert_close  # noqa: E402
+import moeops.numba as prototype
+from moeops.numba import scores
+from moeops.reference import gates_prototypes
+from tolerances import assert_close
 
 
 def halve(value):

@@ -11,7 +11,7 @@ from numba_prototypes import require_numba
 
 require_numba()
 
-from gallery_samples import CASES  # noqa: E402  (skipped without numba)
+from gallery_samples import CASES
 
 
 def test_gallery_under_the_simulator():

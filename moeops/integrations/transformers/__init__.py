@@ -13,9 +13,9 @@ from moeops.integrations.transformers._version import has_expert_parallel, requi
 
 require_transformers()
 
-from moeops.integrations.transformers.experts import NAME, register  # noqa: E402
-from moeops.integrations.transformers.explain import ExpertsReport, explain  # noqa: E402
-from moeops.integrations.transformers.patches import patch  # noqa: E402
+from moeops.integrations.transformers.experts import NAME, register
+from moeops.integrations.transformers.explain import ExpertsReport, explain
+from moeops.integrations.transformers.patches import patch
 
 register()
 if has_expert_parallel():
