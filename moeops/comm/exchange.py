@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moeops import _checks
-from moeops.comm.groups import RankGroup, describe_group, process_group, rank_group
+from moeops.comm.groups import ALONE, RankGroup, describe_group, process_group, rank_group
 from moeops.comm.wires import (
     Carried,
     Wire,
@@ -235,7 +235,7 @@ def all_to_all_rows(
         >>> all_to_all_rows(torch.tensor([[1.0], [2.0]]), [2], [2], None).tolist()
         [[1.0], [2.0]]
     """
-    group = rank_group(group) or RankGroup("", 1, 0)
+    group = rank_group(group) or ALONE
     if not torch.compiler.is_compiling():
         check_splits("all_to_all_rows", rows, input_splits, output_splits, group)
         if group.size > 1:
@@ -267,7 +267,7 @@ def exchange_counts(counts: Tensor, group: ProcessGroup | RankGroup | None) -> T
         >>> exchange_counts(torch.tensor([[3, 1]]), None).tolist()
         [[3, 1]]
     """
-    group = rank_group(group) or RankGroup("", 1, 0)
+    group = rank_group(group) or ALONE
     op = "exchange_counts"
     ones = [1] * group.size
     if not torch.compiler.is_compiling():

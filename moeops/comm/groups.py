@@ -33,6 +33,9 @@ class RankGroup(NamedTuple):
     rank: int
 
 
+ALONE = RankGroup("", 1, 0)  # this rank, without torch.distributed
+
+
 def rank_group(group: ProcessGroup | RankGroup | None) -> RankGroup | None:
     """Describe a process group in plain numbers. Call it where a layer or gate is built, and keep the result.
 
@@ -72,7 +75,7 @@ def describe_group(group: RankGroup) -> str:
 
 def process_group(name: str) -> ProcessGroup:
     """Return the process group of this name."""
-    return torch.distributed.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
+    return torch.distributed.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]  # a str
 
 
 @constant_when_traced
@@ -197,7 +200,7 @@ def expert_range(num_experts: int, group: ProcessGroup | RankGroup | None) -> ra
         range(2, 4)
     """
     _checks.check_int("expert_range", "num_experts", num_experts, 1, "Pass all experts.")
-    group = rank_group(group) or RankGroup("", 1, 0)
+    group = rank_group(group) or ALONE
     if num_experts % group.size != 0:
         raise ValueError(
             f"expert_range: num_experts must be a multiple of the {group.size} ranks of group {group.name!r}, got "

@@ -22,7 +22,7 @@ from moeops.comm.exchange import (
     exchange_counts,
     exchange_detached,
 )
-from moeops.comm.groups import RankGroup, describe_group, rank_group, timeout_of
+from moeops.comm.groups import ALONE, RankGroup, describe_group, rank_group, timeout_of
 from moeops.comm.wires import pack_rows, unpack_rows
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def build_hierarchy(
         1
     """
     op = "build_hierarchy"
-    whole = rank_group(group) or RankGroup("", 1, 0)
+    whole = rank_group(group) or ALONE
     settings = {"node_size": node_size, "form": form}
     with agreement(op, whole if whole.size > 1 else None, settings):
         _checks.check_int(op, "node_size", node_size, 1, "Pass the ranks per node.")
@@ -109,9 +109,9 @@ def build_hierarchy(
             )
         _check_form(op, form)
     if node_size == whole.size:
-        return Hierarchy(whole, whole, RankGroup("", 1, 0), form)
+        return Hierarchy(whole, whole, ALONE, form)
     if node_size == 1:
-        return Hierarchy(whole, RankGroup("", 1, 0), whole, form)
+        return Hierarchy(whole, ALONE, whole, form)
     inside, across = _sub_groups(op, whole, node_size)
     return Hierarchy(whole, inside, across, form)
 
@@ -420,7 +420,7 @@ def _sub_groups(op: str, whole: RankGroup, node_size: int) -> tuple[RankGroup, R
     """Make this rank's two groups; the ranks of other groups make theirs at the same time."""
     from torch.distributed import distributed_c10d
 
-    process_group = distributed_c10d._resolve_process_group(whole.name)  # type: ignore[arg-type]
+    process_group = distributed_c10d._resolve_process_group(whole.name)  # type: ignore[arg-type]  # a str
     members = distributed_c10d.get_process_group_ranks(process_group)
     if members != sorted(members):
         raise ValueError(

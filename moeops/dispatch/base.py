@@ -159,6 +159,31 @@ class Dispatcher:
         )
 
 
+class WrappingDispatcher(Dispatcher):
+    """Base of dispatchers that change what is sent where, and leave the sending, hooks and chunks to another one.
+
+    Args:
+        inner: that other one.
+    """
+
+    def __init__(self, inner: Dispatcher) -> None:
+        self.inner = inner
+        self.takes_scaled_inputs = inner.takes_scaled_inputs
+
+    @property
+    def degrees(self) -> Degrees:  # type: ignore[override]  # read only: set_degrees sets it
+        """Those of ``inner``."""
+        return self.inner.degrees
+
+    def set_stage_hooks(self, hooks: StageHooks) -> None:
+        """Call these where ``inner`` does."""
+        self.inner.set_stage_hooks(hooks)
+
+    def set_degrees(self, degrees: Degrees) -> None:
+        """Have ``inner`` work in so many chunks."""
+        self.inner.set_degrees(degrees)
+
+
 class ExpertRanks(NamedTuple):
     """The ranks that hold a layer's experts, as a dispatcher is built for them.
 

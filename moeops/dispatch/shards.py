@@ -16,9 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moeops.dispatch.base import Beside, Block, Dispatcher, Experts
-from moeops.dispatch.degrees import Degrees
-from moeops.dispatch.hooks import StageHooks
+from moeops.dispatch.base import Beside, Block, Dispatcher, Experts, WrappingDispatcher
 from moeops.types import Routing, SlotRouting
 
 __all__ = ["ShardSpan", "ShardedDispatcher", "route_to_shards", "take_shard"]
@@ -71,7 +69,7 @@ def route_to_shards(
     )
 
 
-class ShardedDispatcher(Dispatcher):
+class ShardedDispatcher(WrappingDispatcher):
     """Bring tokens to all shards of their experts, and the sum of the shards' outputs back, by another dispatcher.
 
     Args:
@@ -86,24 +84,10 @@ class ShardedDispatcher(Dispatcher):
     def __init__(
         self, inner: Dispatcher, num_expert: int, expert_ranks: int, num_shards: int
     ) -> None:
-        self.inner = inner
+        super().__init__(inner)
         self.num_expert = num_expert
         self.expert_ranks = expert_ranks
         self.num_shards = num_shards
-        self.takes_scaled_inputs = inner.takes_scaled_inputs
-
-    def set_stage_hooks(self, hooks: StageHooks) -> None:
-        """Call these where ``inner`` does."""
-        self.inner.set_stage_hooks(hooks)
-
-    @property
-    def degrees(self) -> Degrees:  # type: ignore[override]
-        """Those of ``inner``."""
-        return self.inner.degrees
-
-    def set_degrees(self, degrees: Degrees) -> None:
-        """Set those of ``inner``."""
-        self.inner.set_degrees(degrees)
 
     def start(self, inp: Any, weights: Callable[[], Any], table: Tensor | None) -> dict[str, Any]:
         """Begin what ``inner`` begins."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from moeops import _checks, _nests
 from moeops.comm.common_size import CommonSize, can_settle
 from moeops.comm.exchange import Splits
-from moeops.comm.groups import RankGroup, describe_group
+from moeops.comm.groups import ALONE, RankGroup, describe_group
 from moeops.comm.hierarchical import Hierarchy
 from moeops.dispatch.base import (
     Beside,
@@ -122,7 +122,7 @@ class StaticDispatcher(Dispatcher):
     ) -> None:
         check_row_capacity("StaticDispatcher", capacity)
         self.num_expert = num_expert
-        self.group = group or RankGroup("", 1, 0)
+        self.group = group or ALONE
         self.capacity = capacity
         self._factor = Fraction(capacity).limit_denominator(10000).as_integer_ratio()
         self.degrees = as_degrees("StaticDispatcher", n_chunks)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moeops import _checks
 from moeops.comm.gathering import Gathering
-from moeops.comm.groups import RankGroup
+from moeops.comm.groups import ALONE, RankGroup
 from moeops.comm.hierarchical import Hierarchy
 from moeops.dispatch.base import (
     Beside,
@@ -27,15 +27,14 @@ from moeops.dispatch.base import (
     ExpertRanks,
     Experts,
     RegionBlock,
+    WrappingDispatcher,
 )
-from moeops.dispatch.degrees import Degrees
-from moeops.dispatch.hooks import StageHooks
 from moeops.dispatch.options import ExchangeOptions, build_dispatcher
 from moeops.dispatch.weights import ExpertWeights, SharingDispatcher, check_whole
 from moeops.types import Routing, SlotRouting
 
 
-class SwitchedDispatcher(SharingDispatcher):
+class SwitchedDispatcher(WrappingDispatcher, SharingDispatcher):
     """Gather the weights of the ranks with this rank's place, and dispatch inside of this rank's node.
 
     Weights are gathered in every forward, begun before the gate works, and their gradients are scattered to the owners,
@@ -56,19 +55,10 @@ class SwitchedDispatcher(SharingDispatcher):
     def __init__(
         self, inner: Dispatcher, num_expert: int, node_size: int, across: RankGroup
     ) -> None:
-        self.inner = inner
+        super().__init__(inner)
         self.num_expert = num_expert
         self.node_size = node_size
         self.across = across
-        self.takes_scaled_inputs = inner.takes_scaled_inputs
-
-    def set_stage_hooks(self, hooks: StageHooks) -> None:
-        """Call these where ``inner`` does."""
-        self.inner.set_stage_hooks(hooks)
-
-    def set_degrees(self, degrees: Degrees) -> None:
-        """Have ``inner`` work in so many chunks."""
-        self.inner.set_degrees(degrees)
 
     def start(
         self, inp: Any, weights: Callable[[], ExpertWeights], table: Tensor | None
@@ -188,7 +178,7 @@ def build_switches(
         ValueError: a degree is no divisor, or a hierarchy is of other ranks.  TypeError: one is neither.
         NotImplementedError: the options have another use for the ranks.
     """
-    group = ranks.group or RankGroup("", 1, 0)
+    group = ranks.group or ALONE
     switches = {}
     for degree in degrees:
         inside, across = _node_of(ranks.op, group, degree)
@@ -206,24 +196,23 @@ def build_switches(
 
 def _node_of(op: str, group: RankGroup, degree: Any) -> tuple[RankGroup, RankGroup]:
     """The ranks inside this rank's node, and those with its place."""
-    alone = RankGroup("", 1, 0)
     if isinstance(degree, Hierarchy):
         if degree.group.name != group.name:
             raise ValueError(
                 f"{op}: parallel_degrees must hold hierarchies of the ranks that hold the experts, group "
                 f"{group.name!r}, got one of group {degree.group.name!r}. Pass build_hierarchy(moe_group, r)."
             )
-        inside = alone if degree.node_size == 1 else degree.inside
-        return inside, alone if degree.num_nodes == 1 else degree.across
+        inside = ALONE if degree.node_size == 1 else degree.inside
+        return inside, ALONE if degree.num_nodes == 1 else degree.across
     if isinstance(degree, bool) or not isinstance(degree, int):
         raise TypeError(
             f"{op}: parallel_degrees must hold ints and hierarchies, got {_checks.describe(degree)}. Pass 1, or "
             "build_hierarchy(moe_group, r)."
         )
     if degree == group.size:
-        return group, alone
+        return group, ALONE
     if degree == 1:
-        return alone, group
+        return ALONE, group
     raise ValueError(
         f"{op}: parallel_degrees must be 1, the {group.size} ranks that hold the experts, or a hierarchy, got "
         f"{degree}. For a number in between pass build_hierarchy(moe_group, {degree}), whose groups layers share."

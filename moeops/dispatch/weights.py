@@ -51,7 +51,7 @@ class SharingDispatcher(Dispatcher):
     inner: Any
 
     @property
-    def degrees(self) -> Degrees:  # type: ignore[override]
+    def degrees(self) -> Degrees:  # type: ignore[override]  # no subclass sets it
         """Those of ``inner``."""
         return self.inner.degrees
 
