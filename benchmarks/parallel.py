@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from benchmarks import bench_exchange, bench_parallel, machine, shapes
 from benchmarks.bench_exchange import ExchangeRow
@@ -139,8 +138,7 @@ class Session:
         self._alarm.cancel()
         if self.rank == 0 and self._finishing.acquire(blocking=False):
             self._finish()
-        dist.barrier()
-        dist.destroy_process_group()
+        self.ranks.close()
         return 1 if self.problems else 0
 
     def _run_exchange(self) -> None:

@@ -4,48 +4,26 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from benchmarks.timing import Runner, Timer, synchronize
+from moeops.planner.ranks import TorchrunRanks
 
 
-class Ranks:
-    """The processes that torchrun started, a device each.
-
-    Args:
-        device: "cuda" (a GPU each, NCCL) or "cpu" (gloo).
-        seconds: time-out of every collective.
-    """
+class Ranks(TorchrunRanks):
+    """The processes that torchrun started, a device each: ``device`` and ``seconds`` as in ``TorchrunRanks``."""
 
     def __init__(self, device: str, seconds: float):
-        timeout = timedelta(seconds=seconds)
-        if device == "cuda":
-            local = int(os.environ.get("LOCAL_RANK", "0"))
-            if local >= torch.cuda.device_count():
-                raise RuntimeError(
-                    f"benchmarks: every rank needs a GPU of its own, got {torch.cuda.device_count()} for local rank "
-                    f"{local}. Lower --nproc-per-node, or pass --device cpu."
-                )
-            self.device = torch.device("cuda", local)
-            torch.cuda.set_device(self.device)
-            dist.init_process_group("nccl", timeout=timeout, device_id=self.device)
-        else:
+        if "RANK" not in os.environ:
+            raise RuntimeError(
+                "benchmarks: processes must be started by torchrun, got one without a rank. Run torchrun "
+                "--nproc-per-node=2 -m benchmarks.parallel."
+            )
+        if device == "cpu":
             torch.set_num_threads(1)
-            self.device = torch.device("cpu")
-            dist.init_process_group("gloo", timeout=timeout)
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        # What ranks tell each other about rows must not depend on the GPUs' state.
-        self._control = dist.new_group(backend="gloo", timeout=timeout)
-
-    def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, by rank."""
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self._control)
-        return values
+        super().__init__(device, op="benchmarks", seconds=seconds)
 
     def slowest(self, samples: list[list[float]]) -> list[list[float]]:
         """Largest value over the ranks of each part of each sample."""
@@ -67,9 +45,9 @@ class RankTimer(Timer):
     def flush(self) -> None:
         """Cold caches, and devices that reach the first event together."""
         synchronize(self.device)
-        dist.barrier()
+        self._ranks.barrier()
         super().flush()
-        dist.all_reduce(self._token)
+        self._ranks.meet(self._token)
 
     def measure(
         self, runners: dict[str, Runner], *, repeats: int, warm_up: int = 2

@@ -1,4 +1,4 @@
-"""The processes that torchrun started for ``python -m moeops profile``."""
+"""The processes that torchrun started for a measurement."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from moeops.profiling.clock import Ranks
 
-TIMEOUT_SECONDS = 120
+TIMEOUT_SECONDS = 120.0
 
 
 class TorchrunRanks(Ranks):
@@ -19,31 +19,38 @@ class TorchrunRanks(Ranks):
 
     Args:
         device: "cpu" (gloo) or "cuda" (a GPU each, NCCL).
+        op: what measures, for error messages.
+        seconds: time-out of every collective.
 
     Attributes:
         rank, size: of this process, and of the job.
         node_size: ranks on a node, as torchrun started them.
     """
 
-    def __init__(self, device: str) -> None:
+    def __init__(
+        self, device: str, *, op: str = "profile", seconds: float = TIMEOUT_SECONDS
+    ) -> None:
         environment = os.environ
-        size = int(environment.get("WORLD_SIZE", "1")) if "RANK" in environment else 1
+        by_torchrun = {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= environment.keys()
         super().__init__(
-            torch.device("cpu"), int(environment.get("RANK", "0")) if size > 1 else 0, size
+            torch.device("cpu"),
+            int(environment["RANK"]) if by_torchrun else 0,
+            int(environment["WORLD_SIZE"]) if by_torchrun else 1,
         )
         self.node_size = int(environment.get("LOCAL_WORLD_SIZE", self.size))
         local = int(environment.get("LOCAL_RANK", "0"))
         if device == "cuda":
             if local >= torch.cuda.device_count():
                 raise RuntimeError(
-                    f"profile: every rank must have a GPU of its own, got {torch.cuda.device_count()} for local rank "
+                    f"{op}: every rank must have a GPU of its own, got {torch.cuda.device_count()} for local rank "
                     f"{local}. Lower --nproc-per-node, or pass --device cpu."
                 )
             self.device = torch.device("cuda", local)
             torch.cuda.set_device(self.device)
+        # What ranks tell each other must not depend on the GPUs' state.
         self._control: Any = None
-        if self.size > 1:
-            timeout = timedelta(seconds=TIMEOUT_SECONDS)
+        if by_torchrun:
+            timeout = timedelta(seconds=seconds)
             if device == "cuda":
                 dist.init_process_group("nccl", timeout=timeout, device_id=self.device)
             else:
