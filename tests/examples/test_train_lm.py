@@ -6,10 +6,8 @@ import itertools
 import math
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -21,14 +19,13 @@ for package in PACKAGES:
     pytest.importorskip(package, reason="needs the extra `examples`")
 
 import train_lm
-from lm.checkpoint import is_saved
 from lm.data import Batches, load_corpus, order0_entropy
 from lm.errors import UsageError
 from lm.gates import GATES
 from lm.model import GPT, ModelConfig
 from lm.run import compare, loss_at
 from lm.training import History, Result
-from train_lm_cases import ROOT, SCRIPT, read_checkpoint, read_metrics
+from train_lm_cases import ROOT, SCRIPT, read_checkpoint, read_metrics, stop_once_saved
 
 import moeops
 from moeops.distributed import save_checkpoint
@@ -255,33 +252,10 @@ def test_ctrl_c_saves_and_resume_gives_the_uninterrupted_run(text, quick, tmp_pa
     code, _, stderr = quick("--steps", "60", out=tmp_path / "whole")
     assert code == 0, stderr
     out = tmp_path / "stopped"
-    options = [
-        "--quick",
-        "--eager",
-        "--device",
-        "cpu",
-        "--text",
-        text,
-        "--out",
-        out,
-        "--steps",
-        "60",
-        "--no-compare",
-    ]
-    process = subprocess.Popen(
-        [sys.executable, SCRIPT, *options],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    deadline = time.monotonic() + 120
-    while (
-        not is_saved(out / "moe-checkpoint") and time.monotonic() < deadline
-    ):  # written first at step 20
-        time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130, stderr
+    options = ["--quick", "--eager", "--device", "cpu", "--text", text, "--out", out]
+    options += ["--steps", "60", "--no-compare"]
+    returncode, stdout, stderr = stop_once_saved([sys.executable, SCRIPT, *options], out)
+    assert returncode == 130, stderr
     assert "stopped by Ctrl-C and saved" in stdout
     state = read_checkpoint(out / "moe-checkpoint")
     assert 20 <= state["step"] < 60

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,10 +13,9 @@ import torch
 for package in ("matplotlib", "numpy", "tqdm"):  # the extra "examples"
     pytest.importorskip(package, reason="needs the extra `examples`")
 
-from lm.checkpoint import is_saved
 from lm.errors import UsageError
 from lm.parallel import Ranks, check_shares
-from train_lm_cases import SCRIPT, read_checkpoint, read_metrics
+from train_lm_cases import SCRIPT, read_checkpoint, read_metrics, stop_once_saved
 
 # In bits per byte, over 60 steps in float32: sums in another order make differences of 1e-6 in the first steps. It
 # holds for gates that neither draw random numbers nor limit experts by the tokens of their own rank.
@@ -50,20 +47,9 @@ def test_two_ranks_stop_and_resume_and_train_what_one_rank_trains(text, quick, t
     assert quick(*options, out=tmp_path / "one")[0] == 0
     out, alone = tmp_path / "two", tmp_path / "alone"
     options = (*options, "--expert-parallel")
-    process = subprocess.Popen(
-        torchrun(2, text, out, "--eager", *options, "--expert-tensor-parallel", "2"),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    deadline = time.monotonic() + 120
-    while (
-        not is_saved(out / "moe-checkpoint") and time.monotonic() < deadline
-    ):  # written first at step 20
-        time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode != 0
+    command = torchrun(2, text, out, "--eager", *options, "--expert-tensor-parallel", "2")
+    returncode, stdout, stderr = stop_once_saved(command, out)
+    assert returncode != 0
     assert "2 ranks, experts divided, each in 2 shards" in stdout, stderr
     assert stdout.count("stopped by Ctrl-C and saved") == 1, stderr
     state = read_checkpoint(out / "moe-checkpoint")

@@ -1,11 +1,15 @@
-"""Where train_lm.py is, and what it writes."""
+"""Where train_lm.py is, what it writes, and how to stop it. conftest.py puts examples/ on the path."""
 
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import time
 from pathlib import Path
 
 import torch
+from lm.checkpoint import is_saved
 
 from moeops.distributed import merge_checkpoint
 
@@ -24,3 +28,15 @@ def read_checkpoint(folder: Path) -> dict:
 
 def read_metrics(out: Path) -> dict:
     return json.loads((out / "metrics.json").read_text())
+
+
+def stop_once_saved(command: list, out: Path) -> tuple[int, str, str]:
+    """Start training and press Ctrl-C when there is a checkpoint: exit code, stdout and stderr."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    # Written first at step 20.
+    while not is_saved(out / "moe-checkpoint") and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    return process.returncode, stdout, stderr

@@ -18,6 +18,7 @@ from gate_checks import (
 )
 
 from cases import each
+from host_syncs import no_host_syncs
 from moeops.gates import FasterGate, NaiveGate, gen_faster_gate
 from reference_gates import fastmoe as fast
 from tolerances import assert_close
@@ -148,12 +149,8 @@ def test_no_host_sync(cuda_device):
     gate = FasterGate(D, 2, 2, node_rank=0, gpus_per_node=1).to(cuda_device)
     x = torch.randn(32, D, device=cuda_device)
     gate(x)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_host_syncs():
         gate(x)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize(

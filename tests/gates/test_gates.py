@@ -11,16 +11,15 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from cases import each
+from gate_classes import OwnGate
 from moeops.gates import (
     BaseGate,
     DCGate,
     GShardGate,
     NaiveGate,
-    RouterLinear,
     SwitchGate,
     balance_loss,
     expert_capacity,
-    router_logits,
 )
 from tolerances import TOLERANCES, assert_close
 
@@ -348,21 +347,8 @@ def test_deepcopy_and_pickle_after_a_forward(name):
     assert gate.has_loss == had_loss
 
 
-class SigmoidGate(BaseGate):
-    def __init__(self, d_model, num_expert, world_size, top_k=2):
-        super().__init__(num_expert, world_size)
-        self.top_k = top_k
-        self.router = RouterLinear(d_model, self.tot_expert, bias=False)
-
-    def forward(self, x):
-        scores = torch.sigmoid(router_logits(x, self.router))
-        topk_weights, topk_ids = scores.topk(self.top_k)
-        self.set_loss(balance_loss(scores / scores.sum(-1, keepdim=True), topk_ids))
-        return topk_ids, topk_weights
-
-
 def test_own_gate():
-    gate = SigmoidGate(D, 4, 1)
+    gate = OwnGate(D, 4, 1)
     x = torch.randn(9, D)
     ids, weights = gate(x)
     assert_close(weights, torch.sigmoid(gate.router(x)).gather(1, ids), torch.float32)

@@ -12,6 +12,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from cases import each
+from host_syncs import no_host_syncs
 from moeops import FMoE, FMoETransformerMLP, LoadMonitor
 from moeops.gates import BaseGate, GShardGate, NaiveGate, SwitchGate
 
@@ -148,12 +149,8 @@ def test_no_host_sync(name, cuda_device):
     mask = torch.randint(2, (32,), device=cuda_device)
     ones = torch.ones_like(x)
     layer(x, mask).backward(ones)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_host_syncs():
         layer(x, mask).backward(ones)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_capacity_is_that_of_the_tokens_that_are_there(device):

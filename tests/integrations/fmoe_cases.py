@@ -1,11 +1,36 @@
-"""What the tests of ``fmoe`` compute by hand. T tokens, K experts per token, E experts, D model width."""
+"""What the tests of ``fmoe`` import and compute by hand. T tokens, K experts per token, E experts, D model width."""
 
 from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+import moeops.integrations.fmoe as stand_in
+from moeops.integrations.fmoe import _settings
+
 D, H = 6, 10
+
+
+@contextmanager
+def imported(**options: Any) -> Iterator[ModuleType]:
+    """``import fmoe`` as a program does it after ``install`` with these options; undone at the end."""
+    before, finders = dict(sys.modules), list(sys.meta_path)
+    stand_in.install(**options)
+    try:
+        yield importlib.import_module("fmoe")
+    finally:
+        for name in sys.modules.keys() - before.keys():
+            if name.split(".")[0] == "fmoe":
+                del sys.modules[name]
+        sys.meta_path[:] = finders
+        _settings.set_compat(False)
 
 
 class Expert(nn.Module):

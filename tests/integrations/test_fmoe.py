@@ -9,29 +9,22 @@ import types
 
 import pytest
 import torch
-from fmoe_cases import D, Expert, H, assert_same, by_hand, mlps
+from fmoe_cases import D, Expert, H, assert_same, by_hand, imported, mlps
 from torch import nn
 
 import moeops
 import moeops.integrations.fmoe as stand_in
 from moeops.distributed import Exact, ShadowPolicy
-from moeops.integrations.fmoe import _settings
 from moeops.integrations.fmoe.convert import megatron_file, merge_ranks, split_ranks
 
 T, E = 9, 4
 
 
 @pytest.fixture
-def fmoe(monkeypatch):
+def fmoe():
     """``import fmoe`` as a program does it, undone afterwards."""
-    before, finders = dict(sys.modules), list(sys.meta_path)
-    stand_in.install()
-    yield importlib.import_module("fmoe")
-    for name in sys.modules.keys() - before.keys():
-        if name.split(".")[0] == "fmoe":
-            del sys.modules[name]
-    sys.meta_path[:] = finders
-    _settings.set_compat(False)
+    with imported() as package:
+        yield package
 
 
 MODULES = {

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import math
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from fmoe_cases import imported
 from fmoe_grids import (
     DTYPES,
     KINDS,
@@ -25,22 +24,14 @@ from fmoe_grids import (
 )
 from torch import nn
 
-import moeops.integrations.fmoe as stand_in
 from cases import each
-from moeops.integrations.fmoe import _settings
 
 
 @pytest.fixture
 def fmoe():
     """``import fmoe`` with FastMoE's numbers, undone afterwards."""
-    before, finders = dict(sys.modules), list(sys.meta_path)
-    stand_in.install(compat=True)
-    yield importlib.import_module("fmoe")
-    for name in sys.modules.keys() - before.keys():
-        if name.split(".")[0] == "fmoe":
-            del sys.modules[name]
-    sys.meta_path[:] = finders
-    _settings.set_compat(False)
+    with imported(compat=True) as package:
+        yield package
 
 
 TOP_KS = (2, 3)

@@ -15,8 +15,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from cases import every_pair
+from gate_classes import OwnGate
+from host_syncs import no_host_syncs
 from moeops import FMoE, FMoETransformerMLP
-from moeops.gates import BaseGate, NaiveGate, RouterLinear, balance_loss, router_logits
+from moeops.gates import NaiveGate
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo", "same_random_numbers")
 
@@ -312,24 +314,9 @@ def test_masks_hooks_and_nests_compile():
     assert graphs() == 2
 
 
-class SigmoidGate(BaseGate):
-    """The example of docs/gates.md."""
-
-    def __init__(self, d_model, num_expert, world_size, top_k=2):
-        super().__init__(num_expert, world_size)
-        self.top_k = top_k
-        self.router = RouterLinear(d_model, self.tot_expert, bias=False)
-
-    def forward(self, x):
-        scores = torch.sigmoid(router_logits(x, self.router))
-        topk_weights, topk_ids = scores.topk(self.top_k)
-        self.set_loss(balance_loss(scores / scores.sum(-1, keepdim=True), topk_ids))
-        return topk_ids, topk_weights
-
-
 @pytest.mark.parametrize("kind", LAYERS)
 def test_own_gate_in_plain_pytorch(kind, device):
-    layer = make_layer(kind, SigmoidGate, device)
+    layer = make_layer(kind, OwnGate, device)
     backend = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(layer, fullgraph=True, backend=backend)
     check_all_tokens(layer, compiled, TOKENS, device, unbacked)
@@ -403,16 +390,12 @@ def test_no_host_sync(kind, gate, cuda_device):
     mask = torch.zeros(32, dtype=torch.int32, device=cuda_device)
     ones = torch.ones(32, D, device=cuda_device)
     layer(x, mask).backward(ones)  # first-call set-up may copy
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_host_syncs():
         y = layer(x, mask)
         loss = layer.gate.get_loss()
         if loss is not None:
             y = y + loss
         y.backward(ones)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_ready_gate_of_another_type_compiles():

@@ -11,6 +11,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from cases import each
+from host_syncs import no_host_syncs
 from moeops import FMoE, FMoELinear, Routing, SlotRouting
 from moeops.dispatch.local import Dispatcher, LocalDispatcher
 from moeops.gates import ExpertChoiceGate, Llama4Gate, ReMoEGate, SoftMoEGate, ThresholdGate
@@ -362,12 +363,8 @@ def test_no_host_sync(kind, gate, cuda_device):
     mask = torch.zeros(32, dtype=torch.int32, device=cuda_device)
     ones = torch.ones(32, D, device=cuda_device)
     layer(x, mask).backward(ones)  # first-call set-up may copy
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_host_syncs():
         layer(x, mask).backward(ones)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @each(

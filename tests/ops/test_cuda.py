@@ -7,6 +7,7 @@ import torch
 
 import moeops
 from cases import each
+from host_syncs import no_host_syncs
 from moeops import TokenPlan
 from samples import Sample, mlp_tensors, op_cases
 
@@ -122,12 +123,8 @@ def no_host_sync():
     """Any wait of the host for the device raises while this fixture's function runs."""
 
     def guarded(function, *args):
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with no_host_syncs():
             return function(*args)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
     return guarded
 
