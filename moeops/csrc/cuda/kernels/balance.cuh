@@ -120,6 +120,17 @@ __device__ __forceinline__ void reset_ticket(int32_t* partial_counts, int num_ex
   }
 }
 
+// Writes the block's rows of partial sums and counts, the warps' sums added up in `tile`.
+template <typename Acc, int kSlots>
+__device__ __forceinline__ void write_partials(const Acc (&sums)[kSlots], const int32_t* counts,
+                                               int num_experts, Acc* tile, Acc* partial_sums,
+                                               int32_t* partial_counts) {
+  __syncthreads();
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * num_experts;
+  add_up_warps(sums, num_experts, tile, partial_sums + row);
+  for (int e = threadIdx.x; e < num_experts; e += blockDim.x) partial_counts[row + e] = counts[e];
+}
+
 // Writes weights and ids, and a row of partial_sums and of partial_counts for each block. kByLogit
 // as in topk_route_kernel; it also serves one group by the sum of its scores' shares, which among
 // softmax scores are the scores.
@@ -290,12 +301,7 @@ __global__ void __launch_bounds__(balance_threads(kSlots))
       if (k < kept && k < route.num_counted) atomicAdd(&counts[chosen_ids[k]], 1);
     }
   }
-  // The block's rows of partial sums and counts.
-  __syncthreads();
-  add_up_warps(sums, E, tile, partial_sums + static_cast<int64_t>(blockIdx.x) * E);
-  for (int e = threadIdx.x; e < E; e += blockDim.x) {
-    partial_counts[static_cast<int64_t>(blockIdx.x) * E + e] = counts[e];
-  }
+  write_partials(sums, counts, E, tile, partial_sums, partial_counts);
 }
 
 // Adds up the rows of partial sums and of partial counts, [B, E] each, and computes the loss

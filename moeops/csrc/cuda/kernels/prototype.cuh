@@ -100,12 +100,7 @@ __global__ void __launch_bounds__(balance_threads(kSlots))
     for (int i = 0; i < kSlots; ++i)
       sums[i] += lane + i * kWarpSize < num_experts ? share[i] : Acc(0);
   }
-  __syncthreads();
-  add_up_warps(sums, num_experts, tile,
-               partial_sums + static_cast<int64_t>(blockIdx.x) * num_experts);
-  for (int e = threadIdx.x; e < num_experts; e += blockDim.x) {
-    partial_counts[static_cast<int64_t>(blockIdx.x) * num_experts + e] = counts[e];
-  }
+  write_partials(sums, counts, num_experts, tile, partial_sums, partial_counts);
 }
 
 // The gradient of weights, sums and loss, each of which may be missing.

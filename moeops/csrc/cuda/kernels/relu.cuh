@@ -53,12 +53,7 @@ __global__ void __launch_bounds__(balance_threads(kSlots))
     const int e = lane + i * kWarpSize;
     if (e < num_experts && own_counts[i] != 0) atomicAdd(&counts[e], own_counts[i]);
   }
-  __syncthreads();
-  add_up_warps(sums, num_experts, tile,
-               partial_sums + static_cast<int64_t>(blockIdx.x) * num_experts);
-  for (int e = threadIdx.x; e < num_experts; e += blockDim.x) {
-    partial_counts[static_cast<int64_t>(blockIdx.x) * num_experts + e] = counts[e];
-  }
+  write_partials(sums, counts, num_experts, tile, partial_sums, partial_counts);
 }
 
 // The gradient of weights, sums and loss, each of which may be missing.
