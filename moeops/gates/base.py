@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from moeops import _checks
 from moeops.comm.groups import RankGroup, rank_group
 from moeops.gates.recording import Newest, exporting
-from moeops.losses import GATE_LOSSES
+from moeops.losses.logits import GATE_LOSSES
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -399,10 +399,10 @@ def with_mask_argument(function: Callable[..., Any]) -> Callable[..., Any]:
     return function if takes_mask(function) else _WithoutMask(function)
 
 
-def check_top_k(gate: str, top_k: object, num_experts: int) -> None:
+def check_top_k(gate: str, top_k: Any, num_experts: int) -> None:
     """``top_k`` is an int from 1 to the number of experts."""
     _checks.check_int(gate, "top_k", top_k, 1, "Choose 1 <= top_k <= num_expert * world_size.")
-    if top_k > num_experts:  # type: ignore[operator]
+    if top_k > num_experts:
         raise ValueError(
             f"{gate}: top_k must be at most the {num_experts} experts, got {top_k}. Lower top_k."
         )
@@ -486,6 +486,7 @@ def update_gates(model: nn.Module, progress: float) -> None:
     together: dict[Any, list[BaseGate]] = {}
     for module in model.modules():
         if isinstance(module, BaseGate):
-            together.setdefault(type(module)._after_step_together.__func__, []).append(module)  # type: ignore[attr-defined]
+            method: Any = type(module)._after_step_together
+            together.setdefault(method.__func__, []).append(module)
     for gates in together.values():
         gates[0]._after_step_together(gates, progress)

@@ -17,7 +17,7 @@ from moeops.gates.functional import (
     router_logits,
 )
 from moeops.gates.naive import NaiveGate
-from moeops.losses import TINY
+from moeops.losses._common import TINY
 from moeops.ops.routing import topk_route
 from moeops.ops.sorting import count_tokens, limit_capacity
 
@@ -91,7 +91,7 @@ class BASEGate(NaiveGate):
         super().__init__(d_model, num_expert, world_size, 1, gate_bias=False)
         self.gate = _Centroids(d_model, self.tot_expert, bias=False)
 
-    def forward(  # type: ignore[override]
+    def forward(  # type: ignore[override]  # only NaiveGate returns all scores
         self, inp: Tensor, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Choose one expert per token: ``inp [T, D]`` to topk_ids ``[T, 1]`` and topk_weights ``[T, 1]``."""

@@ -133,7 +133,7 @@ class DeepSeekV3Gate(NaiveGate):
                 "Lower top_k or raise top_groups."
             )
 
-    def forward(  # type: ignore[override]
+    def forward(  # type: ignore[override]  # only NaiveGate returns all scores
         self, inp: Tensor, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Choose experts: ``inp [T, D]`` to topk_ids ``[T, K]`` and topk_weights ``[T, K]``."""

@@ -122,7 +122,7 @@ class DeepSpeedGate(NaiveGate):
         self.drop_policy = drop_policy
         self.compat = bool(compat)
 
-    def forward(  # type: ignore[override]
+    def forward(  # type: ignore[override]  # only NaiveGate returns all scores
         self, inp: Tensor, used_token: Tensor | None = None, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Choose experts.

@@ -11,7 +11,8 @@ from moeops import _checks
 from moeops._masks import num_unmasked
 from moeops.gates.functional import router_logits
 from moeops.gates.naive import NaiveGate
-from moeops.losses import TINY, mask_route
+from moeops.losses import mask_route
+from moeops.losses._common import TINY
 from moeops.ops.balance import topk_route_balance
 
 
@@ -107,7 +108,7 @@ class DenseToSparseGate(NaiveGate):
         """Go back to the temperature of the start; the router resets itself."""
         self.set_temperature(self.start_temperature)
 
-    def forward(  # type: ignore[override]
+    def forward(  # type: ignore[override]  # only NaiveGate returns all scores
         self, inp: Tensor, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Choose experts: ``inp [T, D]`` to topk_ids and topk_weights, ``[T, K']`` with ``K' <= K`` slots each."""

@@ -75,7 +75,7 @@ class ExpertChoiceGate(NaiveGate):
         most = math.floor(1e6 * self.tot_expert / self.top_k) / 1e6
         self.capacity = (min(pair[0], most), min(pair[1], most))
 
-    def forward(  # type: ignore[override]
+    def forward(  # type: ignore[override]  # only NaiveGate returns all scores
         self, inp: Tensor, mask: Tensor | None = None
     ) -> Routing:
         """Choose tokens: ``inp [T, D]`` to a Routing of ``[T, E]`` ids and weights."""

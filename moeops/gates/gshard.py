@@ -106,7 +106,7 @@ class GShardGate(NaiveGate):
         self.compat = bool(compat)
         self.group = group
 
-    def forward(  # type: ignore[override]
+    def forward(  # type: ignore[override]  # only NaiveGate returns all scores
         self, inp: Tensor, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Choose two experts per token: ``inp [T, D]`` to topk_ids ``[T, 2]`` and topk_weights ``[T, 2]``."""

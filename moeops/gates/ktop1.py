@@ -69,7 +69,7 @@ class KTop1Gate(NaiveGate):
             )
         self.capacity = check_capacity(name, capacity)
 
-    def forward(  # type: ignore[override]
+    def forward(  # type: ignore[override]  # only NaiveGate returns all scores
         self, inp: Tensor, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Choose one expert per prototype: ``inp [T, D]`` to topk_ids ``[T, K]`` and topk_weights ``[T, K]``."""

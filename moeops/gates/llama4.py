@@ -52,7 +52,7 @@ class Llama4Gate(NaiveGate):
         check_balance(type(self).__name__, balance)
         self.balance = balance
 
-    def forward(  # type: ignore[override]
+    def forward(  # type: ignore[override]  # only NaiveGate returns all scores
         self, inp: Tensor, mask: Tensor | None = None
     ) -> Routing:
         """Choose experts: ``inp [T, D]`` to a Routing of ``[T, K]`` ids and input weights."""

@@ -119,7 +119,7 @@ class NoisyGate(NaiveGate):
                 state_dict[prefix + new] = state_dict.pop(prefix + old).t()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def forward(  # type: ignore[override]
+    def forward(  # type: ignore[override]  # only NaiveGate returns all scores
         self, inp: Tensor, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Choose experts: ``inp [T, D]`` to topk_ids ``[T, K]`` and topk_weights ``[T, K]``."""

@@ -15,7 +15,8 @@ from moeops.comm.collectives import all_reduce_sum
 from moeops.gates._variable_k import VariableGate
 from moeops.gates.functional import router_logits
 from moeops.gates.recording import add_up, exporting
-from moeops.losses import TINY, mask_route
+from moeops.losses import mask_route
+from moeops.losses._common import TINY
 from moeops.ops.balance import relu_route
 from moeops.types import Routing
 
@@ -130,7 +131,7 @@ class ReMoEGate(VariableGate):
         self.active.zero_()
         self.tokens.zero_()
 
-    def forward(  # type: ignore[override]
+    def forward(  # type: ignore[override]  # only NaiveGate returns all scores
         self, inp: Tensor, mask: Tensor | None = None
     ) -> Routing:
         """Weigh experts: ``inp [T, D]`` to a Routing of ``[T, max_k]`` ids and weights."""

@@ -14,7 +14,8 @@ from moeops.gates.functional import (
     router_logits,
 )
 from moeops.gates.naive import NaiveGate
-from moeops.losses import TINY, mask_route, score_balance_loss, score_shares
+from moeops.losses import mask_route, score_balance_loss, score_shares
+from moeops.losses._common import TINY
 from moeops.ops.balance import topk_route_balance
 from moeops.ops.routing import chosen_weights, topk_route
 from moeops.ops.scores import alignment_sum
@@ -106,7 +107,7 @@ class SAMGate(NaiveGate):
         self.compat = bool(compat)
         self._width = width
 
-    def forward(  # type: ignore[override]
+    def forward(  # type: ignore[override]  # only NaiveGate returns all scores
         self, inp: Tensor, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Choose experts of one group: ``inp [T, D]`` to topk_ids ``[T, K]`` and topk_weights ``[T, K]``."""

@@ -18,7 +18,8 @@ from moeops.gates.functional import (
     router_logits,
 )
 from moeops.gates.naive import NaiveGate
-from moeops.losses import TINY, masked_score_sums
+from moeops.losses import masked_score_sums
+from moeops.losses._common import TINY
 from moeops.ops.routing import chosen_weights
 from moeops.ops.sorting import count_tokens
 
@@ -121,7 +122,7 @@ class SwitchGate(NaiveGate):
         self.compat = bool(compat)
         self.group = group
 
-    def forward(  # type: ignore[override]
+    def forward(  # type: ignore[override]  # only NaiveGate returns all scores
         self, inp: Tensor, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Choose one expert per token: ``inp [T, D]`` to topk_ids ``[T, 1]`` and topk_weights ``[T, 1]``."""

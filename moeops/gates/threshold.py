@@ -91,7 +91,7 @@ class ThresholdGate(VariableGate):
         self.balance = bool(balance)
         self.dynamic = float(dynamic)
 
-    def forward(  # type: ignore[override]
+    def forward(  # type: ignore[override]  # only NaiveGate returns all scores
         self, inp: Tensor, mask: Tensor | None = None
     ) -> Routing:
         """Choose experts: ``inp [T, D]`` to a Routing of ``[T, K]`` ids and weights, best first."""

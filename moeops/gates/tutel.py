@@ -126,7 +126,7 @@ class TutelGate(NaiveGate):
         self.alignment = alignment
         self.compat = bool(compat)
 
-    def forward(  # type: ignore[override]
+    def forward(  # type: ignore[override]  # only NaiveGate returns all scores
         self,
         inp: Tensor,
         *,
