@@ -14,11 +14,8 @@ from moeops.comm.groups import moe_group_of, process_group, slice_group_of
 from moeops.comm.hierarchical import Hierarchy
 from moeops.comm.slicing import SLICE_GRADIENTS, join_tokens, slice_tokens
 from moeops.dispatch.base import Dispatcher, DispatchOptions, ExpertRanks
-from moeops.dispatch.hooks import STAGES, StageHook, StageHooks
 from moeops.dispatch.options import as_options, build_dispatcher, choose_degrees, connect
-from moeops.dispatch.scaled_inputs import scale_inputs, sum_copies
 from moeops.dispatch.switching import build_switches
-from moeops.dispatch.weights import SharingDispatcher
 from moeops.gates.injected_loss import with_gate_losses
 from moeops.gates.naive import NaiveGate
 from moeops.layers import _layer_checks
@@ -29,7 +26,8 @@ from moeops.layers._build import (
     placed,
     set_expert_shards,
 )
-from moeops.layers._calls import CallsExperts
+from moeops.layers._dispatch_names import name_dispatch_options
+from moeops.layers._dispatches import Dispatches
 from moeops.layers._routings import (
     as_routing,
     fill_masked,
@@ -52,7 +50,7 @@ GateHook = Callable[[Tensor, Tensor, None], Any]
 RoutingHook = Callable[..., Routing | SlotRouting | None]
 
 
-class FMoE(CallsExperts, TagsParameters):
+class FMoE(Dispatches, TagsParameters):
     """Send each token to a few of several experts and sum their outputs, weighted by a gate.
 
     FastMoE's layer of the same name, with its argument names and order. An expert may be any module, the experts may
@@ -150,9 +148,8 @@ class FMoE(CallsExperts, TagsParameters):
     """
 
     mask: Tensor | None
-    dispatch_table: Tensor | None
-    stage_hooks = StageHooks()
 
+    @name_dispatch_options
     def __init__(
         self,
         num_expert: int = 32,
@@ -273,7 +270,7 @@ class FMoE(CallsExperts, TagsParameters):
         if dtype is not None and self.gate is not gate:
             self.gate.to(dtype)
         if self.moe_ranks is not None and getattr(self.gate, "group", self) is None:
-            self.gate.group = self.moe_ranks  # type: ignore[assignment]
+            self.gate.group = self.moe_ranks  # type: ignore[assignment]  # a BaseGate
         set_expert_shards(self.gate, self.expert_tensor_parallel_size)
         self.top_k = getattr(self.gate, "top_k", top_k)
         self.experts_fused = expert is None
@@ -311,48 +308,9 @@ class FMoE(CallsExperts, TagsParameters):
         # Inner modules first: a gate may start its router in its own way.
         for module in reversed(list(self.modules())):
             if module is not self and callable(getattr(module, "reset_parameters", None)):
-                module.reset_parameters()  # type: ignore[operator]
+                module.reset_parameters()  # type: ignore[operator]  # callable, as asked
         if self.mask is not None and self._first_mask is not None:
             self.mask = self._first_mask.to(self.mask.device)
-
-    def set_stage_hooks(self, **hooks: StageHook | None) -> None:
-        """Set what the layer calls between its stages from now on, in the place of all that was set before.
-
-        Args:
-            hooks: by FSMoE's names, ``before_moe_start``, ``before_dispatch``, ``after_dispatch``, ``before_combine``,
-                ``after_combine``, ``before_moe_end``; see ``moeops.dispatch.StageHooks``. A module among them is not
-                part of the layer: keep it in a model of yours, so that its parameters are trained and saved.
-
-        Raises:
-            TypeError: there is no hook of a name, or one is not callable.
-            NotImplementedError: the layer's dispatcher has replicas or shadows, and a hook is for rows.
-
-        Example:
-            >>> layer = FMoE(4, 8, expert=lambda d_model: nn.Linear(d_model, 3))
-            >>> layer.set_stage_hooks(before_dispatch=torch.Tensor.bfloat16, after_dispatch=torch.Tensor.float)
-        """
-        unknown = [name for name in hooks if name not in STAGES]
-        if unknown:
-            raise TypeError(
-                f"{type(self).__name__}: a hook must be one of {STAGES}, got {unknown[0]!r}. Use one of these names."
-            )
-        stage_hooks = StageHooks(**hooks)
-        every = (self.dispatcher, *self._switches.values())
-        try:
-            for dispatcher in every:
-                dispatcher.set_stage_hooks(stage_hooks)
-        except NotImplementedError:
-            for dispatcher in every:  # all of them, or none
-                dispatcher.set_stage_hooks(self.stage_hooks)
-            raise
-        self.stage_hooks = stage_hooks
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        out = super()._apply(fn, recurse)
-        table = self.dispatch_table
-        if table is not None and not table.is_meta:
-            table.copy_(self.dispatcher.table())  # type: ignore[arg-type]  # to_empty leaves anything in it
-        return out
 
     def forward(
         self, moe_inp: Any, mask: Tensor | None = None, *, parallel: int | None = None
@@ -408,22 +366,6 @@ class FMoE(CallsExperts, TagsParameters):
             )
         return self.stage_hooks.call("before_moe_end", out)
 
-    def _dispatcher_of(self, parallel: int | None) -> Dispatcher:
-        """The dispatcher of a call."""
-        if parallel is None or parallel == self.world_size:
-            return self.dispatcher
-        if parallel not in self._switches:
-            raise ValueError(
-                f"{type(self).__name__}: parallel must be one of {sorted((*self._switches, self.world_size))}, got "
-                f"{parallel}. Name others in parallel_degrees= when the layer is built."
-            )
-        return self._switches[parallel]
-
-    def _sharing_options(self) -> list[str]:
-        """Arguments that let experts' weights travel."""
-        every = (self.dispatcher, *self._switches.values())
-        return [one.option for one in every if isinstance(one, SharingDispatcher)]
-
     def _mask_of(self, mask: Tensor | None) -> Tensor | None:
         """The mask of a call: the given one, or the constructor's."""
         return self.mask if mask is None else mask
@@ -470,25 +412,6 @@ class FMoE(CallsExperts, TagsParameters):
         if mask is not None:
             out = fill_masked(out, mask, self.mask_dict, output_weights(every))
         return with_gate_losses(self.gate, out)
-
-    def _mixture(
-        self,
-        dispatcher: Dispatcher,
-        routing: Routing | SlotRouting,
-        inp: Any,
-        early: dict[str, Any],
-    ) -> Any:
-        """Run the experts on what the gate sends to them."""
-        if not hasattr(self, "experts"):
-            raise RuntimeError(
-                f"{type(self).__name__}: expert must be given, or self.experts be set by a subclass, got neither. "
-                "Pass a class, a function of d_model, or a list."
-            )
-        if dispatcher.takes_scaled_inputs:
-            return dispatcher.run(routing, inp, self._run_experts, self._block(), **early)
-        plain, copies = scale_inputs(routing, inp)
-        out = dispatcher.run(plain, copies, self._run_experts, self._block(), **early)
-        return sum_copies(routing, out)
 
     def extra_repr(self) -> str:
         """Sizes of the layer."""
