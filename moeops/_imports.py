@@ -63,5 +63,5 @@ class _Finder(importlib.abc.MetaPathFinder):
             for function in self.functions:
                 function(module)
 
-        loader.exec_module = run_and_call  # type: ignore[method-assign]
+        loader.exec_module = run_and_call  # type: ignore[method-assign]  # once
         return spec

@@ -176,7 +176,7 @@ class _Tape(LayerHook):
         if isinstance(routing, SlotRouting):
             return routing._replace(dispatch_weights=first, combine_weights=second)
         if self.from_gate:
-            second = layer.gate.weights_at(x, first)  # type: ignore[operator]
+            second = layer.gate.weights_at(x, first)  # type: ignore[operator]  # a BaseGate that has one
         # num_rows stays: it bounds what this gate fills for this many tokens.
         return routing._replace(topk_ids=first, topk_weights=second)
 

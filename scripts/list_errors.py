@@ -86,7 +86,7 @@ def template(node: ast.expr, words: dict[str, str]) -> str | None:
         return node.value if isinstance(node.value, str) else None
     if isinstance(node, ast.JoinedStr):
         return "".join(
-            str(value.value) if isinstance(value, ast.Constant) else _part(value.value, words)  # type: ignore[attr-defined]
+            str(value.value) if isinstance(value, ast.Constant) else _part(value.value, words)
             for value in node.values
         )
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):

@@ -129,7 +129,7 @@ class ExpertsMLP(FMoETransformerMLP):
         self.layer_norm = nn.LayerNorm(config.d_model)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, inp: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, inp: Tensor) -> Tensor:
         """Map ``[B, L, D]`` to ``[B, L, D]``."""
         return self.layer_norm(inp + self.dropout(super().forward(inp)))
 

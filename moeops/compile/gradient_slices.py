@@ -56,7 +56,7 @@ class Reduction(NamedTuple):
     @property
     def value(self) -> Node:
         """What is summed."""
-        return self.start.args[0]  # type: ignore[return-value]
+        return self.start.args[0]  # type: ignore[return-value]  # a Node
 
     @property
     def num_bytes(self) -> int:

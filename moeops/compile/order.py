@@ -85,8 +85,8 @@ def group_of(node: Node) -> str:
 def _describe(node: Node, groups: list[str]) -> str:
     """A collective in words that are the same on every rank; groups count from 1 as the graph first has them."""
     target: Any = node.target
-    inputs = node.args[0] if isinstance(node.args[0], (list, tuple)) else node.args[:1]
-    dtypes = [str(one.meta["val"].dtype).removeprefix("torch.") for one in inputs]  # type: ignore[union-attr]
+    inputs: Any = node.args[0] if isinstance(node.args[0], (list, tuple)) else node.args[:1]
+    dtypes = [str(one.meta["val"].dtype).removeprefix("torch.") for one in inputs]
     text = f"{target._opname} of {', '.join(dtypes)} in group {groups.index(group_of(node)) + 1}"
     if _position(target, "reduce_op") is not None:
         text += f" by {_argument(node, 'reduce_op')}"
@@ -99,6 +99,7 @@ def _position(target: torch._ops.OpOverload, name: str) -> int | None:
 
 
 def _argument(node: Node, name: str) -> Any:
-    position = _position(node.target, name)  # type: ignore[arg-type]
+    target: Any = node.target
+    position = _position(target, name)
     assert position is not None
     return node.args[position] if position < len(node.args) else node.kwargs[name]

@@ -45,7 +45,7 @@ class Pass(CustomGraphPass):
             f"{type(self).__name__}: rewrite must be written by the subclass, got none. Write it."
         )
 
-    def __call__(self, graph: Graph) -> int:  # type: ignore[override]
+    def __call__(self, graph: Graph) -> int:  # type: ignore[override]  # the count too
         """Rewrite a graph and check what came out; return how many sites were rewritten."""
         num_sites = self.rewrite(graph)
         if num_sites:
@@ -70,7 +70,7 @@ class PassList(CustomGraphPass):
         # Torch 2.11 keys the passes before autograd by their pickle: what ``uuid`` says must be part of it.
         self._uuid = tuple(one.uuid() for one in self.passes)
 
-    def __call__(self, graph: Graph) -> int:  # type: ignore[override]
+    def __call__(self, graph: Graph) -> int:  # type: ignore[override]  # the count too
         """Call every pass; return how many sites they rewrote."""
         return sum(one(graph) for one in self.passes)
 

@@ -181,7 +181,7 @@ def _exchange(sizes: LayerSizes, model: CostModel, backward: bool) -> Stage:
     if sizes.dispatcher == "gather":
         # The choices of all tokens are gathered at once; gradients of weights come back chunk by chunk.
         gather, scatter = (
-            _stage(lambda n, way=way: model.gather_seconds(n, size)[way], sizes.num_tokens * row)  # type: ignore[misc]
+            _stage(lambda n, way=way: model.gather_seconds(n, size)[way], sizes.num_tokens * row)  # type: ignore[misc]  # way
             for way, row in ((0, sizes.row_bytes), (1, sizes.row_bytes + beside * backward))
         )
         calls = gather.call_seconds + (1 + backward) * scatter.call_seconds

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -129,7 +129,8 @@ class _Recut:
         self.degree = len(works)
         self.rows = _cat([work.rows for work in works])
         self.weights = _cat([work.weights for work in works])
-        self.ids = None if works[0].ids is None else _cat([work.ids for work in works])  # type: ignore[misc]
+        ids: list[Any] = [work.ids for work in works]
+        self.ids = None if ids[0] is None else _cat(ids)
         self.pre_activation = _cat([work.pre_activation for work in works])
         ends, pair_rows = 0, []
         for work in works:
@@ -343,9 +344,7 @@ class Region:
 
         Gradients: ``x``, ``topk_weights``, weights and biases, once.  Host sync: none.
         """
-        x, w_up, w_down, b_up, b_down = cast_for_autocast(  # type: ignore[assignment]
-            x, w_up, w_down, b_up, b_down
-        )
+        x, w_up, w_down, b_up, b_down = cast_for_autocast(x, w_up, w_down, b_up, b_down)
         if topk_weights is not None:
             topk_weights = topk_weights.to(_checks.accumulate_dtype(x.dtype))
         run = torch.ops.moeops.ep_region if torch.compiler.is_compiling() else _ep_region

@@ -352,7 +352,7 @@ class ExactTransport(Transport):
         begins = torch.cat([part.view(self.group.size, -1) for part in parts], 1)  # [W, cells]
         lengths, begins = self._take(received, leg.cut).flatten(), self._take(begins, leg.cut)
         shifts = begins.flatten() - (lengths.cumsum(0) - lengths)
-        num_rows = sum(leg.receives)  # type: ignore[attr-defined]
+        num_rows = sum(leg.receives)  # type: ignore[attr-defined]  # of this transport
         shifts = torch.repeat_interleave(shifts, lengths, output_size=num_rows)
         return shifts + torch.arange(num_rows, device=shifts.device)
 

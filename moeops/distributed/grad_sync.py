@@ -74,7 +74,8 @@ def _hook_scales(model: nn.Module) -> dict[nn.Parameter, _Hook]:
     for _, layer in named_layers(model):
         if layer.moe_ranks is not None:
             for module, parameters in _fully_sharded(layer.experts):
-                mesh = parameters[0].device_mesh  # type: ignore[attr-defined]
+                sharded: Any = parameters[0]
+                mesh = sharded.device_mesh
                 module.set_gradient_divide_factor(float(layer.moe_ranks.size * mesh.size()))
     return hooks
 

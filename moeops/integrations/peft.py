@@ -93,7 +93,7 @@ def enable() -> None:
         stock_update(self, adapter_name, *args, config=_without_dropout(config), **kwargs)
         _set_dropout(self, adapter_name, config.lora_dropout)
 
-    _activate_lora.is_moeops = True  # type: ignore[attr-defined]
+    _activate_lora.is_moeops = True  # type: ignore[attr-defined]  # a mark
     ParamWrapper._activate_lora = _activate_lora
     ParamWrapper.__init__ = __init__
     ParamWrapper.update_layer = update_layer

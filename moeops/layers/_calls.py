@@ -87,7 +87,7 @@ class CallsExperts(nn.Module):
         """Call every expert, this layer's own if none are given, on its slice of the rows; join what they return."""
         op = type(self).__name__
         if torch.compiler.is_compiling():
-            _layer_checks.warn_of_folded_rows(op, self.experts)  # type: ignore[arg-type]
+            _layer_checks.warn_of_folded_rows(op, self.experts)  # type: ignore[arg-type]  # a list
         counted = self._counted
         if experts is None:
             assert isinstance(self.experts, nn.ModuleList)

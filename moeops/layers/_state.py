@@ -39,7 +39,7 @@ class RankTensor(Tensor):
     What is computed from it, saved with ``torch.save`` or assigned to a layer is a plain tensor.
     """
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as torch does itself
 
     def __create_write_items__(self, fqn: str, object: Any) -> NoReturn:
         _refuse(fqn)
@@ -116,7 +116,8 @@ def hold_experts(layer: FMoE, state: dict[str, Any], prefix: str, _metadata: Any
             continue
         if hasattr(value, "device_mesh"):
             # FSDP2 knows the ranks that have the same experts; its DTensor asks its local tensor.
-            value._local_tensor = value._local_tensor.as_subclass(RankTensor)  # type: ignore[attr-defined]
+            sharded: Any = value
+            sharded._local_tensor = sharded._local_tensor.as_subclass(RankTensor)
         elif layer.dtensor_state and value.dim() > 0:
             state[key] = as_dtensor(value, group)
         else:

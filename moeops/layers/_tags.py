@@ -42,7 +42,7 @@ class TagsParameters(nn.Module):
         self.expert_dp_comm = expert_dp_comm
         for module, tag in self.comm_tags():
             for parameter in module.parameters():
-                parameter.dp_comm = tag  # type: ignore[attr-defined]
+                parameter.dp_comm = tag  # type: ignore[attr-defined]  # FastMoE's tag
 
     def comm_tags(self) -> tuple[tuple[nn.Module, str], ...]:
         """The experts, the gate and what is shared, each with its parameters' tag; nothing where there are no tags.
@@ -66,7 +66,7 @@ class TagsParameters(nn.Module):
         for module, tag in self.comm_tags():
             for parameter in module.parameters():
                 if not hasattr(parameter, "dp_comm"):
-                    parameter.dp_comm = tag  # type: ignore[attr-defined]
+                    parameter.dp_comm = tag  # type: ignore[attr-defined]  # FastMoE's tag
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         out = super()._apply(fn, recurse)

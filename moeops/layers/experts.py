@@ -165,13 +165,13 @@ class FusedExperts(nn.Module):
         self.activation = activation if self.fused_activation is None else self.fused_activation
         hidden = d_hidden // num_shards
         up = up_width(hidden, self.fused_activation or "")
-        empty = {"dtype": dtype, "device": device}
-        self.w_up = nn.Parameter(torch.empty(num_expert, up, d_model, **empty))  # type: ignore[arg-type]
-        self.w_down = nn.Parameter(torch.empty(num_expert, d_model, hidden, **empty))  # type: ignore[arg-type]
+        empty: dict[str, Any] = {"dtype": dtype, "device": device}
+        self.w_up = nn.Parameter(torch.empty(num_expert, up, d_model, **empty))
+        self.w_down = nn.Parameter(torch.empty(num_expert, d_model, hidden, **empty))
         if bias:
             _, out = self._outputs(shard)
-            self.b_up = nn.Parameter(torch.empty(num_expert, up, **empty))  # type: ignore[arg-type]
-            self.b_down = nn.Parameter(torch.empty(num_expert, out, **empty))  # type: ignore[arg-type]
+            self.b_up = nn.Parameter(torch.empty(num_expert, up, **empty))
+            self.b_down = nn.Parameter(torch.empty(num_expert, out, **empty))
         else:
             self.register_parameter("b_up", None)
             self.register_parameter("b_down", None)
@@ -319,11 +319,11 @@ class FusedExperts(nn.Module):
             return plan.run(
                 x,
                 topk_weights,
-                self._weight("w_up"),  # type: ignore[arg-type]
-                self._weight("w_down"),  # type: ignore[arg-type]
+                self._weight("w_up"),
+                self._weight("w_down"),
                 b_up=self._weight("b_up"),
                 b_down=self._whole_b_down(),
-                activation=self.fused_activation,  # type: ignore[arg-type]
+                activation=self.fused_activation,  # type: ignore[arg-type]  # regions have fused ones
             )
         if (topk_weights is None, plan is None) != (expert_offsets is not None,) * 2:
             raise TypeError(
@@ -333,7 +333,7 @@ class FusedExperts(nn.Module):
             )
         if self.fused_activation is None:
             if plan is None:
-                return self._rows(x, expert_offsets)  # type: ignore[arg-type]
+                return self._rows(x, expert_offsets)  # type: ignore[arg-type]  # as checked
             rows = self._rows(permute_tokens(x, plan), plan.expert_offsets)
             return unpermute_tokens(rows, plan, topk_weights)
         if expert_offsets is not None:
@@ -344,16 +344,17 @@ class FusedExperts(nn.Module):
             topk_weights = torch.ones(x.shape[0], 1, dtype=dtype, device=x.device)
         return moe_mlp(
             x,
-            plan,  # type: ignore[arg-type]
-            topk_weights,  # type: ignore[arg-type]
-            self._weight("w_up"),  # type: ignore[arg-type]
-            self._weight("w_down"),  # type: ignore[arg-type]
+            plan,  # type: ignore[arg-type]  # as checked
+            topk_weights,  # type: ignore[arg-type]  # as checked
+            self._weight("w_up"),
+            self._weight("w_down"),
             b_up=self._weight("b_up"),
             b_down=self._whole_b_down(),
             activation=self.fused_activation,
         )
 
-    def _weight(self, name: str) -> Tensor | None:
+    def _weight(self, name: str) -> Any:
+        """A parameter as the ops take it; ``None`` for a bias that is not there."""
         return plain_weight("FusedExperts", name, getattr(self, name))
 
     def _whole_b_down(self) -> Tensor | None:
@@ -367,9 +368,9 @@ class FusedExperts(nn.Module):
     def _rows(self, rows: Tensor, expert_offsets: Tensor) -> Tensor:
         """Rows ``[R, D]`` through an activation without a fused kernel."""
         w_up, w_down = self._weight("w_up"), self._weight("w_down")
-        hidden = grouped_linear(rows, w_up, expert_offsets, bias=self._weight("b_up"))  # type: ignore[arg-type]
-        hidden = self.activation(hidden)  # type: ignore[operator]  # [R, H]
-        return grouped_linear(hidden, w_down, expert_offsets, bias=self._weight("b_down"))  # type: ignore[arg-type]
+        hidden = grouped_linear(rows, w_up, expert_offsets, bias=self._weight("b_up"))
+        hidden = self.activation(hidden)  # type: ignore[operator]  # [R, H]; a name has a kernel
+        return grouped_linear(hidden, w_down, expert_offsets, bias=self._weight("b_down"))
 
     def extra_repr(self) -> str:
         """Sizes and options of the experts."""
@@ -382,11 +383,11 @@ class FusedExperts(nn.Module):
         return f"{text}, bias={self.b_up is not None}"
 
 
-def _fill(parameter: Tensor, values: Tensor) -> None:
+def _fill(parameter: Any, values: Tensor) -> None:
     """Copy values into a parameter, of which FSDP2 may have left some rows here."""
     if hasattr(parameter, "device_mesh"):
-        chunk = parameter.__create_chunk_list__()[0]  # type: ignore[attr-defined]
+        chunk = parameter.__create_chunk_list__()[0]
         for dim, (start, length) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
             values = values.narrow(dim, start, length)
-        parameter = parameter.to_local()  # type: ignore[attr-defined]
+        parameter = parameter.to_local()
     parameter.copy_(values)

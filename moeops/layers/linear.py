@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -96,10 +97,10 @@ class FMoELinear(nn.Module):
         self.rank = rank
         check_init("FMoELinear", init)
         self.init = init
-        empty = {"dtype": dtype, "device": device}
-        self.weight = nn.Parameter(torch.empty(num_expert, out_feat, in_feat, **empty))  # type: ignore[arg-type]
+        empty: dict[str, Any] = {"dtype": dtype, "device": device}
+        self.weight = nn.Parameter(torch.empty(num_expert, out_feat, in_feat, **empty))
         if bias:
-            self.bias = nn.Parameter(torch.empty(num_expert, out_feat, **empty))  # type: ignore[arg-type]
+            self.bias = nn.Parameter(torch.empty(num_expert, out_feat, **empty))
         else:
             self.register_parameter("bias", None)
         self.reset_parameters()

@@ -45,7 +45,7 @@ def _reduce_class(cls: _MadeClass) -> str | tuple[Any, ...]:
         found = getattr(found, part, None)
     if found is cls:
         return cls.__qualname__
-    places = (cls.__module__, cls.recipe.op.__module__)  # type: ignore[attr-defined]
+    places = (cls.__module__, cls.recipe.op.__module__)  # type: ignore[attr-defined]  # of RuleGate
     for module in places:
         for name, value in vars(sys.modules[module]).items():
             if value is cls:

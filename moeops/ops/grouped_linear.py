@@ -93,7 +93,7 @@ def grouped_linear(
         >>> grouped_linear(torch.ones(2, 1), torch.tensor([[[2.0]], [[3.0]]]), offsets).tolist()
         [[2.0], [3.0]]
     """
-    rows, weight, bias = cast_for_autocast(rows, weight, bias)  # type: ignore[assignment]
+    rows, weight, bias = cast_for_autocast(rows, weight, bias)
     if not torch.compiler.is_compiling():
         check_grouped_linear("grouped_linear", rows, weight, expert_offsets, bias)
         if lora is not None:

@@ -283,9 +283,7 @@ def moe_mlp(
         >>> moe_mlp(torch.ones(2, 1), plan, torch.ones(2, 1), w_up, w_down, activation="relu").tolist()
         [[2.0], [3.0]]
     """
-    x, w_up, w_down, b_up, b_down = cast_for_autocast(  # type: ignore[assignment]
-        x, w_up, w_down, b_up, b_down
-    )
+    x, w_up, w_down, b_up, b_down = cast_for_autocast(x, w_up, w_down, b_up, b_down)
     if not torch.compiler.is_compiling():
         _check_moe_mlp(x, plan, topk_weights, w_up, w_down, b_up, b_down, activation)
         for name, lora, weight_name, weight in (

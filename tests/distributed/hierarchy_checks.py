@@ -388,5 +388,5 @@ def check_wrong_arguments(ranks: Ranks) -> None:
         with pytest.raises(ValueError, match="hierarchy must arrange the ranks that hold"):
             in_stages(part, other, **dispatch)
         with pytest.raises(TypeError, match="hierarchy must be a Hierarchy or None, got 2"):
-            in_stages(part, 2, **dispatch)  # type: ignore[arg-type]
+            in_stages(part, 2, **dispatch)
     assert torch.equal(hierarchical_all_to_all(rows, sends, receives, hierarchy), expected)

@@ -75,7 +75,7 @@ def test_records_are_values():
     assert Exact(shadowing=policy) == Exact(shadowing=ShadowPolicy(1.0, 1.0, 0.0))
     assert Static(1.0) != Static(2.0)
     with pytest.raises(dataclasses.FrozenInstanceError):
-        Static(1.0).capacity = 2.0  # type: ignore[misc]
+        Static(1.0).capacity = 2.0
 
 
 @pytest.mark.parametrize("record", [Exact(), Static(3)], ids=["exact", "static"])

@@ -94,7 +94,7 @@ def unwrap(model: nn.Module) -> nn.Module:
         if isinstance(model, (DistributedDataParallel, DistributedGroupedDataParallel)):
             model = model.module
         elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod  # type: ignore[assignment]
+            model = model._orig_mod  # type: ignore[assignment]  # a Module, as asked
         else:
             return model
 
@@ -296,8 +296,9 @@ def parts_of(tensor: Tensor, layer: ExpertLayer | None, span: ShardSpan | None) 
     local, shape = tensor.detach(), list(tensor.shape)
     offset = [0] * tensor.dim()
     if hasattr(tensor, "device_mesh"):
-        chunk = tensor.__create_chunk_list__()[0]  # type: ignore[attr-defined]
-        local = tensor.to_local().detach()  # type: ignore[attr-defined]
+        sharded: Any = tensor
+        chunk = sharded.__create_chunk_list__()[0]
+        local = sharded.to_local().detach()
         offset = list(chunk.offsets)
     if layer is not None:
         offset[0] += layer.rank * layer.num_local

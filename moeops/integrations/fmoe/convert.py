@@ -75,7 +75,9 @@ def merge_ranks(states: Sequence[Mapping[str, Any]]) -> State:
         elif _ALL_AT_ONCE.fullmatch(name):
             merged[name] = torch.cat([state[name] for state in states])
         else:
-            place, index, rest = _ONE_OF_MANY.fullmatch(name).groups()  # type: ignore[union-attr]
+            found = _ONE_OF_MANY.fullmatch(name)
+            assert found is not None
+            place, index, rest = found.groups()
             for rank, state in enumerate(states):
                 merged[f"{place}{rank * counts[place] + int(index)}.{rest}"] = state[name]
     return _unflatten(merged)

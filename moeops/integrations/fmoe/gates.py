@@ -37,7 +37,7 @@ __all__ = [
 class _InputType(BaseGate):
     """Scores in the type of the input."""
 
-    def forward(self, inp: Tensor, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def forward(self, inp: Tensor, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]  # any gate
         topk_ids, scores, *rest = super().forward(inp, *args, **kwargs)
         return (topk_ids, scores.to(inp.dtype), *rest)
 
@@ -59,7 +59,7 @@ class _TorchSoftmax(BaseGate):
         self._route = (logits, topk_ids)
         super().set_loss(loss, logits, topk_ids, mask)
 
-    def forward(self, inp: Tensor, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def forward(self, inp: Tensor, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]  # any gate
         topk_ids, scores, *rest = super().forward(inp, *args, **kwargs)
         (logits, chosen), self._route = self._route, (None, None)
         if self.compat and logits is not None and chosen is not None:
@@ -92,7 +92,7 @@ class _OldShapes(BaseGate):
 
     compat: bool
 
-    def forward(self, inp: Tensor, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def forward(self, inp: Tensor, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]  # any gate
         topk_ids, scores = super().forward(inp, *args, **kwargs)
         return (topk_ids.reshape(-1), scores.unsqueeze(1)) if self.compat else (topk_ids, scores)
 

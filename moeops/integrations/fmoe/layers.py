@@ -48,7 +48,7 @@ _NAMES_0_2 = tuple(name for name in _NAMES[:-1] if name not in ("slice_group", "
 def mark_module_parallel_comm(module: nn.Module, comm: str) -> None:
     """Tag a module's parameters with the group that reduces their gradients, as attribute ``dp_comm``."""
     for parameter in module.parameters():
-        parameter.dp_comm = comm  # type: ignore[attr-defined]
+        parameter.dp_comm = comm  # type: ignore[attr-defined]  # FastMoE's tag
 
 
 def _fmoe_general_global_forward(
@@ -126,7 +126,7 @@ class FMoE(moe.FMoE):
         options.setdefault("gate", NaiveGate)
         super().__init__(**options)
         if not hasattr(self.gate, "nested_input"):
-            self.gate.nested_input = True  # type: ignore[assignment]
+            self.gate.nested_input = True  # type: ignore[assignment]  # read by FMoE
 
     @property
     def slice_size(self) -> int:
@@ -160,7 +160,7 @@ class FMoE(moe.FMoE):
 
     def expert_fn_single(self, inp: Any, fwd_expert_count: Tensor, idx: int) -> Any:
         """Run one of several experts on its rows; ``fwd_expert_count [1]`` is how many these are."""
-        expert = self.experts[idx]  # type: ignore[index]
+        expert = self.experts[idx]  # type: ignore[index]  # a list
         return expert(inp, fwd_expert_count) if self._takes_count(expert) else expert(inp)
 
     def _overrides_expert_fn(self) -> bool:

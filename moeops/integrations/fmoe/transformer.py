@@ -99,7 +99,7 @@ class FMoETransformerMLP(transformer.FMoETransformerMLP, layers.FMoE):
     def _overrides_expert_fn(self) -> bool:
         return type(self).expert_fn is not FMoETransformerMLP.expert_fn
 
-    def _block(self) -> Block | None:  # type: ignore[override]
+    def _block(self) -> Block | None:  # type: ignore[override]  # None too
         return None if self._overrides_expert_fn() else super()._block()
 
     def _run_experts(

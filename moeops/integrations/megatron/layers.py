@@ -114,7 +114,7 @@ class MegatronMLP(FMoETransformerMLP):
         parameters.start(weights, config, place)
         parameters.mark(weights, place)
         for parameter in self.gate.parameters():
-            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]  # Megatron's
         inject_auxiliary_loss(self.gate)  # to the hook, which takes losses in a recomputation too
         self.routing_hooks = (_attach_loss,)
         self.experts.register_load_state_dict_pre_hook(parameters.take_stock_state)
@@ -124,7 +124,7 @@ class MegatronMLP(FMoETransformerMLP):
         """Say which layer of the model this is, from 1 on, for Megatron's log of losses."""
         self.layer_number = layer_number
 
-    def forward(  # type: ignore[override]
+    def forward(  # type: ignore[override]  # as MoELayer's
         self, hidden_states: Tensor, padding_mask: Tensor | None = None
     ) -> tuple[Tensor, None]:
         """Run tokens through the gate and their experts.
@@ -211,7 +211,7 @@ def _attach_loss(
     return None if weights is routing[1] else type(routing)(routing[0], weights, *routing[2:])
 
 
-_attach_loss.takes_mask = True  # type: ignore[attr-defined]
+_attach_loss.takes_mask = True  # type: ignore[attr-defined]  # read by FMoE
 
 
 def _take_router(_layer: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -147,7 +147,7 @@ def start(weights: Weights, config: Any, place: ExpertPlace) -> None:
 def mark(weights: Weights, place: ExpertPlace) -> None:
     """Tell Megatron's data parallelism and gradient norm which ranks hold the same weights."""
     for name, weight in weights.items():
-        weight.allreduce = place.reduced_as_dense  # type: ignore[attr-defined]
+        weight.allreduce = place.reduced_as_dense  # type: ignore[attr-defined]  # Megatron's
         set_tensor_model_parallel_attributes(weight, True, 1 + STOCK[name].dim, place.halves(name))
 
 

@@ -52,10 +52,10 @@ class MoeopsExpertParallel(EPImplementation):
                 f'Call model.set_experts_implementation("{NAME}"), or choose another ep_implementation.'
             )
         num_tokens, width = hidden_states.shape
-        given = (hidden_states, top_k_index, top_k_weights)
+        given: tuple[Any, ...] = (hidden_states, top_k_index, top_k_weights)
         is_shared = self.tp_mesh.size() > 1
         if is_shared:
-            given = tuple(self._take_part(t) for t in given)  # type: ignore[assignment]
+            given = tuple(self._take_part(t) for t in given)
         x, topk_ids, topk_weights = given
         routing = Routing(topk_ids, topk_weights)
         y = self.dispatcher.run(routing, x, self._run_rows, self._run_block)

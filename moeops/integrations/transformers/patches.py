@@ -177,7 +177,7 @@ def patch(model: nn.Module) -> list[str]:
         if found is None:
             continue
         if not is_patched(module):
-            module.__class__ = _patched_class(type(module), found.forward)  # type: ignore[arg-type]
+            module.__class__ = _patched_class(type(module), found.forward)  # type: ignore[arg-type]  # a Module
         names.append(name)
     if not names:
         known = ", ".join(sorted({path.split(".")[0] for path in PATCHES}))
@@ -191,7 +191,8 @@ def patch(model: nn.Module) -> list[str]:
 def find_patch(module: nn.Module) -> Patch | None:
     """The patch of a module's class, patched or not."""
     cls = type(module).__base__ if is_patched(module) else type(module)
-    return PATCHES.get(f"{cls.__module__}.{cls.__qualname__}".removeprefix("transformers.models."))  # type: ignore[union-attr]
+    assert cls is not None
+    return PATCHES.get(f"{cls.__module__}.{cls.__qualname__}".removeprefix("transformers.models."))
 
 
 def is_patched(module: nn.Module) -> bool:
