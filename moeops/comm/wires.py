@@ -180,6 +180,11 @@ class Carried:
         self._differentiated = differentiated(packed)
         self._sent = (_Start.apply if self._differentiated else _begin)(packed, wire)
 
+    @property
+    def sent(self) -> Tensor:
+        """What the collective returned, for an ``InFlight`` that goes on with it; without gradient."""
+        return (self._in_graph[0] if self._traced else self._sent).detach()
+
     def finish(self) -> Tensor:
         """Return the rows that came."""
         if self._traced:

@@ -141,7 +141,7 @@ class ExactDispatcher(Dispatcher):
         beside: Beside | None = None,
     ) -> Any:
         """Send every chunk, do what is beside, run the experts on each as it arrives, send it back, combine."""
-        # Between the stages of a region there is no place for other work.
+        # Between the stages of a region there is no place for other work, behind which a backward hides what travels.
         in_regions = self._works_in_regions and (beside is None or not self.degrees.are_equal)
         if in_regions and isinstance(block, RegionBlock) and isinstance(routing, Routing):
             if beside is not None:
@@ -154,12 +154,9 @@ class ExactDispatcher(Dispatcher):
 
     @property
     def _works_in_regions(self) -> bool:
-        """There are chunks, and nothing between the stages."""
-        return (
-            self.degrees != (1, 1)
-            and (self.hierarchy is None or self.hierarchy.is_flat)
-            and not self.stage_hooks.on_rows
-        )
+        """There is nothing between the stages."""
+        flat = self.hierarchy is None or self.hierarchy.is_flat
+        return flat and not self.stage_hooks.on_rows
 
     def _run_region(self, routing: Routing, inp: Any, block: RegionBlock) -> Any:
         """Exchange counts of all chunks of both directions, and leave the rest to the region."""

@@ -220,9 +220,9 @@ class GatherDispatcher(Dispatcher):
             )
             wire = GATHERS[self.transport]
             begun = [InFlight(ahead.narrow(0, *part), wire(self.group)) for part in parts]
-            return {"gathered": begun, "spec": leaves[0]}
+            return {"gathered": begun, "leaves": leaves, "spec": spec}
         gathered = [Gathering(leaf, self.group, self.transport) for leaf in leaves]
-        return {"gathered": gathered, "spec": spec}
+        return {"gathered": gathered, "leaves": leaves, "spec": spec}
 
     def _gather_zeros(self, num_tokens: int, like: Sequence[Tensor]) -> Tensor:
         """Gather so many tokens with nothing in them, in as many chunks; return what arrived last."""
@@ -238,7 +238,8 @@ class GatherDispatcher(Dispatcher):
         inp: Any,
         experts: Experts,
         block: Block | None = None,
-        gathered: list[Gathering] | None = None,
+        gathered: Sequence[Gathering | InFlight] | None = None,
+        leaves: list[Tensor] | None = None,
         spec: Any = None,
         *,
         beside: Beside | None = None,
@@ -251,20 +252,35 @@ class GatherDispatcher(Dispatcher):
             experts: this rank's own.
             block: the same as one call.
             gathered: from ``start``.
+            leaves: from ``start``.
             spec: from ``start``.
             beside: work to do while tokens and choices are on their way.
         """
         if gathered is None:
             early = self._start(inp)
-            gathered, spec = early["gathered"], early["spec"]
+            gathered, leaves, spec = early["gathered"], early["leaves"], early["spec"]
+        assert leaves is not None
         if isinstance(routing, SlotRouting):
             _land(gathered)
             raise NotImplementedError(
                 "GatherDispatcher: the gate must choose experts, got one that mixes tokens, whose slots belong to one "
                 'expert each. Pass dispatch="exact".'
             )
+        # In one chunk, a backward hides what travels behind the weights' gradients in a region, else behind other work.
+        if (
+            isinstance(block, RegionBlock)
+            and not routing.scale_inputs
+            and not self.stage_hooks.on_rows
+            and (beside is None or self.degrees != (1, 1))
+        ):
+            return self._run_region(routing, block, gathered, leaves[0], beside)
         if self.degrees != (1, 1):
-            return self._run_region(routing, block, gathered, spec, beside)
+            _land(gathered)
+            raise NotImplementedError(
+                "GatherDispatcher: n_chunks must be 1 where experts are modules or have an activation of your own, "
+                f"where weights scale inputs, and where hooks see rows, got {self.degrees}. Pass n_chunks=1, or "
+                'dispatch="exact".'
+            )
         num_tokens, top_k = routing.topk_ids.shape
         num_pairs = routing.num_rows if self.max_tokens is None else None
         num_rows, may_lose = self.rows_for(self._length(num_tokens), top_k, num_pairs)
@@ -301,19 +317,12 @@ class GatherDispatcher(Dispatcher):
     def _run_region(
         self,
         routing: Routing,
-        block: Block | None,
-        gathered: list[Any],
-        x: Any,
+        block: RegionBlock,
+        gathered: Sequence[Gathering | InFlight],
+        x: Tensor,
         beside: Beside | None,
     ) -> Tensor:
         """Gather choices, and leave the rest to the region; ``x`` is what ``gathered`` are chunks of."""
-        if not isinstance(block, RegionBlock) or routing.scale_inputs or self.stage_hooks.on_rows:
-            _land(gathered)
-            raise NotImplementedError(
-                "GatherDispatcher: n_chunks must be 1 where experts are modules or have an activation of your own, "
-                f"where weights scale inputs, and where hooks see rows, got {self.degrees}. Pass n_chunks=1, or "
-                'dispatch="exact".'
-            )
         num_tokens = routing.topk_ids.shape[0]
         num_pairs = routing.num_rows if self.max_tokens is None else None
         sizes = [*self._share, -1 if num_pairs is None else num_pairs]

@@ -156,7 +156,8 @@ class StaticDispatcher(Dispatcher):
     ) -> Any:
         """Send every part of the buffers, run the experts on each as it arrives, send it back, combine."""
         rows = self._sort(routing, inp)
-        if self._works_in_regions and isinstance(block, RegionBlock):
+        in_regions = self._works_in_regions and (beside is None or self.degrees != (1, 1))
+        if in_regions and isinstance(block, RegionBlock):
             return self._run_region(rows, block, beside)
         flights, parts = self._exchange(rows, self._begin)
         if beside is not None:
@@ -175,13 +176,9 @@ class StaticDispatcher(Dispatcher):
 
     @property
     def _works_in_regions(self) -> bool:
-        """There are chunks, and nothing between the stages."""
-        return (
-            self.degrees != (1, 1)
-            and self.group.size > 1
-            and (self.hierarchy is None or self.hierarchy.is_flat)
-            and not self.stage_hooks.on_rows
-        )
+        """There are other ranks, and nothing between the stages."""
+        flat = self.hierarchy is None or self.hierarchy.is_flat
+        return flat and self.group.size > 1 and not self.stage_hooks.on_rows
 
     def _run_region(self, rows: _Sorted, block: RegionBlock, beside: Beside | None) -> Any:
         """Send buffers, and leave the rest to the region."""

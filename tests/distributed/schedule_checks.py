@@ -156,6 +156,21 @@ def check_order_in_generated_code(ranks: Ranks) -> None:
     assert all(other == every[0] for other in every)
 
 
+def check_gradients_of_tokens_travel_beside_those_of_weights(ranks: Ranks) -> None:
+    """In one chunk, too."""
+    torch._dynamo.reset()
+    layer = integers(Gather(rows=float(ranks.size)), ranks)
+    x = tokens_of(Gather(), ranks)
+    expected = one_step(layer, layer, x, uneven)
+    compiled = torch.compile(layer, fullgraph=True, options=schedule.options(layer))
+    actual, codes = run_and_get_code(lambda: one_step(layer, compiled, x, uneven))
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
+    there = "send" if ranks.gather == "all_to_all_single" else "gather"
+    back = ["scatter"] * 2  # tokens, and their choices
+    assert stages_of(codes[1]) == [there, "wait", "experts", *back, *["weights"] * 2, *["wait"] * 2]
+
+
 def check_a_pass_sets_degrees(ranks: Ranks) -> None:
     """Those of a layer that gathers, whose chunks are begun before the gate; code from a cache keeps them."""
     layer = integers(Gather(rows=float(ranks.size), n_chunks=2), ranks)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+from collections import Counter
 from functools import partial
 
 import pytest
@@ -194,7 +195,7 @@ def check_order_of_exchanges(ranks: Ranks) -> None:
     begun = ["send"] * 4 + ["wait"] * 4 + ["send"] * 4
     there = [*counts, *["send"] * 2, *begun]  # tokens, and what the gate chose for them
     shadow = [*there, *["wait"] * 2, "experts", "send", *["wait"] * 4, "experts", "wait"]
-    back = ["send", "experts", *["send"] * 4]
+    back = ["send", "experts", *["weights"] * 2, *["send"] * 4]
     for options, forward_order in (({"shadowing": FREE}, shadow), (few(ranks), None)):
         part, _ = make_pair("mlp", ranks, **options)
         part.gate.set_routing(all_to_one)
@@ -238,8 +239,8 @@ def check_nothing_travels_without_need(ranks: Ranks) -> None:
             with Order() as order:
                 loss_of(layer(batch(2 * ranks.size, ranks.device).requires_grad_())).backward()
             events.append(order.events)
-        # But for the counts, which are gathered first.
-        assert (events[0] != ["wait", *events[1]]) == some
+        # But for the counts, which are gathered first; a layer without is a region, which has an order of its own.
+        assert (Counter(events[0]) != Counter(["wait", *events[1]])) == some
         last = 2 * ranks.size - 1
         assert seen[0].tolist() == [some and expert == last for expert in range(last + 1)]
     # Everyone's tokens went to the last expert, whose owner did not have to compute them.
