@@ -276,7 +276,6 @@ class Session:
             self._compiled(self.args.dispatch[0], what)
         if self.ranks.rank == 0:
             print(self.text(), flush=True)
-            self._write()
         if self.args.trace is not None:
             self._trace(self.args.dispatch[0])
         dist.barrier()
@@ -434,9 +433,15 @@ class Session:
         for row in good:
             row.spread = timed[row.label]
         self.say("; ".join(f"{row.label}: {self._state(row)}" for row in rows))
+        if self.ranks.rank == 0:
+            self._write()
 
     def _state(self, row: Row) -> str:
-        return row.error or f"{row.spread.median / 1e3:.2f} ms"  # type: ignore[union-attr]
+        if row.error:
+            return row.error
+        assert row.spread is not None
+        predicted = "" if row.predicted is None else f", predicted {1e3 * row.predicted:.2f}"
+        return f"{row.degrees} {row.spread.median / 1e3:.2f} ms{predicted}"
 
     def _trace(self, name: str) -> None:
         """Forward and backward of one layer with the chosen chunks, under the profiler."""

@@ -40,7 +40,8 @@ from moeops.profiling.work import (
 BUDGET_SECONDS = 15.0
 SAMPLES, WARM_UP = 5, 2
 FLUSH_BYTES = 64 << 20
-ROWS_PER_EXPERT = (2, 8, 32, 128, 512, 2048)
+ROWS_PER_EXPERT = (2, 8, 32, 128, 512, 2048, 8192)
+ROW_BYTES = 2 << 30  # of all rows and what is made of them, above which a size is left out
 EXCHANGE_BYTES = (64 << 10, 1 << 20, 8 << 20, 64 << 20)
 # Sizes that are measured in any case: laws need a slope, and that of links shows with the third.
 _LEAST = {"experts": 2, "links": 3}
@@ -224,7 +225,12 @@ def _measure_experts(
         measurements["experts"] += slowest(clock, records)
         measured.append(block.facts["rows"])
 
-    _within(clock, seconds, ROWS_PER_EXPERT, _LEAST["experts"], measure)
+    _, height, d_model = weights.w_up.shape
+    row_bytes = num_expert * (2 * d_model + height) * weights.w_up.element_size()
+    least = _LEAST["experts"]
+    sizes = [*ROWS_PER_EXPERT[:least]]
+    sizes += [n for n in ROWS_PER_EXPERT[least:] if n * row_bytes <= ROW_BYTES]
+    _within(clock, seconds, sizes, least, measure)
     return measured[-2]
 
 
