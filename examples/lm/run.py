@@ -50,47 +50,15 @@ def run_on(ranks: Ranks, device: torch.device, options: argparse.Namespace) -> i
         rank=ranks.rank,
         num_ranks=ranks.size,
     )
-    windows = batches.held_out(options.eval_batches)
     order0 = order0_entropy(corpus.held_out)
     make_folder(options.out)
-    ranks.say(
-        f"text: {corpus.num_files} files of {corpus.name}, {len(corpus.train):,} bytes to train on, "
-        f"{len(corpus.held_out):,} held out\n"
-        f"order-0 entropy of the held-out text: {order0:.3f} bits/byte"
-    )
-    if ranks.size > 1:
-        shards = options.expert_tensor_parallel
-        ranks.say(
-            f"{ranks.size} ranks, experts {'divided' if options.expert_parallel else 'copied'}"
-            + (f", each in {shards} shards" if shards > 1 else "")
-        )
-
-    text = None if options.dense else warning(options.gate)
-    if text is not None:
-        ranks.say(text)
+    introduce(ranks, options, corpus, order0)
     names = ["dense"] if options.dense else ["moe"]
     if options.wire is not None:
         names.append(PLAIN)
     if options.compare:
         names.append("dense")
-    stop = StopRequest(ranks.size)
-    results: dict[str, Result] = {}
-    for name in names:
-        # The second run of a comparison may not have begun when the first one was stopped.
-        resume = options.resume and (name == names[0] or is_saved(checkpoint_path(options, name)))
-        trainer = make_trainer(
-            options, name, batches, windows, corpus, device, ranks, resume=resume
-        )
-        total, active = trainer.model.num_parameters()
-        ranks.say(
-            f"{name}: {total:,} parameters, {active:,} active per token, {device}, "
-            f"{'eager' if options.eager else 'torch.compile'}"
-            + (f", resumed at step {trainer.step}" if resume else "")
-        )
-        with stop.listen():
-            results[name] = trainer.run(stop)
-        if ranks.any(stop.requested, device):
-            break
+    results = train(names, ranks, device, options, corpus, batches)
 
     if ranks.is_first:
         write_outputs(options.out, results, order0)
@@ -111,6 +79,55 @@ def run_on(ranks: Ranks, device: torch.device, options: argparse.Namespace) -> i
     written = [checkpoint_path(options, name).name for name in names]
     ranks.say(f"wrote {', '.join(written)}, train_lm.png and metrics.json in {options.out}/")
     return 0
+
+
+def introduce(ranks: Ranks, options: argparse.Namespace, corpus: Corpus, order0: float) -> None:
+    """Say what is trained on, by how many ranks, and what the gate's losses mean."""
+    ranks.say(
+        f"text: {corpus.num_files} files of {corpus.name}, {len(corpus.train):,} bytes to train on, "
+        f"{len(corpus.held_out):,} held out\n"
+        f"order-0 entropy of the held-out text: {order0:.3f} bits/byte"
+    )
+    if ranks.size > 1:
+        shards = options.expert_tensor_parallel
+        ranks.say(
+            f"{ranks.size} ranks, experts {'divided' if options.expert_parallel else 'copied'}"
+            + (f", each in {shards} shards" if shards > 1 else "")
+        )
+    text = None if options.dense else warning(options.gate)
+    if text is not None:
+        ranks.say(text)
+
+
+def train(
+    names: list[str],
+    ranks: Ranks,
+    device: torch.device,
+    options: argparse.Namespace,
+    corpus: Corpus,
+    batches: Batches,
+) -> dict[str, Result]:
+    """Train one model after the other; those behind a stop are missing."""
+    windows = batches.held_out(options.eval_batches)
+    stop = StopRequest(ranks.size)
+    results: dict[str, Result] = {}
+    for name in names:
+        # The second run of a comparison may not have begun when the first one was stopped.
+        resume = options.resume and (name == names[0] or is_saved(checkpoint_path(options, name)))
+        trainer = make_trainer(
+            options, name, batches, windows, corpus, device, ranks, resume=resume
+        )
+        total, active = trainer.model.num_parameters()
+        ranks.say(
+            f"{name}: {total:,} parameters, {active:,} active per token, {device}, "
+            f"{'eager' if options.eager else 'torch.compile'}"
+            + (f", resumed at step {trainer.step}" if resume else "")
+        )
+        with stop.listen():
+            results[name] = trainer.run(stop)
+        if ranks.any(stop.requested, device):
+            break
+    return results
 
 
 def choose_device(name: str | None) -> torch.device:

@@ -231,11 +231,14 @@ class FMoE(Dispatches, TagsParameters):
             why = f"n_chunks {self.dispatcher.degrees}"
         self.dispatch_text = f"{options} ({why})" if why else str(options)
         self.gate_hook = gate_hook
+        self._hold(mask, None if table is None else table.to(device))
+
+    def _hold(self, mask: Tensor | None, table: Tensor | None) -> None:
+        """Keep buffers, and have state dicts and tags hold what is more than a tensor."""
         # A plain attribute: a compiler sees it change, which it does not with torch's hooks on the gate.
         self.routing_hooks: tuple[RoutingHook, ...] = ()
         self.register_buffer("mask", mask, persistent=False)
         self._first_mask = None if mask is None else mask.detach().cpu()
-        table = None if table is None else table.to(device)
         self.register_buffer("dispatch_table", table, persistent=False)
         self.expert_dp_comm: str | None = None
         self.dtensor_state = False

@@ -1,4 +1,4 @@
-"""moeops in Megatron-Core on 1 and 2 processes; the checks themselves are in megatron_checks.py."""
+"""moeops in Megatron-Core on 1 and 2 processes; the checks are in the two modules of checks."""
 
 from __future__ import annotations
 
@@ -19,4 +19,4 @@ pytestmark = [
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_gloo(world_size, tmp_path):
-    run_checks("megatron_checks", world_size, "gloo", tmp_path)
+    run_checks("megatron_checks megatron_checkpoint_checks", world_size, "gloo", tmp_path)
