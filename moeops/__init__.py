@@ -3,9 +3,10 @@
 import importlib
 from typing import Any
 
-from moeops import _extension
+from moeops import _cache_key, _extension
 
 _extension.load()
+_cache_key.tag_caches()
 
 from moeops import (
     dispatch,
