@@ -12,10 +12,18 @@ from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, Node
 
 from cases import each
+from moeops.comm import RankGroup
+from moeops.compile import explain
+from moeops.compile.explain import known_bytes
 from moeops.compile.gradient_slices import GradientSlices
+from moeops.compile.windows import schedule_by, windows_of
 from moeops.cost.laws import BytesLaw
 from moeops.cost.model import CostModel
+from moeops.cost.schedule import MlpSizes
 from moeops.cost.slices import bytes_within, plan_slices
+from moeops.dispatch import ExpertRanks, Gather
+from moeops.dispatch.degrees import Degrees
+from moeops.dispatch.options import build_dispatcher
 
 C10D = torch.ops._c10d_functional
 SEND, REDUCE, WAIT = (
@@ -23,6 +31,13 @@ SEND, REDUCE, WAIT = (
 )  # fmt: skip
 TOGETHER = C10D.all_reduce_coalesced.default
 MIB = 1 << 20
+MODEL = CostModel.from_rates(
+    products_per_second=1e12,
+    link_bytes_per_second=1e10,
+    message_seconds=1e-6,
+    memory_bytes_per_second=1e12,
+    dtypes=("float32",),
+)
 
 
 class Backward:
@@ -233,7 +248,84 @@ def test_models_that_reduce_elsewhere_are_refused():
             nn.Module.__init__(self)
 
     with pytest.raises(ValueError, match="got DistributedDataParallel as '0', which averages"):
-        GradientSlices.of_model(nn.Sequential(Inside()))
+        GradientSlices.check(nn.Sequential(Inside()))
+
+
+def test_ddp_that_skips_what_the_graph_averages_is_none_that_reduces_it():
+    class Inside(nn.parallel.DistributedDataParallel):
+        def __init__(self, module, skipped):
+            nn.Module.__init__(self)
+            self.module, self.parameters_to_ignore = module, skipped
+
+    model = averaging_model()
+    GradientSlices.check(
+        Inside(model, {f"module.{name}" for name, _ in model.module.named_parameters()})
+    )
+    with pytest.raises(ValueError, match="got DistributedDataParallel as 'the model', which"):
+        GradientSlices.check(Inside(model, {"module.0.weight"}))
+
+
+class Averaging(nn.Module):
+    """What ``DistributedGroupedDataParallel(in_graph=True)`` says of itself."""
+
+    def __init__(self, module: nn.Module, names: list[str]) -> None:
+        super().__init__()
+        self.module = module
+        self.averaged_in_graph = {name: RankGroup("data", 2, 0) for name in names}
+
+
+def averaging_model(n_chunks=(4, 3)) -> Averaging:
+    """Dense layers of 3, 5 and 7 numbers around two layers of experts, whose gates have 2 each."""
+
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            ranks = ExpertRanks("FMoE", 4, RankGroup("experts", 2, 0), top_k=2)
+            mlps = MlpSizes(64, 256, 3, "float32")
+            self.dispatcher = build_dispatcher(Gather(n_chunks=n_chunks, mlps=mlps), ranks)
+            self.gate, self.expert = (nn.Parameter(torch.zeros(n)) for n in (2, 100))
+
+    dense = [nn.Linear(n - 1, 1) for n in (3, 5, 7)]
+    names = [f"{i}.{name}" for i in (0, 2, 4) for name in ("weight", "bias")]
+    module = nn.Sequential(dense[0], Layer(), dense[1], Layer(), dense[2])
+    return Averaging(module, [*names, "1.gate", "3.gate"])
+
+
+def test_windows_are_those_of_the_cost_model():
+    model = averaging_model()
+    found = windows_of("options", model, MODEL, 4096)
+    schedules = [
+        schedule_by(layer.dispatcher, MODEL, 4096) for layer in (model.module[3], model.module[1])
+    ]
+    assert found.seconds == tuple(one.backward.window(3) for one in schedules)
+    assert found.seconds[0] > 0
+    assert found.law == MODEL.all_reduce_law(2)
+    others = windows_of("options", model, MODEL, 4096, Degrees(1, 1)).seconds
+    assert others == tuple(one.backward.window(1) for one in schedules) != found.seconds
+    for wrong, message in (
+        (model.module, "got none that is"),
+        (Averaging(nn.Linear(2, 2), ["weight"]), "got no layer that exchanges rows"),
+    ):
+        with pytest.raises(ValueError, match=f"options: gradients must be averaged .* {message}"):
+            windows_of("options", wrong, MODEL, 4096)
+    with pytest.raises(ValueError, match=r"cost_model must know every layer .* knows 'module.3'"):
+        windows_of("options", model)
+
+
+def test_explain_says_what_slices_hold():
+    model = averaging_model()
+    # Behind the gate of a layer nothing of it is left to run beside.
+    assert known_bytes(model) == [4 * 7, 4 * (5 + 2), 4 * (3 + 2)]
+    text = explain(model, cost_model=MODEL, num_tokens=4096)
+    law, windows = windows_of("options", model, MODEL, 4096)
+    plan = plan_slices(known_bytes(model), (*windows, 0.0), law)
+    assert "gradient slices: 0.000 MiB averaged among 2 ranks, alone " in text
+    for name, size, window in zip("31", plan.num_bytes, windows, strict=False):
+        seconds = f"{1e3 * law.seconds(size):.3f} ms in a window of {1e3 * window:.3f} ms"
+        assert f"  behind the dispatch of module.{name}: 0.000 MiB, {seconds}\n" in text
+    assert text.splitlines()[-1].startswith("  behind all layers: ")
+    assert explain(model).endswith("ranks\n  no cost model")
+    assert "gradient slices" not in explain(model.module, cost_model=MODEL, num_tokens=4096)
 
 
 def test_the_cache_knows_law_and_windows():

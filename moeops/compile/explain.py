@@ -7,10 +7,16 @@ from typing import Any
 from torch import nn
 
 from moeops import _checks
-from moeops.compile.walk import named_dispatchers
+from moeops.compile.walk import (
+    averaged_parameters,
+    exchanging_dispatchers,
+    named_dispatchers,
+    plain_name,
+)
+from moeops.compile.windows import schedule_by, windows_of
 from moeops.cost.model import CostModel
 from moeops.cost.pipeline import Pipeline
-from moeops.cost.schedule import Schedule, schedule_of
+from moeops.cost.slices import plan_slices
 from moeops.dispatch.base import Dispatcher
 
 _COLUMNS = 60
@@ -35,7 +41,8 @@ def explain(
 
     Returns:
         A text: by layer its degrees and, in both directions, the times of its stages, the case of FSMoE's Algorithm 1
-        and a timeline in which every column is a part of the time and holds the number of the chunk.
+        and a timeline in which every column is a part of the time and holds the number of the chunk. Where gradients
+        are averaged in the graph, also the slices in which "gradient_slices" would sum them.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -57,16 +64,17 @@ def explain(
             f"{op}: model must have a layer with a dispatcher, such as FMoETransformerMLP, got none in "
             f"{type(model).__name__}. Pass the module that holds the layers."
         )
-    return "\n\n".join(
+    texts = [
         f"{name or type(model).__name__}: {_of_layer(dispatcher, cost_model, num_tokens)}"
         for name, dispatcher in layers
-    )
+    ]
+    return "\n\n".join([*texts, *_slices(model, cost_model, num_tokens)])
 
 
 def _of_layer(dispatcher: Dispatcher, cost_model: CostModel | None, num_tokens: int | None) -> str:
     forward, backward = dispatcher.degrees
     head = f"{_name(dispatcher)}, chunks: {forward} forward, {backward} backward"
-    schedule = _schedule(dispatcher, cost_model, num_tokens)
+    schedule = schedule_by(dispatcher, cost_model, num_tokens)
     if schedule is None:
         return f"{head}\n  no cost model, or no exchange that one knows"
     sizes, best = schedule.sizes, schedule.best()
@@ -86,23 +94,58 @@ def _of_layer(dispatcher: Dispatcher, cost_model: CostModel | None, num_tokens: 
     return "\n".join(lines)
 
 
+def _slices(model: nn.Module, cost_model: CostModel | None, num_tokens: int | None) -> list[str]:
+    """What ``GradientSlices`` would sum behind each layer's dispatch; nothing where graphs average no gradients.
+
+    Gradients are taken to be known in the reverse order of the model's parameters, those of a layer's gate behind it.
+    """
+    averaged, layers = averaged_parameters(model), exchanging_dispatchers(model)
+    if not averaged or not layers:
+        return []
+    ranks = max(group.size for _, group in averaged.values())
+    known = known_bytes(model)
+    head = f"gradient slices: {_mib(sum(known))} averaged among {ranks} ranks"
+    if any(schedule_by(each, cost_model, num_tokens) is None for _, each in layers):
+        return [f"{head}\n  no cost model"]
+    law, windows = windows_of("explain", model, cost_model, num_tokens)
+    plan = plan_slices(known, (*windows, 0.0), law)
+    lines = [f"{head}, alone {_ms(law.seconds(sum(known)))}"]
+    for (name, _), window, size in zip(reversed(layers), windows, plan.num_bytes, strict=False):
+        lines.append(
+            f"  behind the dispatch of {name or type(model).__name__}: {_mib(size)}, "
+            f"{_ms(law.seconds(size) if size else 0.0)} in a window of {_ms(window)}"
+        )
+    lines.append(
+        f"  behind all layers: {_mib(plan.num_bytes[-1])}; exposed {_ms(plan.exposed_seconds)}"
+    )
+    return ["\n".join(lines)]
+
+
+def known_bytes(model: nn.Module) -> list[float]:
+    """Bytes of averaged gradients that become known before each backward of a layer, and behind all of them."""
+    names = [name for name, _ in exchanging_dispatchers(model)]
+    averaged = averaged_parameters(model)
+    known = [0.0] * (len(names) + 1)
+    passed = 0  # layers whose parameters have begun
+    for name, parameter in model.named_parameters():
+        plain = plain_name(name)
+        inside = [place for place, layer in enumerate(names) if _is_in(plain, layer)]
+        if inside:
+            passed = inside[-1] + 1
+        if plain in averaged:
+            before = inside[-1] if inside else passed  # layers that the forward runs before it
+            known[len(names) - before] += parameter.nbytes
+    return known
+
+
+def _is_in(name: str, module: str) -> bool:
+    return not module or name.startswith(f"{module}.")
+
+
 def _name(dispatcher: Dispatcher) -> str:
     name = type(dispatcher).__name__.removesuffix("Dispatcher").lower()
     inner: Any = getattr(dispatcher, "inner", None)
     return f"{name}({_name(inner)})" if isinstance(inner, Dispatcher) else name
-
-
-def _schedule(
-    dispatcher: Dispatcher, cost_model: CostModel | None, num_tokens: int | None
-) -> Schedule | None:
-    if cost_model is None:
-        return dispatcher.schedule
-    if dispatcher.built_from is None:
-        return None
-    options, ranks = dispatcher.built_from
-    auto = options.auto_chunks(ranks.op)
-    sizes = options.layer_sizes(ranks, num_tokens or (auto.num_tokens if auto else None))
-    return None if sizes is None else schedule_of(sizes, cost_model)
 
 
 def _direction(name: str, pipeline: Pipeline, degree: int, seconds: float) -> list[str]:
@@ -145,6 +188,10 @@ def text_timeline(pipeline: Pipeline, degree: int, columns: int = _COLUMNS) -> l
             marks[first:last] = mark * (min(last, columns) - first)
         lines.append(f"{label:8}{''.join(marks)}")
     return lines
+
+
+def _mib(num_bytes: float) -> str:
+    return f"{num_bytes / 2**20:.3f} MiB"
 
 
 def _ms(seconds: float) -> str:

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from moeops.comm.peer import PEER_OPS
 from moeops.compile.order import group_of
 from moeops.compile.passes import LAST, Pass, set_value
+from moeops.compile.walk import averaged_parameters
 from moeops.cost.laws import BytesLaw
 from moeops.cost.slices import UNITS, bytes_within, plan_slices
 
@@ -141,17 +142,26 @@ class GradientSlices(Pass):
                 "nothing."
             )
 
-    @classmethod
-    def of_model(cls, model: nn.Module) -> Pass:
-        """Refuse a model that reduces its gradients elsewhere."""
+    @staticmethod
+    def check(model: nn.Module) -> None:
+        """Refuse a model in which DDP reduces gradients by itself that are, or could be, averaged in the graph.
+
+        DDP that was told to skip those of ``DistributedGroupedDataParallel(in_graph=True)`` is none of this.
+        """
+        in_graph = {parameter for parameter, _ in averaged_parameters(model).values()}
         for name, module in model.named_modules():
-            if isinstance(module, DistributedDataParallel):
+            if not isinstance(module, DistributedDataParallel):
+                continue
+            skipped = getattr(module, "parameters_to_ignore", ())
+            own = dict(module.named_parameters(prefix="")).items()
+            reduced = {p for n, p in own if n.removeprefix("module.") not in skipped}
+            if reduced & in_graph or not in_graph.intersection(module.parameters()):
                 raise ValueError(
                     f"GradientSlices: gradients must be averaged in the graph, got DistributedDataParallel as "
                     f"{name or 'the model'!r}, which averages them by itself. Use "
-                    "moeops.distributed.DistributedGroupedDataParallel(model, in_graph=True) in its place."
+                    "moeops.distributed.DistributedGroupedDataParallel(model, in_graph=True) in its place, or tell DDP "
+                    "to ignore what that averages."
                 )
-        return cls()
 
     def settings(self) -> tuple[Any, ...]:
         """Law and windows."""

@@ -7,7 +7,7 @@ library is imported here.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from moeops.cost.laws import ITEM_BYTES, distinct_parts
@@ -91,6 +91,7 @@ class Schedule:
         overlap_loss: see ``CostModel``.
         recut_seconds: what the backward pays for chunks of its own: rows and pre-activations are copied.
         sum_seconds: what it pays for each chunk more than one: the weights' gradients are added up.
+        model: that has priced it.
     """
 
     sizes: LayerSizes
@@ -99,6 +100,7 @@ class Schedule:
     overlap_loss: float
     recut_seconds: float
     sum_seconds: float
+    model: CostModel = field(repr=False, compare=False)
 
     def forward_seconds(self, degree: int) -> float:
         """Seconds from the first exchange to the last, overlap loss included."""
@@ -152,6 +154,7 @@ def schedule_of(sizes: LayerSizes, model: CostModel) -> Schedule:
         model.overlap_loss or 0.0,
         model.memory_seconds(4 * kept),  # joined, then cut
         model.memory_seconds(3 * weights),
+        model,
     )
 
 

@@ -159,6 +159,8 @@ class DistributedGroupedDataParallel(nn.Module):
 
     Attributes:
         module: the module.
+        averaged_in_graph: with ``in_graph``, the ranks that average each parameter's gradient, by its name in
+            ``module``; else empty.
 
     Raises:
         TypeError: a keyword is no ``<tag>_group``, or its value no group.  ValueError: both ``auto_allreduce`` and
@@ -211,7 +213,7 @@ class DistributedGroupedDataParallel(nn.Module):
         self.auto_allreduce = auto_allreduce
         self.in_graph = in_graph
         self._own_groups: dict[str, ProcessGroup] = {}
-        self._averaged: dict[str, RankGroup] = self._plan_in_graph() if in_graph else {}
+        self.averaged_in_graph: dict[str, RankGroup] = self._plan_in_graph() if in_graph else {}
         if auto_allreduce:
             self._reduce_hooks: dict[nn.Parameter, _Hook] = {}
             self._start_auto(self._plan())
@@ -226,7 +228,7 @@ class DistributedGroupedDataParallel(nn.Module):
             name: average_gradient(
                 self.module.get_parameter(name), group, in_float32=self.fp32_allreduce
             )
-            for name, group in self._averaged.items()
+            for name, group in self.averaged_in_graph.items()
         }
         return torch.func.functional_call(self.module, averaged, args, kwargs)
 
@@ -271,7 +273,7 @@ class DistributedGroupedDataParallel(nn.Module):
                 hook.handle.remove()
             self._start_auto(self._plan())
         if self.in_graph:
-            self._averaged = self._plan_in_graph()
+            self.averaged_in_graph = self._plan_in_graph()
 
     def _unscaled(self) -> list[str]:
         """Names of experts' parameters without the hook that divides their gradients."""
@@ -329,7 +331,7 @@ class DistributedGroupedDataParallel(nn.Module):
         """
         self._refuse_changes(bool(self._unscaled()))
         if self.in_graph:
-            self._refuse_changes(self._averaged != self._plan_in_graph())
+            self._refuse_changes(self.averaged_in_graph != self._plan_in_graph())
             return
         pending = [
             _begin(bucket, no_scale, reduce_after, fp32_allreduce) for bucket in self._plan()

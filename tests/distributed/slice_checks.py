@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import pytest
 import torch
 import torch.distributed as dist
 from overlap_checks import CALL, Sleeper, assert_close, measured, predicted
@@ -15,9 +16,11 @@ import moeops
 from moeops import FMoE
 from moeops.comm.groups import process_group
 from moeops.compile import GradientSlices
+from moeops.compile.windows import windows_of
 from moeops.cost.laws import BytesLaw
+from moeops.cost.model import CostModel
 from moeops.dispatch.options import Static
-from moeops.distributed import DistributedGroupedDataParallel
+from moeops.distributed import AutoChunks, DistributedGroupedDataParallel, Gather
 from processes import Ranks
 from timed_backend import TimedGroup, start_group
 
@@ -109,6 +112,39 @@ def check_averages_in_the_graph_are_those_after_it(ranks: Ranks) -> None:
             assert [order for order, _ in every] == [calls] * ranks.size
             # A rank may find in the cache what another has compiled.
             assert set().union(*(moved for _, moved in every)) == {0, 10}
+
+
+def check_windows_come_from_the_model_by_name(ranks: Ranks) -> None:
+    """Those of the first rank, where ranks have other cost models; by default where there is one."""
+    rates = {"products_per_second": 1e9, "memory_bytes_per_second": 1e9, "dtypes": ("float64",)}
+    models = [CostModel.from_rates(link_bytes_per_second=n, **rates) for n in (1e9, 2e9)]
+    known = {"dispatch": Gather(n_chunks=(2, 3), max_tokens=TOKENS)}
+    model = DistributedGroupedDataParallel(Model(ranks, **known), in_graph=True)
+
+    def slices_of(module, **options) -> list[GradientSlices]:
+        passes = moeops.compile.options(module, **options)["post_grad_custom_post_pass"].passes
+        assert type(passes[-1]) is moeops.compile.Order
+        return [one for one in passes if isinstance(one, GradientSlices)]
+
+    for passes in (None, ["gradient_slices", "order"]):
+        (one,) = slices_of(model, passes=passes, cost_model=models[ranks.rank])
+        expected = windows_of("options", model, models[0])
+        assert (one.law, one.windows) == expected
+        assert one.windows != windows_of("options", model, models[1]).seconds
+    # By its own model, which each layer has chosen its chunks by.
+    auto = {"dispatch": Gather(n_chunks=AutoChunks(cost_model=models[0]), max_tokens=TOKENS)}
+    own = DistributedGroupedDataParallel(Model(ranks, **auto), in_graph=True)
+    (one,) = slices_of(own)
+    assert one.windows == windows_of("options", own, models[0]).seconds
+    assert "behind the dispatch of module.layers.1: " in moeops.compile.explain(own)
+    assert slices_of(model) == slices_of(Model(ranks, **known), cost_model=models[0]) == []
+    with pytest.raises(ValueError, match=r"options: cost_model must know every layer"):
+        moeops.compile.options(model, passes=["gradient_slices"])
+    last = ranks.rank == ranks.size - 1
+    with pytest.raises(ValueError, match=r"options: passes must be the same on every rank"):
+        moeops.compile.options(model, passes=["gradient_slices" if last else "order"])
+    with pytest.raises((TypeError, RuntimeError), match=r"options: cost_model must be a CostModel"):
+        moeops.compile.options(model, cost_model=3 if last else None)
 
 
 class Slow(nn.Module):
