@@ -219,7 +219,7 @@ def measure_row(
     call = layer
     if row.mode == "compiled":
         torch._dynamo.reset()
-        call = torch.compile(layer, fullgraph=True)
+        call = torch.compile(layer, fullgraph=True, options=moeops.compile.options(layer))
     want = problem.expected(row, options)
 
     def check(outputs, grads) -> dict[str, float]:
