@@ -485,9 +485,10 @@ class Session:
             if row.spread is None:
                 lines.append([row.label, degrees, row.error, "", "", "", ""])
                 continue
-            base = first.setdefault(
-                (row.label.split(",")[0], row.label.endswith("compiled")), row.spread.median
-            )
+            key = (row.label.split(",")[0], row.label.endswith("compiled"))
+            if row.label.split(", ")[1].startswith("1 chunk"):
+                first[key] = row.spread.median
+            speedup = f"{first[key] / row.spread.median:.2f}" if key in first else "-"
             predicted = error = "-"
             if row.predicted is not None:
                 predicted = f"{1e3 * row.predicted:.2f}"
@@ -502,7 +503,7 @@ class Session:
                     span,
                     predicted,
                     error,
-                    f"{base / median:.2f}",
+                    speedup,
                 ]
             )
         header = ("schedule", "chunks", "step ms", "p10..p90", "predicted", "error", "x of 1 chunk")
