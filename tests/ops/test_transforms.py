@@ -46,6 +46,13 @@ DIFFERENTIABLE = [
 ]
 
 
+# Ops whose backward is made of ops that have gradients.
+TWICE = (
+    *("permute_tokens", "pad_rows", "unpad_rows", "unpermute_tokens"),
+    *("grouped_linear", "grouped_linear_weight_grad", "grouped_sum"),
+)
+
+
 def split(case):
     """The differentiable arguments, and a function of them that returns the float outputs."""
     places = case.differentiable
@@ -109,6 +116,43 @@ def test_grad_and_vmap(op, index):
     for item in range(2):
         one = function(*(x[item] for x in stacked))
         torch.testing.assert_close(tuple(out[item] for out in batched), one)
+
+
+@pytest.mark.parametrize(("op", "index"), DIFFERENTIABLE)
+def test_a_second_gradient_is_right_or_refused(op, index):
+    """Along random directions against differences of first gradients; elsewhere an error that names the backward."""
+    inputs, function = split(op_cases(op, FEW[0], torch.float64)[index])
+    vs, ws = ([torch.randn_like(x) for x in inputs] for _ in range(2))
+
+    def along(values):
+        """The first gradient along ``vs``, and the leaves that it depends on."""
+        leaves = [x.detach().requires_grad_() for x in values]
+        loss = sum(out.square().sum() for out in function(*leaves))
+        grads = torch.autograd.grad(loss, leaves, create_graph=True)
+        return sum((v * g).sum() for v, g in zip(vs, grads, strict=True)), leaves
+
+    slope, leaves = along(inputs)
+    if op not in TWICE or (op == "unpermute_tokens" and len(inputs) > 1):
+        with pytest.raises(NotImplementedError, match=r"_backward: a gradient must be diff"):
+            torch.autograd.grad(slope, leaves)
+        return
+    second = torch.autograd.grad(slope, leaves, allow_unused=True)
+    got = sum((w * g).sum() for w, g in zip(ws, second, strict=True) if g is not None)
+    ahead, behind = (
+        along([x + step * w for x, w in zip(inputs, ws, strict=True)])[0] for step in (1e-5, -1e-5)
+    )
+    torch.testing.assert_close(got, (ahead - behind) / 2e-5, rtol=1e-6, atol=1e-6)
+    assert got != 0
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_layer_refuses_a_second_gradient(compiled, fresh_dynamo):
+    layer, x = Layer(), torch.randn(7, 6, dtype=torch.float64, requires_grad=True)
+    function = torch.compile(layer, fullgraph=True, backend="aot_eager") if compiled else layer
+    (grad,) = torch.autograd.grad(function(x), x, create_graph=True)
+    match = "double backward" if compiled else "_backward: a gradient must be differentiated once"
+    with pytest.raises(RuntimeError, match=match):  # NotImplementedError is one
+        torch.autograd.grad(grad.square().sum(), x)
 
 
 def test_rows_without_an_expert_are_not_read():
