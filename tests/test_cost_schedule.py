@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import random
 
 import pytest
 from torch import nn
@@ -12,8 +13,10 @@ from moeops import FMoETransformerMLP
 from moeops.comm import RankGroup
 from moeops.compile import explain
 from moeops.compile.explain import text_timeline
+from moeops.cost.laws import LinkLaw
 from moeops.cost.model import CostModel
 from moeops.cost.pipeline import Pipeline, Stage
+from moeops.cost.region import NOTHING, RegionPipeline
 from moeops.cost.schedule import DEGREES, WORTH, LayerSizes, MlpSizes, schedule_of
 from moeops.dispatch import AutoChunks, Exact, ExpertRanks, Gather, Static
 from moeops.dispatch.options import build_dispatcher, choose_degrees
@@ -38,7 +41,11 @@ def test_stages_are_those_of_the_laws():
     moved = pairs * 2 * (2 * 64 + 3 * 256) * 4 / 1e12
     for pipeline, factor in ((schedule.forward, 1), (schedule.backward, 2)):
         products = pairs * 3 * 64 * 256 / 1e12
-        assert pipeline.experts.work_seconds == pytest.approx(factor * (products + moved))
+        # Gradients of weights, half of the backward, are not what answers wait for.
+        assert pipeline.experts.work_seconds == pytest.approx(products + moved)
+        assert pipeline.weight_gradients.work_seconds == pytest.approx(
+            (factor - 1) * (products + moved)
+        )
     static = schedule_of(dataclasses.replace(SIZES, dispatcher="static", capacity=1000), MODEL)
     # Half of the buffers stay here.
     assert static.forward.all_to_all.work_seconds == pytest.approx(4 * 1000 * 64 * 4 / 1e10)
@@ -71,6 +78,111 @@ def test_one_chunk_where_nothing_is_hidden():
         ),
     ):
         assert schedule_of(SIZES, model).best()[:2] == (1, 1)
+
+
+NODES = dataclasses.replace(
+    MODEL, inside_node=LinkLaw(2e-6, 0.0, 1e-11), between_nodes=LinkLaw(1e-5, 3e-6, 1e-10)
+)
+ON_NODES = dataclasses.replace(SIZES, dispatcher="exact", world_size=8, num_expert=2, node_size=4)
+
+
+def test_stages_of_two_links_are_those_of_both_laws():
+    """8 ranks on 2 nodes, 16 experts, two for each token."""
+    schedule = schedule_of(ON_NODES, NODES)
+    row, experts = 64 * 4, 16
+    by_node = (
+        4096 * 2 * (1 - (8 * 7) / (experts * 15))
+    )  # tokens times nodes with one of their experts
+    by_rank = 4096 * 8 * (1 - (14 * 13) / (experts * 15))
+    copied = (by_node + by_rank) * row / 1e12
+    for pipeline, beside, calls in ((schedule.forward, 0, 1), (schedule.backward, 4, 1.5)):
+        between, inside = pipeline.all_to_all, pipeline.all_gather
+        more = (row + beside) / row  # gradients of two weights come back beside the rows
+        assert between.call_seconds == pytest.approx(calls * (1e-5 + 3e-6))
+        assert between.work_seconds == pytest.approx(more * by_node * row / 2 * 1e-10)
+        assert inside.call_seconds == pytest.approx(calls * 2e-6)
+        assert inside.work_seconds == pytest.approx(more * (by_rank * row * 3 / 4 * 1e-11 + copied))
+        assert pipeline.reduce_scatter == inside
+        assert not pipeline.inside_first
+    static = schedule_of(
+        dataclasses.replace(ON_NODES, dispatcher="static", capacity=100), NODES
+    ).backward
+    sent = 2 * 8 * 100 * row
+    assert static.inside_first
+    assert static.all_to_all.work_seconds == pytest.approx(sent / 2 * 1e-10)
+    assert static.all_gather.work_seconds == pytest.approx(sent * 3 / 4 * 1e-11 + 2 * sent / 1e12)
+    with pytest.raises(ValueError, match="between_nodes must be measured or given"):
+        schedule_of(ON_NODES, MODEL)
+
+
+def random_stages(generator: random.Random, count: int) -> list[Stage]:
+    return [Stage(generator.uniform(0, 0.2), generator.uniform(0, 4)) for _ in range(count)]
+
+
+def test_one_link_takes_the_time_of_the_pipeline():
+    generator = random.Random(1)
+    for _ in range(50):
+        link, experts = random_stages(generator, 2)
+        reduce = generator.choice((0.0, generator.uniform(0, 5)))
+        for degree in (1, 2, 3, 8):
+            plain = Pipeline(link, NOTHING, NOTHING, experts, reduce)
+            region = RegionPipeline(link, NOTHING, NOTHING, experts, reduce)
+            assert region.seconds(degree) == pytest.approx(plain.seconds(degree))
+            assert region.window(degree) == pytest.approx(plain.window(degree))
+            assert region.case(degree) == plain.case(degree)
+
+
+def test_two_links_take_no_less_than_each_lane_and_at_most_a_chunk_more_than_the_pipeline():
+    generator = random.Random(2)
+    for inside_first in (False, True):
+        for _ in range(50):
+            between, inside, experts = random_stages(generator, 3)
+            region = RegionPipeline(between, inside, inside, experts, inside_first=inside_first)
+            outer, inner = (inside, between) if inside_first else (between, inside)
+            ideal = Pipeline(outer, inner, inner, experts)
+            for degree in (1, 2, 3, 8):
+                seconds = region.seconds(degree)
+                a2a, near, work = (stage.seconds(degree) for stage in (between, inside, experts))
+                lanes = (2 * degree * a2a, 2 * degree * near, degree * work)
+                assert seconds > max(*lanes, 2 * a2a + 2 * near + work) - 1e-9
+                if near > a2a:
+                    continue  # a chunk is sent on too late where the links between nodes are the fast ones
+                # All chunks pass the short link before the first expert, where that comes first.
+                more = 2 * (a2a + near) + degree * near * inside_first
+                assert seconds < ideal.seconds(degree) + more, (region, degree)
+
+
+def test_gradients_of_weights_run_beside_the_last_answers():
+    """Two chunks of 1 s there, 2 + 2 s of experts, 1 s back: the last answers are there before the last gradients."""
+    link, experts = Stage(0.0, 2.0), Stage(0.0, 4.0)
+    split = RegionPipeline(link, NOTHING, NOTHING, experts, weight_gradients=experts)
+    whole = RegionPipeline(link, NOTHING, NOTHING, experts.repeated(2))
+    assert whole.seconds(2) == 1 + 2 * 4 + 1
+    assert split.seconds(2) == 1 + 2 * 4
+    combine = [task for task in split.timeline(2) if task.name == "combine"]
+    assert [(task.start, task.end) for task in combine] == [(3, 4), (5, 6)]
+    # One chunk: the exchange back is hidden.
+    assert whole.seconds(1) == 2 + 8 + 2
+    assert split.seconds(1) == 2 + 8
+    # What hides an all-reduce hides more of it.
+    assert split.window(2) == split.seconds(2) - 4 == 5
+    assert replace_reduce(split, 5.0).seconds(2) == pytest.approx(9)
+    assert replace_reduce(split, 6.0).seconds(2) == pytest.approx(10)
+
+
+def test_the_backward_of_a_schedule_hides_its_last_exchange():
+    """By as much as its experts' weights take, where these and the exchange take long."""
+    slow = dataclasses.replace(MODEL, inside_node=LinkLaw(0.0, 0.0, 1e-9))
+    schedule = schedule_of(SIZES, slow)
+    backward = schedule.backward
+    exchange, weights = backward.all_to_all.seconds(1), backward.weight_gradients.seconds(1)
+    hidden = schedule.backward_seconds(1, 1) - schedule.backward_seconds(1, 2)
+    assert hidden == pytest.approx(min(exchange, weights) - schedule.recut_seconds)
+    assert backward.undivided().seconds(1) == pytest.approx(2 * exchange + 2 * weights)
+
+
+def replace_reduce(pipeline: RegionPipeline, seconds: float) -> RegionPipeline:
+    return dataclasses.replace(pipeline, all_reduce_seconds=seconds)
 
 
 def dispatcher_of(record, model=MODEL):

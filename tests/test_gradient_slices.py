@@ -301,7 +301,7 @@ def test_windows_are_those_of_the_cost_model():
     assert found.seconds[0] > 0
     assert found.law == MODEL.all_reduce_law(2)
     others = windows_of("options", model, MODEL, 4096, Degrees(1, 1)).seconds
-    assert others == tuple(one.backward.window(1) for one in schedules) != found.seconds
+    assert others == tuple(one.backward.undivided().window(1) for one in schedules) != found.seconds
     for wrong, message in (
         (model.module, "got none that is"),
         (Averaging(nn.Linear(2, 2), ["weight"]), "got no layer that exchanges rows"),

@@ -15,6 +15,7 @@ from torch import Tensor
 from moeops import _checks
 from moeops.comm.agreement import agreement
 from moeops.comm.exchange import (
+    AllToAll,
     Exchange,
     Splits,
     all_to_all_rows,
@@ -23,7 +24,7 @@ from moeops.comm.exchange import (
     exchange_detached,
 )
 from moeops.comm.groups import ALONE, RankGroup, describe_group, rank_group, timeout_of
-from moeops.comm.wires import pack_rows, unpack_rows
+from moeops.comm.wires import TwoHops, pack_rows, unpack_rows
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -294,6 +295,29 @@ def start_exchange(
     return HierarchicalExchange(rows, splits, hierarchy, back=back)
 
 
+def send_in_two_hops(
+    rows: Tensor, splits: Splits, hierarchy: Hierarchy, *, back: bool = False
+) -> TwoHops:
+    """Begin an exchange in the form "2d" without gradients: inside the node first, and last where rows go back.
+
+    Args:
+        rows: ``[R, ...]``.
+        splits: of the way there, not checked.
+        hierarchy: the ranks, in the form "2d", neither one node nor nodes of one rank.
+        back: as for ``HierarchicalExchange``.
+    """
+    steps = _steps(splits, hierarchy)
+    if back:
+        first, middle, second, end = (step.back() for step in reversed(steps))
+        assert isinstance(first, _Leg)
+        assert isinstance(second, _Leg)
+        return TwoHops(rows, first.wire(), middle.apply, second.wire(), end.apply)
+    begin, first, middle, second = steps
+    assert isinstance(first, _Leg)
+    assert isinstance(second, _Leg)
+    return TwoHops(begin.apply(rows), first.wire(), middle.apply, second.wire())
+
+
 class _Swap(NamedTuple):
     """Rows in ``outer * inner`` blocks, to be brought from the order (outer, inner) to (inner, outer)."""
 
@@ -325,6 +349,11 @@ class _Leg(NamedTuple):
     group: RankGroup
     input_splits: Sequence[int]
     output_splits: Sequence[int]
+
+    def wire(self) -> AllToAll:
+        return AllToAll(
+            self.input_splits, self.output_splits, self.group, "hierarchical_all_to_all"
+        )
 
     def start(self, rows: Tensor) -> Exchange:
         return Exchange(rows, self.input_splits, self.output_splits, self.group)

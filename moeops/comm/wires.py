@@ -218,11 +218,58 @@ class InFlight:
         else:
             self.sent = _begin(pack_rows(rows), wire)
 
+    def advance(self) -> None:
+        """There is one link: nothing is to be sent on, see ``TwoHops``."""
+
     def finish(self) -> Tensor:
         """Return the rows that came."""
         wait = torch.ops._c10d_functional.wait_tensor
         received = wait(self.sent) if self._plain else _end(self.sent, self._wire)
         return unpack_rows(received, self._dtype)
+
+
+class TwoHops:
+    """Rows that pass two links, without gradients: construction sends them over the first one.
+
+    ``advance`` waits for them there, once, and sends them on; ``finish`` waits for what comes over the second. So the
+    second link can carry one chunk while the first one carries the next.
+
+    Args:
+        rows: ``[R, ...]``, any dtype.
+        first: what is done with them first.
+        middle: brings what came into the order in which it is sent on.
+        second: what is done with that.
+        end: brings what came then into the order that is returned.
+    """
+
+    def __init__(
+        self,
+        rows: Tensor,
+        first: Wire,
+        middle: Callable[[Tensor], Tensor],
+        second: Wire,
+        end: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self._flight = InFlight(rows, first)
+        self._onward: tuple[Callable[[Tensor], Tensor], Wire] | None = (middle, second)
+        self._end = end
+
+    @property
+    def sent(self) -> Tensor:
+        """What the collective returned that is under way."""
+        return self._flight.sent
+
+    def advance(self) -> None:
+        """Send the rows on, if they are still on their first way."""
+        if self._onward is not None:
+            middle, second = self._onward
+            self._flight, self._onward = InFlight(middle(self._flight.finish()), second), None
+
+    def finish(self) -> Tensor:
+        """Return the rows that came."""
+        self.advance()
+        rows = self._flight.finish()
+        return rows if self._end is None else self._end(rows)
 
 
 def unobserved(rows: Tensor) -> bool:

@@ -80,7 +80,7 @@ class SetDegrees(Pass):
 
 def _set_degrees(graph: Graph, node: Node, degrees: Degrees) -> None:
     transport, tables = _argument(node, "transport"), _argument(node, "tables")
-    if transport == "exact":
+    if transport in ("exact", "nodes"):
         _check_cells(node, degrees)
     num_tables = TRANSPORTS[transport].num_tables
     begun = tables[num_tables:]
@@ -104,14 +104,17 @@ def _check_cells(node: Node, degrees: Degrees) -> None:
 
 
 def _check_group(node: Node) -> None:
-    name = _argument(node, "group_name")
-    try:
-        process_group(name)
-    except (RuntimeError, ValueError) as err:
-        raise RuntimeError(
-            f"SetDegrees: a region must belong to a process group of this process, got {name!r}: {err}. Make the "
-            "groups, in the same order on every rank, before the model is compiled."
-        ) from err
+    names = [_argument(node, "group_name")]
+    if _argument(node, "node_size"):
+        names += [_argument(node, "inside_name"), _argument(node, "across_name")]
+    for name in names:
+        try:
+            process_group(name)
+        except (RuntimeError, ValueError) as err:
+            raise RuntimeError(
+                f"SetDegrees: a region must belong to a process group of this process, got {name!r}: {err}. Make the "
+                "groups, in the same order on every rank, before the model is compiled."
+            ) from err
 
 
 def _text(agreed: tuple[Degrees, ...]) -> str:

@@ -16,6 +16,7 @@ from moeops.compile.walk import (
 from moeops.compile.windows import schedule_by, windows_of
 from moeops.cost.model import CostModel
 from moeops.cost.pipeline import Pipeline
+from moeops.cost.region import RegionPipeline
 from moeops.cost.slices import plan_slices
 from moeops.dispatch.base import Dispatcher
 
@@ -86,7 +87,7 @@ def _of_layer(dispatcher: Dispatcher, cost_model: CostModel | None, num_tokens: 
         *_direction("forward", schedule.forward, forward, schedule.forward_seconds(forward)),
         *_direction(
             "backward",
-            schedule.backward,
+            schedule.backward_pipeline(backward, forward),
             backward,
             schedule.backward_seconds(backward, forward),
         ),
@@ -148,12 +149,19 @@ def _name(dispatcher: Dispatcher) -> str:
     return f"{name}({_name(inner)})" if isinstance(inner, Dispatcher) else name
 
 
-def _direction(name: str, pipeline: Pipeline, degree: int, seconds: float) -> list[str]:
+def _direction(name: str, pipeline: RegionPipeline, degree: int, seconds: float) -> list[str]:
     case = pipeline.case(degree)
-    stages = (("exchange", pipeline.all_to_all, 2), ("experts", pipeline.experts, 1))
+    inside, weights = pipeline.all_gather, pipeline.weight_gradients
+    stages = (
+        ("between nodes" if inside.seconds(1) else "exchange", pipeline.all_to_all, 2),
+        ("inside nodes", inside, 2),
+        ("experts", pipeline.experts, 1),
+        ("their weights", weights, 1),
+    )
     parts = [
         f"{stage} {_ms(passes * degree * part.seconds(degree))} ({_ms(part.seconds(degree))} a chunk)"
         for stage, part, passes in stages
+        if part.seconds(1) or part not in (inside, weights)
     ]
     return [
         f"  {name}: {_ms(seconds)}, case {case.number}: {_CASES[case.number]}",

@@ -88,8 +88,8 @@ def windows_of(
                 "cost_model= and num_tokens=, build layers with n_chunks=AutoChunks(...), or pass "
                 "moeops.compile.GradientSlices(law, windows)."
             )
-        backward = (degrees or dispatcher.degrees).backward
-        seconds.append(schedule.backward.window(backward))
+        forward, backward = degrees or dispatcher.degrees
+        seconds.append(schedule.backward_pipeline(backward, forward).window(backward))
         law = law or schedule.model.all_reduce_law(groups[-1].size)
     assert law is not None
     return Windows(law, tuple(seconds))

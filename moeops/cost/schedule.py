@@ -1,7 +1,7 @@
 """Stages of an expert-parallel layer, and the chunks that a cost model chooses. T tokens, K experts each, W ranks.
 
-A layer is FSMoE's pipeline with one lane of links: an exchange there, experts, an exchange back. Only the standard
-library is imported here.
+A layer is FSMoE's pipeline as a region runs it, with one lane of links, an exchange there, experts and an exchange
+back; or, where its ranks are arranged as nodes, with two of them. Only the standard library is imported here.
 """
 
 from __future__ import annotations
@@ -12,13 +12,16 @@ from typing import NamedTuple
 
 from moeops.cost.laws import ITEM_BYTES, distinct_parts
 from moeops.cost.model import CostModel
-from moeops.cost.pipeline import Pipeline, Stage
+from moeops.cost.pipeline import Stage
+from moeops.cost.region import NOTHING, RegionPipeline
 
 DEGREES = range(1, 9)
 # Degrees above 1 must save more than this part of the time: predictions are not better.
 WORTH = 0.01
 _ID_AND_WEIGHT = 8  # bytes
 _WEIGHT = 4
+# Of the experts' backward, what their weights' gradients take: as many products as gradients of rows.
+WEIGHTS_SHARE = 0.5
 
 
 class MlpSizes(NamedTuple):
@@ -49,6 +52,7 @@ class LayerSizes:
         world_size: ``W``.
         num_expert: ``E_local``.
         capacity: rows of each expert for each rank, for "static".
+        node_size: ``L``, where rows go to nodes and on inside of them; 0 for the flat exchange.
     """
 
     dispatcher: str
@@ -58,6 +62,7 @@ class LayerSizes:
     world_size: int
     num_expert: int
     capacity: int = 0
+    node_size: int = 0
 
     @property
     def rows(self) -> float:
@@ -86,7 +91,8 @@ class Schedule:
 
     Attributes:
         sizes: of the layer.
-        forward: its stages; ``all_to_all`` is the mean of the exchanges there and back.
+        forward: its stages; ``all_to_all`` is the mean of the exchanges there and back, and ``all_gather`` and
+            ``reduce_scatter`` are what they are inside a node.
         backward: the same of the backward alone.
         overlap_loss: see ``CostModel``.
         recut_seconds: what the backward pays for chunks of its own: rows and pre-activations are copied.
@@ -95,8 +101,8 @@ class Schedule:
     """
 
     sizes: LayerSizes
-    forward: Pipeline
-    backward: Pipeline
+    forward: RegionPipeline
+    backward: RegionPipeline
     overlap_loss: float
     recut_seconds: float
     sum_seconds: float
@@ -108,8 +114,14 @@ class Schedule:
 
     def backward_seconds(self, degree: int, forward_degree: int) -> float:
         """The same of the backward, behind a forward of some degree."""
-        seconds = self._with_loss(self.backward, degree) + (degree - 1) * self.sum_seconds
+        pipeline = self.backward_pipeline(degree, forward_degree)
+        seconds = self._with_loss(pipeline, degree) + (degree - 1) * self.sum_seconds
         return seconds + (self.recut_seconds if degree != forward_degree else 0.0)
+
+    def backward_pipeline(self, degree: int, forward_degree: int) -> RegionPipeline:
+        """The backward's stages; one chunk in both directions is no region, and sends when all gradients are there."""
+        one = degree == forward_degree == 1
+        return self.backward.undivided() if one else self.backward
 
     def best(self, degrees: Iterable[int] = DEGREES) -> Degree:
         """The fewest chunks within ``WORTH`` of the fastest pair, by trying all pairs."""
@@ -123,12 +135,9 @@ class Schedule:
         near = (pair for pair in pairs if pair.seconds <= limit)
         return min(near, key=lambda pair: (pair.forward + pair.backward, pair.seconds))
 
-    def _with_loss(self, pipeline: Pipeline, degree: int) -> float:
+    def _with_loss(self, pipeline: RegionPipeline, degree: int) -> float:
         span = pipeline.seconds(degree)
-        alone = degree * (
-            2 * pipeline.all_to_all.seconds(degree) + pipeline.experts.seconds(degree)
-        )
-        return span + self.overlap_loss * (alone - span)
+        return span + self.overlap_loss * (pipeline.busy_seconds(degree) - span)
 
 
 def schedule_of(sizes: LayerSizes, model: CostModel) -> Schedule:
@@ -142,11 +151,7 @@ def schedule_of(sizes: LayerSizes, model: CostModel) -> Schedule:
     kept = sizes.rows * pre_width * item + sizes.num_tokens * sizes.row_bytes
     weights = sizes.num_expert * sizes.mlps.num_projections
     weights *= sizes.mlps.d_model * sizes.mlps.d_hidden * item
-    nothing = Stage(0.0, 0.0)
-    forward, backward = (
-        Pipeline(_exchange(sizes, model, way), nothing, nothing, _experts(sizes, model, way))
-        for way in (False, True)
-    )
+    forward, backward = (_pipeline(sizes, model, way) for way in (False, True))
     return Schedule(
         sizes,
         forward,
@@ -156,6 +161,47 @@ def schedule_of(sizes: LayerSizes, model: CostModel) -> Schedule:
         model.memory_seconds(3 * weights),
         model,
     )
+
+
+def _pipeline(sizes: LayerSizes, model: CostModel, backward: bool) -> RegionPipeline:
+    experts, weights = _experts(sizes, model, backward), NOTHING
+    if backward:
+        experts, weights = (experts.repeated(n) for n in (1 - WEIGHTS_SHARE, WEIGHTS_SHARE))
+    if sizes.node_size:
+        between, inside = _links(sizes, model, backward)
+        first = sizes.dispatcher == "static"
+        return RegionPipeline(between, inside, inside, experts, 0.0, weights, inside_first=first)
+    exchange = _exchange(sizes, model, backward)
+    return RegionPipeline(exchange, NOTHING, NOTHING, experts, 0.0, weights)
+
+
+def _links(sizes: LayerSizes, model: CostModel, backward: bool) -> tuple[Stage, Stage]:
+    """An exchange between nodes, and one inside of them with the copy between both: the mean of both ways."""
+    local, size = sizes.node_size, sizes.world_size
+    nodes = size // local
+    if sizes.dispatcher == "static":
+        num_bytes = sizes.num_expert * size * sizes.capacity * sizes.row_bytes
+        sent, calls = (num_bytes, num_bytes), 1.0
+    else:
+        # Gradients of weights come back beside rows, in collectives of their own.
+        token_bytes = sizes.row_bytes + sizes.top_k * _WEIGHT * backward / 2
+        num_experts = size * sizes.num_expert
+        sent = tuple(  # type: ignore[assignment]
+            sizes.num_tokens * distinct_parts(parts, num_experts, sizes.top_k) * token_bytes
+            for parts in (nodes, size)
+        )
+        calls = 1.5 if backward else 1.0
+    far, near = (
+        _stage(lambda n, law=law, peers=peers: law.seconds(n * peers / (peers + 1), peers), each)  # type: ignore[misc]
+        for law, peers, each in (
+            (model.link("between_nodes"), nodes - 1, sent[0]),
+            (model.link("inside_node"), local - 1, sent[1]),
+        )
+    )
+    copy = _stage(model.memory_seconds, sum(sent))
+    far, near = (Stage(calls * each.call_seconds, each.work_seconds) for each in (far, near))
+    inside = Stage(near.call_seconds + copy.call_seconds, near.work_seconds + copy.work_seconds)
+    return far, inside
 
 
 def _experts(sizes: LayerSizes, model: CostModel, backward: bool) -> Stage:

@@ -374,8 +374,19 @@ class ChunkedOptions(DispatchOptions):
         mlps = self.mlps._replace(d_hidden=self.mlps.d_hidden // ranks.num_shards)
         top_k = ranks.top_k * ranks.num_shards
         return LayerSizes(
-            kind, mlps, num_tokens, top_k, ranks.group.size, ranks.num_expert, capacity
+            kind,
+            mlps,
+            num_tokens,
+            top_k,
+            ranks.group.size,
+            ranks.num_expert,
+            capacity,
+            self.node_size(),
         )
+
+    def node_size(self) -> int:
+        """Ranks of a node where rows go to nodes and on inside of them; 0 for the flat exchange."""
+        return 0
 
 
 def chunk_bounds(total: int, n_chunks: int) -> list[tuple[int, int]]:

@@ -104,7 +104,7 @@ def one_degree(op: str, degrees: Degrees) -> int:
     if not degrees.are_equal:
         raise NotImplementedError(
             f"{op}: n_chunks must be one number for both directions where the experts are modules or an activation of "
-            f"your own, where hooks see rows and with a hierarchy of nodes, got {degrees}. Pass an int."
+            f'your own, where hooks see rows and with a hierarchy of the form "leader", got {degrees}. Pass an int.'
         )
     return degrees.forward
 
@@ -119,6 +119,11 @@ def cut_points(degrees: Iterable[int]) -> list[Fraction]:
         ['0', '1/3', '1/2', '2/3', '1']
     """
     return sorted({Fraction(i, degree) for degree in degrees for i in range(degree + 1)})
+
+
+def cut_fractions(degrees: Iterable[int]) -> list[tuple[int, int]]:
+    """``cut_points`` as numerators and denominators: numbers, which compilers know."""
+    return [(point.numerator, point.denominator) for point in cut_points(degrees)]
 
 
 def at(point: Fraction, total: int) -> int:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moeops import _checks, _nests
+from moeops import _nests
 from moeops.comm.exchange import Splits, exchange_counts
 from moeops.comm.groups import RankGroup
 from moeops.comm.hierarchical import Hierarchy, hierarchical_counts
@@ -19,14 +19,14 @@ from moeops.dispatch.base import (
     Flight,
     RegionBlock,
     chunk_bounds,
-    row_size,
 )
-from moeops.dispatch.degrees import Degrees, as_degrees, cut_points, one_degree
-from moeops.dispatch.forms import ByPair, ByRank, Form, Load
+from moeops.dispatch.counts import check_signatures, copy_to_host, count_cells, row_signature
+from moeops.dispatch.degrees import Degrees, as_degrees, cut_fractions, one_degree
+from moeops.dispatch.forms import ByPair, ByRank, Form, Load, owners_of
 from moeops.dispatch.hooks import StageHooks
 from moeops.dispatch.local import LocalDispatcher, Record
-from moeops.dispatch.region import Region
-from moeops.ops.sorting import count_tokens
+from moeops.dispatch.nodes import Layout, region_by_node
+from moeops.dispatch.region import Region, can_be_a_region
 from moeops.types import Routing, SlotRouting
 
 
@@ -77,7 +77,7 @@ class ExactDispatcher(Dispatcher):
         num_expert: ``E_local``, the same on every rank.
         group: the ranks, more than one; rank ``r`` holds experts ``r * E_local`` to ``(r + 1) * E_local``.
         n_chunks: parts, at least 1, or a pair of these, forward and backward; the same on every rank. They differ where
-            the experts are one call only, without a hierarchy and without hooks on rows.
+            the experts are one call only, without hooks on rows and without a hierarchy of the form "leader".
         hierarchy: how the ranks are arranged as nodes, the same on every rank; ``None`` for the flat exchange. In the
             form "2d" a token that travels by rank goes to each node once, and from there on inside of it.
         onward: the dispatcher that brings tokens which arrived to ``E_local`` experts; ``None`` where they are here.
@@ -87,7 +87,7 @@ class ExactDispatcher(Dispatcher):
         NotImplementedError: chunks are asked for with a SlotRouting.
     Host sync: one copy per forward, of ``2 W * (n_chunks + 1) + n_chunks`` integers; for experts that are separate
     modules ``n_chunks * (E_local - 1)`` more, and with a hierarchy ``n_chunks * num_middle`` more. With a hierarchy in
-    the form "2d" and experts as one call there is another copy per chunk.
+    the form "2d" and experts as one call there is another copy in all, if there are no chunks.
     """
 
     takes_stage_hooks = True
@@ -103,13 +103,13 @@ class ExactDispatcher(Dispatcher):
     ) -> None:
         self.num_expert = num_expert
         self.group = group
-        self.set_degrees(as_degrees("ExactDispatcher", n_chunks))
         self.hierarchy = hierarchy
         self._by_pair = ByPair(num_expert, group.size)
         self._by_rank = ByRank(
             num_expert, group.size, group.rank, onward or LocalDispatcher(num_expert)
         )
         self._by_node: ExactDispatcher | None = None
+        self.set_degrees(as_degrees("ExactDispatcher", n_chunks))
         if hierarchy is not None and not hierarchy.is_flat and hierarchy.form == "2d":
             self._by_node = ExactDispatcher(
                 num_expert * hierarchy.node_size,
@@ -121,9 +121,9 @@ class ExactDispatcher(Dispatcher):
     def set_degrees(self, degrees: Degrees) -> None:
         """Work in so many chunks from now on."""
         self.degrees = degrees
-        # Where cells begin, in numbers, which compilers know.
-        points = cut_points(degrees)
-        self._points = [(point.numerator, point.denominator) for point in points]
+        self._points = cut_fractions(degrees)
+        if self._by_node is not None:
+            self._by_node.set_degrees(degrees)
 
     def set_stage_hooks(self, hooks: StageHooks) -> None:
         """Call these on each chunk; of rows that go to nodes first, only on their way between nodes."""
@@ -146,6 +146,11 @@ class ExactDispatcher(Dispatcher):
         if in_regions and isinstance(block, RegionBlock) and isinstance(routing, Routing):
             if beside is not None:
                 beside()
+            if self._by_node is not None:
+                assert self.hierarchy is not None
+                own = (self.group, self.hierarchy, self.num_expert, self.degrees, self._points)
+                region = region_by_node(Layout(*own), routing, inp)
+                return block(inp, routing.topk_weights, region)
             return self._run_region(routing, inp, block)
         sent, _ = self.send(routing, inp, block)
         if beside is not None:
@@ -155,14 +160,13 @@ class ExactDispatcher(Dispatcher):
     @property
     def _works_in_regions(self) -> bool:
         """There is nothing between the stages."""
-        flat = self.hierarchy is None or self.hierarchy.is_flat
-        return flat and not self.stage_hooks.on_rows
+        return can_be_a_region(self.hierarchy) and not self.stage_hooks.on_rows
 
     def _run_region(self, routing: Routing, inp: Any, block: RegionBlock) -> Any:
         """Exchange counts of all chunks of both directions, and leave the rest to the region."""
         form, size, ids = self._by_rank, self.group.size, routing.topk_ids
-        owners, firsts = form.owners(ids)
-        counted = [_count_cells(ranks, size, self._points) for ranks in (firsts, owners)]
+        owners, firsts = owners_of(ids, self.num_expert)
+        counted = [count_cells(ranks, size, self._points) for ranks in (firsts, owners)]
         counts, _ = self._host_counts(form, torch.stack(counted, 2), inp, None)
         sizes = [*self.degrees]
         sizes += [n for cell in counts for n in cell.splits.input_splits]
@@ -238,7 +242,7 @@ class ExactDispatcher(Dispatcher):
         n_chunks = sends.shape[1]
         # Size and type of a row go with the counts, so that ranks that disagree all see it.
         leaves = _nests.leaves(inp)
-        signature = _row_signature(leaves)
+        signature = row_signature(leaves)
         marks = torch.cat(
             [torch.full_like(sends[:, 0, :1], mark) for mark in signature], 1
         )  # [W, 2]
@@ -250,13 +254,8 @@ class ExactDispatcher(Dispatcher):
         extra = answer[:0] if extra is None else extra.to(answer.dtype)
         rows = [form.rows_of(counts) for counts in (sends, receives, passing)]
         parts = [*rows, answer[:, -2:], sizes, extra]
-        host = torch.cat([part.flatten() for part in parts]).cpu().tolist()
-        for count in host:
-            torch._check(count >= 0)
-        send_rows, receive_rows, middle_rows, signatures, all_sizes, numbers = _cut(
-            host, [part.numel() for part in parts]
-        )
-        self._check_signatures(signature, leaves, signatures)
+        send_rows, receive_rows, middle_rows, signatures, all_sizes, numbers = copy_to_host(parts)
+        check_signatures(self.group, leaves, signatures)
         counts = []
         num_sizes = sizes.shape[1]
         for chunk in range(n_chunks):
@@ -288,43 +287,6 @@ class ExactDispatcher(Dispatcher):
             return exchange_counts(counts, self.group), counts[:0]
         return hierarchical_counts(counts, self.hierarchy)
 
-    def _check_signatures(
-        self, mine: tuple[int, int], leaves: list[Tensor], signatures: list[int]
-    ) -> None:
-        """All ranks send rows of one size and type: every rank sees all of them, so every rank fails or none."""
-        for rank in range(self.group.size):
-            theirs = signatures[2 * rank : 2 * rank + 2]
-            if torch.compiler.is_compiling():
-                torch._check(theirs[0] == mine[0])
-                torch._check(theirs[1] == mine[1])
-            elif tuple(theirs) != mine:
-                raise ValueError(
-                    "ExactDispatcher: moe_inp must have rows of the same size and dtype on every rank of group "
-                    f"{self.group.name!r}, got {mine[0]} elements of {[leaf.dtype for leaf in leaves]} on rank "
-                    f"{self.group.rank} of {self.group.size} and {_describe_signature(*theirs)} on rank {rank}. Check "
-                    "the layer's input on these ranks."
-                )
-
-
-def _count_cells(ranks: Tensor, size: int, points: list[tuple[int, int]]) -> Tensor:
-    """Count each rank among ``[T, K]``, cell by cell of the tokens: ``[W, cells]``."""
-    num_cells = len(points) - 1
-    if num_cells > 1:
-        token = torch.arange(ranks.shape[0], device=ranks.device)
-        inner = [token >= ranks.shape[0] * above // below for above, below in points[1:-1]]
-        cell = torch.stack(inner).sum(0, keepdim=True).t().to(ranks.dtype)  # [T, 1]
-        ranks = torch.where(ranks < 0, -1, ranks + size * cell)
-    return count_tokens(ranks, num_cells * size).view(num_cells, size).t()
-
-
-def _cut(values: list[int], lengths: list[int]) -> list[list[int]]:
-    """Values in parts of these lengths."""
-    parts, start = [], 0
-    for length in lengths:
-        parts.append(values[start : start + length])
-        start += length
-    return parts
-
 
 def _chunk_tokens(routing: Routing, inp: Any, n_chunks: int) -> list[tuple[Routing, Any]]:
     """Routing and input of each part of the tokens; parts may be empty."""
@@ -337,23 +299,3 @@ def _chunk_tokens(routing: Routing, inp: Any, n_chunks: int) -> list[tuple[Routi
         choices = Routing(ids.narrow(0, start, length), weights.narrow(0, start, length))
         parts.append((choices, part))
     return parts
-
-
-_SIGNED = (*_checks.FLOAT_DTYPES, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-
-
-def _row_signature(leaves: list[Tensor]) -> tuple[int, int]:
-    """Elements per row over all leaves, and their types as digits to base 16."""
-    elements = code = 0
-    for leaf in leaves:
-        elements = elements + row_size(leaf.shape[1:])
-        digit = _SIGNED.index(leaf.dtype) + 1 if leaf.dtype in _SIGNED else 15
-        code = (code * 16 + digit) % 2**28
-    return elements, code
-
-
-def _describe_signature(elements: int, code: int) -> str:
-    """The inverse of ``_row_signature`` as far as it goes."""
-    digits = [int(digit, 16) for digit in f"{code:x}"]
-    names = [_SIGNED[d - 1] if 0 < d <= len(_SIGNED) else "another type" for d in digits]
-    return f"{elements} elements of {names}"

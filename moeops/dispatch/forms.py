@@ -176,22 +176,12 @@ class ByRank(Form):
     def load(self, routing: Routing, tokens: Any) -> Load:
         """Sort by rank."""
         ids, weights = routing.topk_ids, routing.topk_weights
-        owners, firsts = self.owners(ids)
+        owners, firsts = owners_of(ids, self.num_expert)
         num_pairs = count_tokens(owners, self.num_ranks)
         plan = sort_tokens(firsts, self.num_ranks)
         counts = torch.stack((plan.expert_offsets.diff(), num_pairs), 1)
         choices = pack_choices(ids, weights)  # [T, 2 K]
         return Load(tokens, Chosen(plan, weights), counts, choices)
-
-    def owners(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Ranks of a token's experts, ``[T, K]``, -1 for none; and the same with each rank once."""
-        owners = torch.where(ids < 0, -1, ids // self.num_expert)  # [T, K]
-        if owners.shape[1] == 1:
-            return owners, owners
-        # Each rank once: among the sorted ones, the first of those that are equal.
-        ordered = owners.sort(1).values
-        is_first = F.pad(ordered[:, 1:] != ordered[:, :-1], (1, 0), value=True)
-        return owners, torch.where(is_first, ordered, -1)
 
     def rows_of(self, counts: Tensor) -> Tensor:
         """Tokens."""
@@ -233,6 +223,17 @@ def unpack_choices(packed: Tensor) -> tuple[Tensor, Tensor]:
     """Undo ``pack_choices``: ids, weights."""
     weights, bits = packed.chunk(2, 1)
     return bits.detach().view(_id_dtype(packed.dtype)), weights
+
+
+def owners_of(ids: Tensor, num_expert: int) -> tuple[Tensor, Tensor]:
+    """Who has a token's experts, ``num_expert`` each, ``[T, K]``, -1 for none; and the same with each owner once."""
+    owners = torch.where(ids < 0, -1, ids // num_expert)  # [T, K]
+    if owners.shape[1] == 1:
+        return owners, owners
+    # Each owner once: among the sorted ones, the first of those that are equal.
+    ordered = owners.sort(1).values
+    is_first = F.pad(ordered[:, 1:] != ordered[:, :-1], (1, 0), value=True)
+    return owners, torch.where(is_first, ordered, -1)
 
 
 def own_ids(ids: Tensor, rank: int, num_expert: int) -> Tensor:

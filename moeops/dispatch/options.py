@@ -25,6 +25,7 @@ from moeops.dispatch.degrees import Degrees
 from moeops.dispatch.exact import ExactDispatcher
 from moeops.dispatch.gather import Gather
 from moeops.dispatch.local import LocalDispatcher
+from moeops.dispatch.region import can_be_a_region, nodes_of_region
 from moeops.dispatch.replicas import Placement, ReplicaDispatcher, place_replicas
 from moeops.dispatch.shadowing import ShadowDispatcher, ShadowPolicy
 from moeops.dispatch.shards import ShardedDispatcher
@@ -38,7 +39,8 @@ class ExchangeOptions(ChunkedOptions):
     """What ``Exact`` and ``Static`` have in common.
 
     Attributes:
-        n_chunks: see ``ChunkedOptions``. Both directions have as many with the options below.
+        n_chunks: see ``ChunkedOptions``. Both directions have as many with ``replicas``, and with a hierarchy of the
+            form "leader".
         hierarchy: how the ranks of ``moe_group`` are arranged as nodes, from ``moeops.distributed.build_hierarchy``;
             ``None`` for the flat exchange.
         replicas: dict of expert, from 0 to ``E``, to ranks of ``moe_group`` that hold it beside its owner; its tokens
@@ -55,7 +57,8 @@ class ExchangeOptions(ChunkedOptions):
         check_hierarchy(ranks.op, self.hierarchy, ranks.group)
         if self._placement(ranks) is not None:
             _refuse_shards("replicas", ranks)
-        self._check_one_degree("hierarchy", self.hierarchy, ranks)
+        leader = None if can_be_a_region(self.hierarchy) else self.hierarchy
+        self._check_one_degree('a hierarchy of the form "leader"', leader, ranks)
         self._check_one_degree("replicas", self._placement(ranks), ranks)
 
     def build(self, ranks: ExpertRanks) -> Dispatcher:
@@ -76,13 +79,26 @@ class ExchangeOptions(ChunkedOptions):
             "replicas": self._placement(ranks),
         }
 
+    def node_size(self) -> int:
+        """Ranks of a node with a hierarchy, 0 without."""
+        nodes = nodes_of_region(self.hierarchy)
+        return 0 if nodes is None else nodes.node_size
+
+    def _sizes(
+        self, kind: str, ranks: ExpertRanks, num_tokens: int | None, capacity: int = 0
+    ) -> LayerSizes | None:
+        """The layer as a cost model knows it; none knows the form "leader"."""
+        if not can_be_a_region(self.hierarchy):
+            return None
+        return super()._sizes(kind, ranks, num_tokens, capacity)
+
     def _check_one_degree(self, option: str, value: Any, ranks: ExpertRanks) -> None:
         """With another option, both directions have as many chunks, and no model chooses them."""
         is_one = self.auto_chunks(ranks.op) is None and self.degrees(ranks.op).are_equal
         if value is not None and not is_one:
             raise NotImplementedError(
                 f"{ranks.op}: n_chunks must be one number for both directions with {option}, got {self.n_chunks!r}. "
-                f"Pass an int, or {option}=None."
+                f"Pass an int, or leave out {option}."
             )
 
     def _placement(self, ranks: ExpertRanks) -> Placement | None:
@@ -359,7 +375,8 @@ def choose_degrees(dispatcher: Dispatcher, device: Any) -> None:
             sizes.num_expert,
             sizes.mlps.dtype,
         )
-        model = job_model(ranks.op, layer, group, _place(group, device))
+        nodes = nodes_of_region(getattr(options, "hierarchy", None))
+        model = job_model(ranks.op, layer, group, _place(group, device), hierarchy=nodes)
 
     priced = functools.partial(schedule_of, sizes, model)
 

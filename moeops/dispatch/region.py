@@ -6,6 +6,10 @@ backward does the same with gradients, in as many chunks as it likes, and comput
 while the tokens' travel. Experts are one op, whose gradient is another, so
 that what the forward keeps of all rows can be cut anew: rows, and their pre-activations by the place of their pair.
 
+With a hierarchy of nodes a chunk passes two links, each of which carries another chunk meanwhile. Who sends on waits
+for the first link, and holds up what is queued behind. So a chunk is sent on before its experts are due: one chunk
+ahead, or all of them where the short link comes first; and on its way back behind the experts of the next one.
+
 ``torch.ops.moeops.ep_region`` is composite. Dynamo's graph shows it with both degrees, where a pass may set them;
 graphs below autograd show torch's collectives and moeops' ops.
 """
@@ -21,10 +25,12 @@ from torch import Tensor
 
 from moeops import _checks
 from moeops.comm.groups import RankGroup
-from moeops.comm.wires import InFlight
+from moeops.comm.hierarchical import Hierarchy
+from moeops.comm.wires import InFlight, TwoHops
 from moeops.dispatch.degrees import Degrees
 from moeops.dispatch.forms import unpack_choices
-from moeops.dispatch.transports import TRANSPORTS, Choices, Leg, Transport
+from moeops.dispatch.legs import Choices, Leg, Transport
+from moeops.dispatch.transports import TRANSPORTS
 from moeops.ops._autocast import cast_for_autocast
 from moeops.ops.moe_mlp import backward_data, backward_weights
 from moeops.types import TokenPlan
@@ -33,8 +39,11 @@ _library = torch.library.Library("moeops", "FRAGMENT")
 _library.define(
     "ep_region(Tensor x, Tensor? topk_weights, Tensor[] tables, SymInt[] sizes, Tensor w_up, Tensor w_down, "
     "Tensor? b_up, Tensor? b_down, str activation, str transport, str group_name, int group_size, int rank, "
-    "int num_expert, int r_fwd, int r_bwd) -> Tensor"
+    "str inside_name, str across_name, int node_size, int num_expert, int r_fwd, int r_bwd) -> Tensor"
 )
+
+
+AnyFlight = InFlight | TwoHops
 
 
 class _Spec(NamedTuple):
@@ -43,13 +52,15 @@ class _Spec(NamedTuple):
     transport: str
     sizes: Sequence[int]
     group: RankGroup
+    hierarchy: Hierarchy | None
     num_expert: int
     degrees: Degrees
     activation: str
 
     def build(self, like: Tensor, tables: Sequence[Tensor]) -> Transport:
         kind = TRANSPORTS[self.transport]
-        return kind(like, tables[: kind.num_tables], self.sizes, self.group, self.num_expert)
+        own = tables[: kind.num_tables]
+        return kind(like, own, self.sizes, self.group, self.num_expert, self.hierarchy)
 
 
 class _Block(NamedTuple):
@@ -101,12 +112,13 @@ def _run(
     legs = transport.legs(spec.degrees.forward)
     begun = tables[transport.num_tables :]
     packed = transport.packed_choices(topk_weights)
-    flights: list[tuple[InFlight, InFlight | None]] = []
+    flights: list[tuple[AnyFlight, AnyFlight | None]] = []
     for number, leg in enumerate(legs):
         flight = leg.resume(x, begun[number]) if begun else leg.send(x)
         flights.append((flight, None if packed is None else leg.send(packed)))
     works, returns = [], []
-    for leg, (flight, beside) in zip(legs, flights, strict=True):
+    for number, (leg, (flight, beside)) in enumerate(zip(legs, flights, strict=True)):
+        _send_on([one for one, _ in flights], number, transport)
         rows = flight.finish().to(x.dtype)
         choices = leg.choices() if beside is None else Choices(*unpack_choices(beside.finish()))
         assert choices is not None
@@ -115,10 +127,26 @@ def _run(
             rows, *plan, choices.weights, *block, activation=spec.activation, keep_pre=keep
         )
         returns.append(leg.turn(y))
+        _send_back_on(returns[:number])
         ids = choices.ids if beside is not None and not spec.degrees.are_equal else None
         works.append(_Work(rows, choices.weights, plan, pre_activation, ids))
+    _send_back_on(returns)
     parts = [leg.combine(flight.finish()) for leg, flight in zip(legs, returns, strict=True)]
     return transport.join(parts), legs, works
+
+
+def _send_on(flights: Sequence[AnyFlight], number: int, transport: Transport) -> None:
+    """Over their second link, before the experts of a chunk: that one and those ahead of it."""
+    ahead = len(flights) if transport.ahead is None else number + 1 + transport.ahead
+    for flight in flights[:ahead]:
+        flight.advance()
+
+
+def _send_back_on(flights: Sequence[AnyFlight | None]) -> None:
+    """Over their second link, once the first has had the time of the next chunk's experts; the last chunk at once."""
+    for flight in flights:
+        if flight is not None:
+            flight.advance()
 
 
 class _Recut:
@@ -196,9 +224,10 @@ class _Region(torch.autograd.Function):
         flights = [leg.send(grad) for leg in legs]
         recut = None if spec.degrees.are_equal else _Recut(transport, works)
         needs = ctx.needs_input_grad[1:7]
-        returns: list[tuple[InFlight | None, ...]] = []
+        returns: list[tuple[AnyFlight | None, ...]] = []
         waiting: list[tuple[Tensor, _Work, list[Tensor]]] = []
         for number, (leg, flight) in enumerate(zip(legs, flights, strict=True)):
+            _send_on(flights, number, transport)
             work = works[number] if recut is None else recut.work(leg)
             grad_y = flight.finish()
             inputs = (work.rows, *work.plan, work.weights, *block)
@@ -210,8 +239,12 @@ class _Region(torch.autograd.Function):
                 )
             )
             waiting.append((grad_y, work, grads.kept))
-        # What goes back travels meanwhile.
+            _send_back_on([flight for pair in returns[:number] for flight in pair])
+        # What goes back travels meanwhile, over the long link.
+        if transport.ahead is not None:
+            _send_back_on(returns[-1])
         sums = _weight_gradients(waiting, needs[2:])
+        _send_back_on(returns[-1])
         grad_x, grad_topk_weights = (
             _land(transport, legs, [pair[i] for pair in returns]) for i in range(2)
         )
@@ -248,7 +281,7 @@ def _weight_gradients(
 
 
 def _land(
-    transport: Transport, legs: list[Leg], flights: Sequence[InFlight | None]
+    transport: Transport, legs: list[Leg], flights: Sequence[AnyFlight | None]
 ) -> Tensor | None:
     """What came back for all rows of this rank, if it was sent."""
     parts = [
@@ -277,14 +310,22 @@ def _ep_region(
     group_name,
     group_size,
     rank,
+    inside_name,
+    across_name,
+    node_size,
     num_expert,
     r_fwd,
     r_bwd,
 ):
     # The rank is an argument, so that no rank takes another one's code from a cache.
     group = RankGroup(group_name, group_size, rank)
+    hierarchy = None
+    if node_size:
+        node, place = divmod(rank, node_size)
+        inside = RankGroup(inside_name, node_size, place)
+        hierarchy = Hierarchy(group, inside, RankGroup(across_name, group_size // node_size, node))
     degrees = Degrees(r_fwd, r_bwd)
-    spec = _Spec(transport, sizes, group, num_expert, degrees, activation)
+    spec = _Spec(transport, sizes, group, hierarchy, num_expert, degrees, activation)
     block = _Block(w_up, w_down, b_up, b_down)
     wanted = (x, topk_weights, *block)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in wanted):
@@ -293,6 +334,16 @@ def _ep_region(
 
 
 _library.impl("ep_region", _ep_region, "CompositeImplicitAutograd")
+
+
+def can_be_a_region(hierarchy: Hierarchy | None) -> bool:
+    """The form "leader", whose ranks do not all have a link between nodes, passes no region."""
+    return hierarchy is None or hierarchy.is_flat or hierarchy.form == "2d"
+
+
+def nodes_of_region(hierarchy: Hierarchy | None) -> Hierarchy | None:
+    """The arrangement, if there are two links."""
+    return None if hierarchy is None or hierarchy.is_flat else hierarchy
 
 
 @dataclass(eq=False)  # not frozen, see ``RegionBlock``
@@ -308,6 +359,7 @@ class Region:
         group: the ranks, more than one.
         num_expert: ``E_local``.
         degrees: chunks in each direction.
+        hierarchy: how the ranks are arranged as nodes, in the form "2d"; ``None`` for the flat exchange.
     """
 
     transport: str
@@ -316,6 +368,7 @@ class Region:
     group: RankGroup
     num_expert: int
     degrees: Degrees
+    hierarchy: Hierarchy | None = None
 
     def run(
         self,
@@ -347,6 +400,10 @@ class Region:
         x, w_up, w_down, b_up, b_down = cast_for_autocast(x, w_up, w_down, b_up, b_down)
         if topk_weights is not None:
             topk_weights = topk_weights.to(_checks.accumulate_dtype(x.dtype))
+        nodes = ("", "", 0)
+        if self.hierarchy is not None:
+            inside, across = self.hierarchy.inside, self.hierarchy.across
+            nodes = (inside.name, across.name, inside.size)
         run = torch.ops.moeops.ep_region if torch.compiler.is_compiling() else _ep_region
         return run(
             x,
@@ -360,6 +417,7 @@ class Region:
             activation,
             self.transport,
             *self.group,
+            *nodes,
             self.num_expert,
             *self.degrees,
         )

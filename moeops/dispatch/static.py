@@ -30,7 +30,7 @@ from moeops.dispatch.degrees import Degrees, as_degrees, one_degree
 from moeops.dispatch.hooks import StageHooks
 from moeops.dispatch.local import LocalDispatcher, Record
 from moeops.dispatch.plans import plan_of_buffers
-from moeops.dispatch.region import Region
+from moeops.dispatch.region import Region, can_be_a_region, nodes_of_region
 from moeops.dispatch.transports import StaticTransport
 from moeops.ops.padding import pad_rows, unpad_rows
 from moeops.types import Routing, SlotRouting
@@ -101,8 +101,8 @@ class StaticDispatcher(Dispatcher):
             fixed, raises ValueError where they differ, see ``CommonSize.require``, and in exported programs and CUDA
             graphs all ranks must have as many tokens.
         n_chunks: parts, at least 1, or a pair of these, forward and backward; the same on every rank. They differ where
-            the experts are one call only, without a hierarchy and without hooks on rows. With one rank there is no
-            backward of its own.
+            the experts are one call only, without hooks on rows and without a hierarchy of the form "leader". With one
+            rank there is no backward of its own.
         hierarchy: how the ranks are arranged as nodes, the same on every rank; ``None`` for the flat exchange.
 
     Host sync: none while ``C`` stays what it is; where it is a factor one in the first forward, and one where a rank's
@@ -177,8 +177,8 @@ class StaticDispatcher(Dispatcher):
     @property
     def _works_in_regions(self) -> bool:
         """There are other ranks, and nothing between the stages."""
-        flat = self.hierarchy is None or self.hierarchy.is_flat
-        return flat and self.group.size > 1 and not self.stage_hooks.on_rows
+        alone = self.group.size == 1 or not can_be_a_region(self.hierarchy)
+        return not alone and not self.stage_hooks.on_rows
 
     def _run_region(self, rows: _Sorted, block: RegionBlock, beside: Beside | None) -> Any:
         """Send buffers, and leave the rest to the region."""
@@ -186,15 +186,20 @@ class StaticDispatcher(Dispatcher):
         if beside is not None:
             beside()
         tables = [flight.sent for flight in flights]
-        region = Region("static", tables, [], self.group, self.num_expert, self.degrees)
+        nodes = nodes_of_region(self.hierarchy)
+        region = Region("static", tables, [], self.group, self.num_expert, self.degrees, nodes)
         return self._drain(block(buffers, None, region), rows)
 
     def _begin_region(self, rows: _Sorted, capacity: int) -> tuple[list[Any], Any]:
-        """Begin to send buffers of a capacity, to which the region brings gradients."""
+        """Begin to send buffers of a capacity, to which the region brings gradients; inside nodes they are there."""
         buffers = _nests.map_leaves(lambda leaf: self._pad(leaf, rows, capacity), rows.rows)
         ahead = buffers.detach()
-        transport = StaticTransport(ahead, [], [], self.group, self.num_expert)
-        return [leg.send(ahead) for leg in transport.legs(self.degrees.forward)], buffers
+        nodes = nodes_of_region(self.hierarchy)
+        transport = StaticTransport(ahead, [], [], self.group, self.num_expert, nodes)
+        flights = [leg.send(ahead) for leg in transport.legs(self.degrees.forward)]
+        for flight in flights:
+            flight.advance()
+        return flights, buffers
 
     def _sort(self, routing: Routing | SlotRouting, inp: Any) -> _Sorted:
         """Bring tokens into expert order."""

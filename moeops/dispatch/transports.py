@@ -1,187 +1,25 @@
-"""How the chunks of a region travel. T tokens, K experts each, E experts, E_local on a rank, W ranks, C capacity.
+"""How the chunks of a region travel: the transports. T tokens, K experts each, E experts, E_local on a rank, W ranks.
 
-A transport belongs to one pass through a region. It cuts the rows of this rank into chunks, and knows of each chunk, a
-leg, how it gets to the experts, how it is sorted there, and how answers come back. What brings tokens to the experts
-brings the gradients of their answers there as well, since the gradient of a sum over ranks goes to every rank that
-added to it, and what brings answers back brings gradients of tokens back. So both passes go the same way, in chunks of
-their own.
-
-Nothing here is differentiable: ``moeops.dispatch.region`` calls it within an ``autograd.Function``.
+C capacity; with a hierarchy, M nodes of L ranks.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
-from fractions import Fraction
-from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from moeops import _checks
-from moeops.comm.exchange import AllToAll
+from moeops.comm.exchange import AllToAll, Splits
 from moeops.comm.gathering import GATHERS
-from moeops.comm.groups import RankGroup
-from moeops.comm.wires import InFlight, Wire
-from moeops.dispatch.degrees import at, cut_points
+from moeops.comm.hierarchical import send_in_two_hops
+from moeops.comm.wires import InFlight, TwoHops, Wire
+from moeops.dispatch.degrees import cut_points
 from moeops.dispatch.forms import own_ids, pack_choices
+from moeops.dispatch.legs import Choices, Cut, Leg, Transport, cuts
 from moeops.dispatch.plans import plan_of_buffers, plan_what_fits, rows_of_leg
 from moeops.types import TokenPlan
-
-
-class Choices(NamedTuple):
-    """What experts need to know of rows, beside the rows.
-
-    Attributes:
-        ids: ``[R, K]``, over all ranks; ``None`` where the place of a row says as much.
-        weights: ``[R, K]``.
-    """
-
-    ids: Tensor | None
-    weights: Tensor
-
-
-class Cut(NamedTuple):
-    """A chunk, as a part of the whole."""
-
-    start: Fraction
-    end: Fraction
-
-    def bounds(self, total: int) -> tuple[int, int]:
-        """First of its entries, and how many they are, of so many in all."""
-        first = at(self.start, total)
-        return first, at(self.end, total) - first
-
-    def within(self, points: Sequence[Fraction]) -> list[Cut]:
-        """Its parts between these points."""
-        inner = [self.start, *(p for p in points if self.start < p < self.end), self.end]
-        return [Cut(*pair) for pair in itertools.pairwise(inner)]
-
-
-def cuts(degree: int) -> list[Cut]:
-    """The chunks of a degree."""
-    return [Cut(Fraction(i, degree), Fraction(i + 1, degree)) for i in range(degree)]
-
-
-AnyTransport = TypeVar("AnyTransport", bound="Transport")
-
-
-class Leg(Generic[AnyTransport]):
-    """One chunk. R rows arrive at this rank.
-
-    Args:
-        transport: whose chunk it is.
-        cut: which part of the rows.
-        kept: ``kept`` of the same leg in the forward.
-
-    Attributes:
-        kept: tensors that were made when the leg was, for the backward.
-    """
-
-    def __init__(self, transport: AnyTransport, cut: Cut, kept: Sequence[Tensor] = ()) -> None:
-        self.transport = transport
-        self.cut = cut
-        self.start, self.length = cut.bounds(transport.length)
-        self.kept = kept
-
-    def wire(self) -> Wire:
-        """The collective that brings rows to the experts; the one of its gradients brings answers back."""
-        raise NotImplementedError(
-            f"{type(self).__name__}: wire must be written by the subclass, got none. Write it."
-        )
-
-    def part(self, rows: Tensor) -> Tensor:
-        """The chunk's part of all rows of this rank, as it is sent."""
-        raise NotImplementedError(
-            f"{type(self).__name__}: part must be written by the subclass, got none. Write it."
-        )
-
-    def send(self, rows: Tensor) -> InFlight:
-        """Begin to send the chunk's part of all rows of this rank to the experts."""
-        return InFlight(self.part(rows), self.wire())
-
-    def resume(self, rows: Tensor, begun: Tensor) -> InFlight:
-        """The same, where that was begun before."""
-        return InFlight(rows, self.wire(), begun)
-
-    def turn(self, answers: Tensor) -> InFlight:
-        """Begin to send answers ``[R, ...]`` to rows that arrived back."""
-        return InFlight(answers, self.wire().turn())
-
-    def combine(self, arrived: Tensor) -> Tensor:
-        """Answers that came back, as the chunk's part of all rows."""
-        return arrived
-
-    def choices(self) -> Choices | None:
-        """What is known of the rows that arrive; ``None`` where it travels with them."""
-        return None
-
-    def plan(self, choices: Choices) -> TokenPlan:
-        """Sort the rows that arrived by this rank's experts."""
-        raise NotImplementedError(
-            f"{type(self).__name__}: plan must be written by the subclass, got none. Write it."
-        )
-
-
-class Transport:
-    """Base of the transports.
-
-    Args:
-        like: rows that are to be sent, or gradients of answers.
-        tables: tensors without a gradient that the transport is made of.
-        sizes: numbers that it is made of.
-        group: the ranks, more than one.
-        num_expert: ``E_local``.
-
-    Attributes:
-        leg: the kind of its legs.
-        num_tables: how many tables it is made of.
-        has_weights: rows are tokens, whose weights have a gradient.
-        length: what is cut: tokens of this rank, or the capacity.
-    """
-
-    leg: type[Leg]
-    num_tables: int
-    has_weights = True
-    length: int
-
-    def __init__(
-        self,
-        like: Tensor,
-        tables: Sequence[Tensor],
-        sizes: Sequence[int],
-        group: RankGroup,
-        num_expert: int,
-    ) -> None:
-        self.like = like
-        self.tables = tables
-        self.sizes = sizes
-        self.group = group
-        self.num_expert = num_expert
-        self.length = like.shape[0]
-
-    def legs(self, degree: int) -> list[Leg]:
-        """All rows in so many chunks."""
-        return [self.leg(self, cut) for cut in cuts(degree)]
-
-    def legs_again(self, kept: Sequence[Sequence[Tensor]]) -> list[Leg]:
-        """The legs of the forward, by what these kept."""
-        return [self.leg(self, cut, own) for cut, own in zip(cuts(len(kept)), kept, strict=True)]
-
-    def packed_choices(self, weights: Tensor | None) -> Tensor | None:
-        """Choices in the form in which they travel, in the forward; ``None`` where they do not."""
-        return None
-
-    def positions(self, degree: int, leg: Leg) -> Tensor:
-        """Where the rows that arrive with a leg are among those of all legs of another degree, in order: ``[R]``."""
-        raise NotImplementedError(
-            f"{type(self).__name__}: positions must be written by the subclass, got none. Write it."
-        )
-
-    def join(self, parts: list[Tensor]) -> Tensor:
-        """What all legs have combined, as one tensor."""
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class EvenTransport(Transport):
@@ -264,7 +102,10 @@ GatherTransport.leg = GatherLeg
 
 
 class StaticTransport(EvenTransport):
-    """Buffers ``[E, C, D]`` go to the ranks of their experts, and back; no tables, no sizes."""
+    """Buffers ``[E, C, D]`` go to the ranks of their experts, and back; no tables, no sizes.
+
+    With a hierarchy they pass the links inside the node first, and last on their way back.
+    """
 
     num_tables = 0
     has_weights = False
@@ -284,9 +125,24 @@ class StaticLeg(Leg[StaticTransport]):
 
     def wire(self) -> Wire:
         """An exchange of equal parts."""
-        group = self.transport.group
-        splits = [self.transport.num_expert * self.length] * group.size
-        return AllToAll(splits, splits, group)
+        splits = self._splits()
+        return AllToAll(splits.input_splits, splits.output_splits, self.transport.group)
+
+    def send(self, rows: Tensor) -> InFlight | TwoHops:
+        """Begin to send the chunk's part of all buffers."""
+        if self.transport.hierarchy is None:
+            return super().send(rows)
+        return send_in_two_hops(self.part(rows), self._splits(), self.transport.hierarchy)
+
+    def turn(self, answers: Tensor) -> InFlight | TwoHops:
+        """Begin to send answers back."""
+        if self.transport.hierarchy is None:
+            return super().turn(answers)
+        return send_in_two_hops(answers, self._splits(), self.transport.hierarchy, back=True)
+
+    def _splits(self) -> Splits:
+        block, size = self.transport.num_expert * self.length, self.transport.group.size
+        return Splits([block] * size, [block] * size, [block] * size, equal=True)
 
     def part(self, rows: Tensor) -> Tensor:
         """Rows of every buffer."""
@@ -313,46 +169,50 @@ class StaticLeg(Leg[StaticTransport]):
 StaticTransport.leg = StaticLeg
 
 
-class ExactTransport(Transport):
-    """Every token goes once to each rank that has one of its experts, and the ranks' sums come back.
+class CellTransport(Transport):
+    """What arrives depends on the tokens, and is counted by cell.
 
-    ``tables`` are this rank's ids ``[T, K]``; its tokens' ranks, each once, ``[T, K]``, -1 for none; and how many
-    tokens come from each rank in each cell, ``[W, cells]``. Cells lie between the cut points of two degrees, and every
-    degree that legs are asked for must have its own among these. ``sizes`` are the two; then, by cell, tokens to each
-    rank, tokens from each rank, and this rank's pairs.
+    Cells lie between the cut points of two degrees, and every degree that legs are asked for must have its own among
+    these. ``sizes`` begin with the two.
+
+    Attributes:
+        points: where cells begin, and where the last one ends.
+        arriving: the table of how many tokens come in each cell, ``[W, cells]``, from each rank in the order in which
+            they arrive.
     """
 
-    num_tables = 3
+    arriving: Tensor
 
     def __init__(self, *args) -> None:
         super().__init__(*args)
         self.points = cut_points(int(degree) for degree in self.sizes[:2])
-        numbers, size = list(self.sizes[2:]), self.group.size
-        num_cells = len(self.points) - 1
-        self.sends = _by_cell(numbers[: num_cells * size], size)
-        self.receives = _by_cell(numbers[num_cells * size : 2 * num_cells * size], size)
-        self.pairs = numbers[2 * num_cells * size :]
 
     def cells(self, cut: Cut) -> range:
         """Cells of a chunk."""
         return range(self.points.index(cut.start), self.points.index(cut.end))
 
-    def packed_choices(self, weights: Tensor | None) -> Tensor:
-        """Ids and weights, which travel beside the tokens."""
-        assert weights is not None
-        return pack_choices(self.tables[0], weights)
-
     def positions(self, degree: int, leg: Leg) -> Tensor:
         """The cells of a rank lie one behind the other in every leg that has them."""
-        received = self.tables[2].long()
-        # The cells as they arrive: first those of the first leg, by rank.
-        arriving = torch.cat([self._take(received, cut).flatten() for cut in cuts(degree)])
-        begins = arriving.cumsum(0) - arriving
-        parts = begins.split([self.group.size * len(self.cells(cut)) for cut in cuts(degree)])
-        begins = torch.cat([part.view(self.group.size, -1) for part in parts], 1)  # [W, cells]
-        lengths, begins = self._take(received, leg.cut).flatten(), self._take(begins, leg.cut)
+        return self.places(self.arriving, degree, leg.cut, sum(leg.receives))  # type: ignore[attr-defined]
+
+    def places(self, counts: Tensor, degree: int, cut: Cut, num_rows: int) -> Tensor:
+        """Where the rows of a chunk are among those of all legs of a degree, ``[num_rows]``.
+
+        Args:
+            counts: rows from each place in each cell, ``[places, cells]``; legs have them by place, then by cell.
+            degree: of the legs.
+            cut: the chunk.
+            num_rows: how many they are.
+        """
+        counts = counts.long()
+        # The cells as they arrive: first those of the first leg, by place.
+        every = torch.cat([self._take(counts, part).flatten() for part in cuts(degree)])
+        begins = every.cumsum(0) - every
+        num_places = counts.shape[0]
+        parts = begins.split([num_places * len(self.cells(part)) for part in cuts(degree)])
+        begins = torch.cat([part.view(num_places, -1) for part in parts], 1)  # [places, cells]
+        lengths, begins = self._take(counts, cut).flatten(), self._take(begins, cut)
         shifts = begins.flatten() - (lengths.cumsum(0) - lengths)
-        num_rows = sum(leg.receives)  # type: ignore[attr-defined]  # of this transport
         shifts = torch.repeat_interleave(shifts, lengths, output_size=num_rows)
         return shifts + torch.arange(num_rows, device=shifts.device)
 
@@ -361,8 +221,39 @@ class ExactTransport(Transport):
         return table.narrow(1, cells.start, len(cells))
 
 
-def _by_cell(numbers: list[int], size: int) -> list[list[int]]:
-    return [numbers[i : i + size] for i in range(0, len(numbers), size)]
+class ExactTransport(CellTransport):
+    """Every token goes once to each rank that has one of its experts, and the ranks' sums come back.
+
+    ``tables`` are this rank's ids ``[T, K]``; its tokens' ranks, each once, ``[T, K]``, -1 for none; and how many
+    tokens come from each rank in each cell, ``[W, cells]``. ``sizes`` are the two degrees; then, by cell, tokens to
+    each rank, tokens from each rank, and this rank's pairs.
+    """
+
+    num_tables = 3
+
+    def __init__(self, *args) -> None:
+        super().__init__(*args)
+        self.arriving = self.tables[2]
+        size, num_cells = self.group.size, len(self.points) - 1
+        self.sends, self.receives, pairs = _by_cell(self.sizes[2:], num_cells, (size, size, 1))
+        self.pairs = [numbers[0] for numbers in pairs]
+
+    def packed_choices(self, weights: Tensor | None) -> Tensor:
+        """Ids and weights, which travel beside the tokens."""
+        assert weights is not None
+        return pack_choices(self.tables[0], weights)
+
+
+def _by_cell(
+    numbers: Sequence[int], num_cells: int, lengths: Sequence[int]
+) -> list[list[list[int]]]:
+    """Tables of numbers, of these lengths in each cell, one behind the other."""
+    tables, start = [], 0
+    for length in lengths:
+        ends = range(start, start + num_cells * length, length)
+        tables.append([list(numbers[i : i + length]) for i in ends])
+        start += num_cells * length
+    return tables
 
 
 class ExactLeg(Leg[ExactTransport]):
@@ -378,12 +269,8 @@ class ExactLeg(Leg[ExactTransport]):
         self.by_rank = TokenPlan(*self.kept)
 
     def _sort_by_rank(self) -> TokenPlan:
-        owners = self.transport.tables[1].narrow(0, self.start, self.length)
-        plan = TokenPlan(*torch.ops.moeops.sort_tokens(owners, self.transport.group.size))
-        num_rows = sum(self.sends)
-        # What has a place to go to comes first; what is dropped has no row.
-        torch._check(num_rows <= owners.shape[0] * owners.shape[1])
-        return plan._replace(row_to_pair=plan.row_to_pair.narrow(0, 0, num_rows))
+        ranks = self.transport.tables[1].narrow(0, self.start, self.length)
+        return sort_by_target(ranks, self.transport.group.size, sum(self.sends))
 
     def wire(self) -> Wire:
         """An exchange of what there is."""
@@ -401,11 +288,7 @@ class ExactLeg(Leg[ExactTransport]):
 
     def plan(self, choices: Choices) -> TokenPlan:
         """Sort the pairs that are of this rank's experts."""
-        group, num_expert = self.transport.group, self.transport.num_expert
-        assert choices.ids is not None
-        ids = own_ids(choices.ids, group.rank, num_expert)
-        torch._check(self.num_pairs <= ids.shape[0] * ids.shape[1])
-        return TokenPlan(*torch.ops.moeops.sort_tokens(ids, num_expert, self.num_pairs))
+        return _sort_own_pairs(self.transport, choices, self.num_pairs)
 
 
 ExactTransport.leg = ExactLeg
@@ -416,9 +299,119 @@ def _sums(by_cell: list[list[int]], cells: range) -> list[int]:
     return [sum(column) for column in zip(*(by_cell[cell] for cell in cells), strict=True)]
 
 
+def sort_by_target(targets: Tensor, num_targets: int, num_rows: int) -> TokenPlan:
+    """Sort rows by where each goes, ``[T, K]`` with -1 for nowhere: a plan of the ``num_rows`` that go somewhere."""
+    plan = TokenPlan(*torch.ops.moeops.sort_tokens(targets, num_targets))
+    # What has a place to go to comes first; what is dropped has no row.
+    torch._check(num_rows <= targets.shape[0] * targets.shape[1])
+    return plan._replace(row_to_pair=plan.row_to_pair.narrow(0, 0, num_rows))
+
+
+def _sort_own_pairs(transport: Transport, choices: Choices, num_pairs: int) -> TokenPlan:
+    assert choices.ids is not None
+    ids = own_ids(choices.ids, transport.group.rank, transport.num_expert)
+    torch._check(num_pairs <= ids.shape[0] * ids.shape[1])
+    return TokenPlan(*torch.ops.moeops.sort_tokens(ids, transport.num_expert, num_pairs))
+
+
+class NodesTransport(CellTransport):
+    """Every token goes once to each node with one of its experts, and on to its ranks there; sums come back likewise.
+
+    Between nodes it goes to the rank that has the place of its own rank there, which sends it on inside the node, and
+    adds up what the node's ranks made of it.
+
+    ``tables`` are this rank's tokens' nodes, each once, ``[T, K]``, -1 for none; how many tokens come from each node in
+    each cell, ``[M, cells]``; of the tokens that pass through this rank, by node, the ranks inside, each once,
+    ``[P, K]``; how many come to the experts in each cell, ``[W, cells]``, by the place in the node of the rank that
+    they come from, then by its node; ids and weights of these, ``[R, K]`` each. ``sizes`` are the two degrees; then, by
+    cell, tokens to each node, from each node, to each rank inside, from each rank inside, and this rank's pairs.
+    """
+
+    num_tables = 6
+    ahead = 1
+
+    def __init__(self, *args) -> None:
+        super().__init__(*args)
+        assert self.hierarchy is not None
+        self.arriving = self.tables[3]
+        size, nodes = self.hierarchy.node_size, self.hierarchy.num_nodes
+        num_cells = len(self.points) - 1
+        lengths = (nodes, nodes, size, size, 1)
+        *self.counts, pairs = _by_cell(self.sizes[2:], num_cells, lengths)
+        self.pairs = [numbers[0] for numbers in pairs]
+
+
+class NodesLeg(Leg[NodesTransport]):
+    """A part of this rank's tokens, and of those that pass through it."""
+
+    def __init__(self, transport: NodesTransport, cut: Cut, kept: Sequence[Tensor] = ()) -> None:
+        super().__init__(transport, cut, kept)
+        assert transport.hierarchy is not None
+        inside, across = transport.hierarchy.inside, transport.hierarchy.across
+        cells = transport.cells(cut)
+        sends, self.passing, onward, self.receives = (_sums(t, cells) for t in transport.counts)
+        self.num_pairs = sum(transport.pairs[cell] for cell in cells)
+        self.kept = kept or self._sort(sum(sends), sum(onward))
+        self.by_node, self.by_place = TokenPlan(*self.kept[:3]), TokenPlan(*self.kept[3:])
+        self.between = AllToAll(sends, self.passing, across)
+        self.inside = AllToAll(onward, self.receives, inside)
+
+    def _sort(self, num_sent: int, num_onward: int) -> tuple[Tensor, ...]:
+        """Plans of what goes to nodes, and of what goes on from here."""
+        transport = self.transport
+        nodes, passing, places = transport.tables[:3]
+        assert transport.hierarchy is not None
+        by_node = sort_by_target(
+            nodes.narrow(0, self.start, self.length), transport.hierarchy.num_nodes, num_sent
+        )
+        own = self._take(passing, places, sum(self.passing))
+        return *by_node, *sort_by_target(own, transport.hierarchy.node_size, num_onward)
+
+    def _take(self, counts: Tensor, table: Tensor, num_rows: int) -> Tensor:
+        """The leg's rows of a table that has those of all legs."""
+        if self.cut == cuts(1)[0]:
+            return table
+        return table.index_select(0, self.transport.places(counts, 1, self.cut, num_rows))
+
+    def send(self, rows: Tensor) -> TwoHops:
+        """Begin to send the chunk's part of all tokens, copied into the order of nodes."""
+        permute = torch.ops.moeops.permute_tokens
+        sent = permute(rows.narrow(0, self.start, self.length), *self.by_node)
+        return TwoHops(sent, self.between, lambda x: permute(x, *self.by_place), self.inside)
+
+    def turn(self, answers: Tensor) -> TwoHops:
+        """Begin to send answers back; the ranks of a node are added up on the way."""
+
+        def add_up(arrived: Tensor) -> Tensor:
+            return torch.ops.moeops.unpermute_tokens(arrived, *self.by_place, None)
+
+        return TwoHops(answers, self.inside.turn(), add_up, self.between.turn())
+
+    def combine(self, arrived: Tensor) -> Tensor:
+        """Add up what the nodes made of each token."""
+        return torch.ops.moeops.unpermute_tokens(arrived, *self.by_node, None)
+
+    def choices(self) -> Choices:
+        """Those of the tokens that arrive."""
+        *_, arriving, ids, weights = self.transport.tables
+        num_rows = sum(self.receives)
+        dtype = _checks.accumulate_dtype(self.transport.like.dtype)
+        return Choices(
+            self._take(arriving, ids, num_rows), self._take(arriving, weights, num_rows).to(dtype)
+        )
+
+    def plan(self, choices: Choices) -> TokenPlan:
+        """Sort the pairs that are of this rank's experts."""
+        return _sort_own_pairs(self.transport, choices, self.num_pairs)
+
+
+NodesTransport.leg = NodesLeg
+
+
 TRANSPORTS: dict[str, type[Transport]] = {
     "exact": ExactTransport,
     "gather": GatherTransport,
     "gather by peer": PeerGatherTransport,
+    "nodes": NodesTransport,
     "static": StaticTransport,
 }

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from moeops._extension import loaded_libraries
 from moeops.comm.agreement import everywhere
 from moeops.comm.groups import RankGroup, describe_group, process_group
+from moeops.comm.hierarchical import Hierarchy
 from moeops.cost.laws import ITEM_BYTES
 from moeops.cost.model import CostModel
 from moeops.profiling.clock import Clock, Ranks
@@ -97,6 +98,7 @@ def job_model(
     group: RankGroup,
     device: torch.device,
     *,
+    hierarchy: Hierarchy | None = None,
     refresh: bool = False,
     seconds: float = BUDGET_SECONDS,
 ) -> CostModel:
@@ -107,13 +109,15 @@ def job_model(
     what all ranks have. It is kept in a file beside Inductor's cache, whose name depends on the layer's sizes, the
     machine, where the ranks are, torch, the kernels and NCCL's settings; later jobs read it.
 
-    Laws of links are those of this group, within a node or between nodes: its model is for groups of its size.
+    Laws of links are those of this group, within a node or between nodes: its model is for groups of its size. With a
+    hierarchy there is a law of exchanges inside of its nodes and one of those between them.
 
     Args:
         op: for error messages.
         layer: what is measured.
         group: the ranks that share the experts, all of which call it; more than one.
         device: where the layer is.
+        hierarchy: how the ranks are arranged as nodes, where rows pass both kinds of links.
         refresh: measure again, and replace the file.
         seconds: what measuring may take; larger sizes are left out when there is no time for them.
 
@@ -127,7 +131,7 @@ def job_model(
     """
     _check_real(op, group, device)
     ranks = _GroupRanks(op, group, device)
-    path = _path(ranks, layer)
+    path = _path(ranks, layer, hierarchy)
     memo = f"{group.name} {path}"
     if memo in _known and not refresh:
         return _known[memo]
@@ -139,7 +143,7 @@ def job_model(
 
     model = everywhere(op, group, read, device)[0]
     if model is None:
-        measured = _measure(ranks, layer, seconds)
+        measured = _measure(ranks, layer, hierarchy, seconds)
 
         def write() -> CostModel | None:
             if ranks.rank != 0:
@@ -163,7 +167,7 @@ def _check_real(op: str, group: RankGroup, device: torch.device) -> None:
         )
 
 
-def _path(ranks: _GroupRanks, layer: JobLayer) -> Path:
+def _path(ranks: _GroupRanks, layer: JobLayer, hierarchy: Hierarchy | None) -> Path:
     """Where the model of this layer is kept, the same name on every rank."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir  # a second to import
 
@@ -171,6 +175,7 @@ def _path(ranks: _GroupRanks, layer: JobLayer) -> Path:
     hosts = [host for host, _ in places]
     key = {
         "layer": dataclasses.asdict(layer),
+        "node_size": None if hierarchy is None else hierarchy.node_size,
         "machines": [machine for _, machine in places],
         "hosts": [hosts.index(host) for host in hosts],
         "backend": dist.get_backend(ranks.group),
@@ -188,7 +193,9 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _measure(ranks: _GroupRanks, layer: JobLayer, seconds: float) -> CostModel:
+def _measure(
+    ranks: _GroupRanks, layer: JobLayer, hierarchy: Hierarchy | None, seconds: float
+) -> CostModel:
     clock = Clock(ranks, SAMPLES, WARM_UP, FLUSH_BYTES)
     dtype: torch.dtype = getattr(torch, layer.dtype)
     activation = "swiglu" if layer.num_projections == 3 else "gelu"
@@ -197,7 +204,7 @@ def _measure(ranks: _GroupRanks, layer: JobLayer, seconds: float) -> CostModel:
     )
     measurements: dict[str, list[Record]] = {"experts": []}
     largest = _measure_experts(clock, weights, _SHARES["experts"] * seconds, measurements)
-    _measure_links(clock, ranks, _SHARES["links"] * seconds, measurements)
+    _measure_links(clock, ranks, hierarchy, _SHARES["links"] * seconds, measurements)
     block = ExpertRun(clock, weights, largest)
     num_bytes = largest * layer.d_model * ITEM_BYTES[layer.dtype]
     measurements["overlap"] = slowest(clock, [overlap(clock, block, num_bytes, ranks.group)])
@@ -235,11 +242,20 @@ def _measure_experts(
 
 
 def _measure_links(
-    clock: Clock, ranks: _GroupRanks, seconds: float, measurements: dict[str, list[Record]]
+    clock: Clock,
+    ranks: _GroupRanks,
+    hierarchy: Hierarchy | None,
+    seconds: float,
+    measurements: dict[str, list[Record]],
 ) -> None:
+    exchanges = {"inside_node": (ranks.group, ranks.size)}
+    if hierarchy is not None:
+        links = {"inside_node": hierarchy.inside, "between_nodes": hierarchy.across}
+        exchanges = {name: (process_group(group.name), group.size) for name, group in links.items()}
+
     def measure(num_bytes: int) -> None:
         found = {
-            "inside_node": all_to_alls(clock, [num_bytes], ranks.group, ranks.size),
+            **{name: all_to_alls(clock, [num_bytes], *among) for name, among in exchanges.items()},
             "all_reduce": all_reduces(clock, [num_bytes], ranks.group, ranks.size),
             **gathers(clock, [num_bytes], ranks.group, ranks.size),
         }
