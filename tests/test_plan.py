@@ -25,13 +25,17 @@ from moeops.cost.laws import (
     LinkLaw,
     RouterLaw,
 )
-from moeops.dispatch.gather import GatherDispatcher
+from moeops.cost.schedule import MlpSizes, schedule_of
+from moeops.dispatch.base import ExpertRanks
+from moeops.dispatch.gather import Gather, GatherDispatcher
+from moeops.dispatch.options import Exact, Static
 from moeops.dispatch.static import StaticDispatcher
 from moeops.distributed import CostModel
 from moeops.planner.configuration import Choice, Configuration
 from moeops.planner.memory import gate_parameters, layer_memory
 from moeops.planner.plan import make_plan
-from moeops.planner.predict import CHUNKS, choices, predict, recommend
+from moeops.planner.predict import CHUNKS, auto_choices, choices, predict, recommend
+from moeops.planner.report import plan_text
 from moeops.planner.switching import best_degree, degree_records
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -180,6 +184,65 @@ def test_chunks_overlap_as_the_dispatchers_queue_them():
     half = dataclasses.replace(model, overlap_loss=0.5)
     lossy = predict(half, config, Choice("exact", 2))
     assert lossy.forward.total == pytest.approx(second + 0.5 * experts)
+
+
+def test_directions_have_chunks_of_their_own():
+    config, model = config_of(), model_of(memory=BytesLaw(0, 0))
+    pairs = [(n, m) for n in (1, 2, 4) for m in (1, 2, 4) if (n, m) != (1, 1)]
+    for dispatcher in ("exact", "gather", "static"):
+        for forward, backward in pairs:
+            got = predict(model, config, Choice(dispatcher, (forward, backward)))
+            assert got.forward == predict(model, config, Choice(dispatcher, forward)).forward
+            if backward > 1:
+                one = predict(model, config, Choice(dispatcher, backward)).backward
+                assert got.backward == one
+    assert str(Choice("exact", (4, 3))) == "exact, (4, 3) chunks"
+    assert (
+        predict(model, config, Choice("exact", (2, 2))).total
+        == predict(model, config, Choice("exact", 2)).total
+    )
+    # Another cut than the forward's copies rows and pre-activations: read and written twice.
+    slow = model_of(memory=BytesLaw(0, 1e-9))
+    same, other = (predict(slow, config, Choice("exact", pair)) for pair in ((2, 2), (1, 2)))
+    kept = 96 * 2 * 2 * 48 * 2 + 96 * 64 * 2
+    copied = other.backward.parts["experts"] - same.backward.parts["experts"]
+    assert copied == pytest.approx(4 * kept * 1e-9)
+
+
+def test_gradients_of_weights_hide_the_last_exchange_of_a_backward_in_chunks():
+    """Where experts take longer than links; half of their backward is gradients of weights."""
+    config = config_of(num_tokens=1 << 16, d_model=1024, d_hidden=4096)
+    model = model_of(memory=BytesLaw(0, 0), inside_node=LinkLaw(0, 0, 1e-12))
+    one, two = (predict(model, config, Choice("static", n)) for n in (1, 2))
+    exchange, experts = (one.backward.parts[name] for name in ("exchange", "experts"))
+    assert experts > 4 * exchange
+    assert one.backward.total == pytest.approx(exchange + experts)
+    # Only the first chunk's way there is seen.
+    assert two.backward.total == pytest.approx(exchange / 4 + experts)
+    assert two.backward.hidden == pytest.approx(3 / 4 * exchange)
+
+
+def test_auto_is_what_a_layer_would_choose():
+    model = model_of(inside_node=LinkLaw(0, 0, 1e-12), all_gather=None, reduce_scatter=None)
+    config = config_of(num_tokens=1 << 16, d_model=1024, d_hidden=512)
+    found = auto_choices(model, config)
+    assert [choice.dispatcher for choice in found] == ["exact", "gather", "static"]
+    for choice, record in zip(found, (Exact, Gather, Static), strict=True):
+        ranks = ExpertRanks("FMoE", config.local_experts, RankGroup("0", 4, 0), top_k=2)
+        options = {"capacity": 1.25} if record is Static else {}
+        mlps = MlpSizes(1024, 512, 3, "bfloat16")
+        sizes = record(**options, mlps=mlps).layer_sizes(ranks, 1 << 16)
+        best = schedule_of(sizes, model).best()
+        assert choice.degrees == best[:2], choice
+        assert max(best[:2]) > 1
+    nodes = config_of(world_size=8, node_size=4, num_tokens=1 << 16)
+    with_both = dataclasses.replace(model, between_nodes=LinkLaw(0, 0, 1e-10))
+    assert {choice.form for choice in auto_choices(with_both, nodes)} == {"2d"}
+    plan = make_plan(model, config)
+    assert [(c["dispatcher"], c["n_chunks"]) for c in plan["auto"]] == [c[:2] for c in found]
+    assert 'n_chunks="auto" of this profile, ms' in plan_text(plan)
+    json.dumps(plan)
+    assert make_plan(model_of(), config_of(world_size=1))["auto"] == []
 
 
 def test_the_host_delays_the_first_expert_and_the_end():

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from moeops.comm import hierarchical
 from moeops.cost.laws import ITEM_BYTES, distinct_parts
 from moeops.cost.model import MODES
+from moeops.dispatch.degrees import Degrees, as_degrees
 from moeops.dispatch.gather import DEFAULT_ROWS
 from moeops.ops.moe_mlp import ACTIVATIONS
 
@@ -202,10 +203,22 @@ class Choice(NamedTuple):
     """What a layer is asked for: the kind of ``dispatch=``, its ``n_chunks``, its hierarchy's form or "flat"."""
 
     dispatcher: str
-    n_chunks: int = 1
+    n_chunks: int | tuple[int, int] = 1
     form: str = "flat"
+
+    @property
+    def degrees(self) -> Degrees:
+        """Chunks of both directions."""
+        return as_degrees("Choice", self.n_chunks)
 
     def __str__(self) -> str:
         """As a line of a table."""
-        chunks = "1 chunk" if self.n_chunks == 1 else f"{self.n_chunks} chunks"
-        return f"{self.dispatcher}, {chunks}" + ("" if self.form == "flat" else f", {self.form}")
+        text = f"{self.dispatcher}, {chunks_text(self.n_chunks)}"
+        return text + ("" if self.form == "flat" else f", {self.form}")
+
+
+def chunks_text(n_chunks: int | tuple[int, int]) -> str:
+    """As ``n_chunks=`` takes them: "1 chunk", "(4, 3) chunks"."""
+    if n_chunks == 1:
+        return "1 chunk"
+    return f"{n_chunks if isinstance(n_chunks, int) else tuple(n_chunks)} chunks"

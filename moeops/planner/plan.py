@@ -17,6 +17,7 @@ from moeops.planner.configuration import DISPATCHERS, OPTIMIZER_BYTES, Choice, C
 from moeops.planner.memory import Memory, layer_memory
 from moeops.planner.predict import (
     Prediction,
+    auto_choices,
     by_node_bytes,
     choices,
     predict,
@@ -177,6 +178,9 @@ def make_plan(model: CostModel, config: Configuration) -> dict[str, Any]:
             "seconds_all_layers": config.num_layers * best.total,
         },
         "choices": [_choice_record(prediction) for prediction in predictions],
+        "auto": [
+            _choice_record(predict(model, config, choice)) for choice in auto_choices(model, config)
+        ],
         "exchange": _exchanges(model, config),
         "memory": {
             dispatcher: _memory_record(config, layer_memory(config, Choice(dispatcher)))
@@ -254,7 +258,7 @@ def _gradient_sync(model: CostModel, config: Configuration) -> dict[str, Any] | 
 def _warnings(model: CostModel, config: Configuration, best: Prediction) -> list[str]:
     found = []
     law = model.experts[config.dtype].forward
-    rows = config.rows(best.choice.dispatcher) / config.local_experts / best.choice.n_chunks
+    rows = config.rows(best.choice.dispatcher) / config.local_experts / best.choice.degrees.forward
     if 0 < rows * law.seconds_per_product < law.seconds_per_weight:
         needed = law.seconds_per_weight / law.seconds_per_product
         found.append(

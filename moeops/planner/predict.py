@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from moeops.cost.laws import ITEM_BYTES, HostCost, permute_bytes
 from moeops.cost.model import CostModel
+from moeops.cost.schedule import WEIGHTS_SHARE, LayerSizes, MlpSizes, schedule_of
+from moeops.dispatch.degrees import Degrees
 from moeops.planner.configuration import DISPATCHERS, FORMS, Choice, Configuration
 
 CHUNKS = (1, 2, 4, 8)
@@ -48,7 +50,10 @@ class Prediction(NamedTuple):
 
 
 class _Work(NamedTuple):
-    """Seconds of one direction's steps: before and after the chunks, and of each chunk."""
+    """Seconds of one direction's steps: before and after the chunks, and of each chunk.
+
+    ``late`` is what of a chunk's experts runs behind those of all chunks, while the last answers travel.
+    """
 
     before: float
     pack: float
@@ -56,6 +61,7 @@ class _Work(NamedTuple):
     experts: float
     unpack: float
     after: float
+    late: float = 0.0
 
 
 def exchange_seconds(model: CostModel, config: Configuration, num_bytes: float, form: str) -> float:
@@ -80,29 +86,40 @@ def predict(model: CostModel, config: Configuration, choice: Choice) -> Predicti
         for backward in (False, True)
     ]
     forward, end = _forward(model, config, choice, router[0], host)
+    degrees = choice.degrees
+    n_chunks = degrees.backward
     work = _backward_work(model, config, choice)
     # The weights' gradients of the chunks are added up: two reads and a write for each chunk more.
     weights = config.expert_parameters * ITEM_BYTES[config.dtype]
-    sums = (choice.n_chunks - 1) * model.memory_seconds(3 * weights) if choice.n_chunks > 1 else 0
-    span, hidden = _schedule(model, work, choice.n_chunks, 0.0)
+    sums = (n_chunks - 1) * model.memory_seconds(3 * weights) if n_chunks > 1 else 0.0
+    if not degrees.are_equal:  # what the forward kept is joined, and cut anew
+        sums += model.memory_seconds(4 * _kept_bytes(config, choice))
+    span, hidden = _schedule(model, work, n_chunks, 0.0)
     early = _beside_router(model, config, choice, router[1])[1]
     device = span + sums + router[1] - early
     hidden += early
     ahead = max(0.0, forward.total - end)
     total = device
     if host is not None:
-        total = max(device, host.backward.seconds(choice.n_chunks) - ahead)
-    parts = _parts(work, choice.n_chunks, "combine", "dispatch")
+        total = max(device, host.backward.seconds(n_chunks) - ahead)
+    parts = _parts(work, n_chunks, "combine", "dispatch")
     parts = {"router": router[1], **parts}
     parts["experts"] += sums
     return Prediction(choice, forward, Times(parts, device, total, hidden))
+
+
+def _kept_bytes(config: Configuration, choice: Choice) -> float:
+    """Rows that arrived and their pre-activations."""
+    width = (config.num_projections - 1) * config.hidden
+    rows = config.rows(choice.dispatcher) * width * ITEM_BYTES[config.dtype]
+    return rows + config.num_tokens * config.row_bytes
 
 
 def _forward(
     model: CostModel, config: Configuration, choice: Choice, router: float, host: HostCost | None
 ) -> tuple[Times, float]:
     """The forward, and when the host has queued it."""
-    n_chunks = choice.n_chunks
+    n_chunks = choice.degrees.forward
     work = _forward_work(model, config, choice)
     parts = {"router": router, **_parts(work, n_chunks, "dispatch", "combine")}
     if choice.dispatcher == "exact" and config.ranks > 1:
@@ -146,13 +163,13 @@ def _beside_router(
 
 
 def _forward_work(model: CostModel, config: Configuration, choice: Choice) -> _Work:
-    n_chunks = choice.n_chunks
+    n_chunks = choice.degrees.forward
     rows = config.rows(choice.dispatcher)
     experts = _experts(model, config, rows / n_chunks, False)
     if _is_local(config, choice):
         return _Work(0.0, 0.0, 0.0, experts, 0.0, 0.0)
     tokens, pairs = config.num_tokens, config.num_pairs
-    exchange = token_exchange_seconds(model, config, choice)
+    exchange = token_exchange_seconds(model, config, choice, n_chunks)
     if choice.dispatcher == "gather":  # the block moves rows
         return _Work(0.0, 0.0, exchange, experts, 0.0, 0.0)
     joined = 0.0
@@ -171,23 +188,29 @@ def _forward_work(model: CostModel, config: Configuration, choice: Choice) -> _W
 
 def _backward_work(model: CostModel, config: Configuration, choice: Choice) -> _Work:
     """What the forward did, in reverse; static's weights' gradient reads the rows that came back once more."""
-    n_chunks = choice.n_chunks
+    n_chunks = choice.degrees.backward
     rows = config.rows(choice.dispatcher)
     experts = _experts(model, config, rows / n_chunks, True)
     if _is_local(config, choice):
         return _Work(0.0, 0.0, 0.0, experts, 0.0, 0.0)
+    late = 0.0
+    if choice.degrees != (1, 1) and choice.form != "leader" and config.ranks > 1:
+        late = WEIGHTS_SHARE * experts
+        experts -= late
     tokens, pairs = config.num_tokens, config.num_pairs
-    exchange = token_exchange_seconds(model, config, choice)
+    exchange = token_exchange_seconds(model, config, choice, n_chunks)
     if choice.dispatcher == "gather":
-        return _Work(0.0, 0.0, exchange, experts, 0.0, 0.0)
+        return _Work(0.0, 0.0, exchange, experts, 0.0, 0.0, late)
     if choice.dispatcher == "static":
         moved = permute_bytes(tokens, pairs, config.row_bytes)
         padded = model.memory_seconds((pairs + rows) * config.row_bytes)
         before = model.memory_seconds(moved + pairs * config.row_bytes) + padded
-        return _Work(before, 0.0, exchange, experts, 0.0, padded + model.memory_seconds(moved))
+        return _Work(
+            before, 0.0, exchange, experts, 0.0, padded + model.memory_seconds(moved), late
+        )
     moved = permute_bytes(tokens, config.sent_rows("exact"), config.row_bytes)
     part = model.memory_seconds(moved / n_chunks)
-    return _Work(0.0, part, exchange, experts, part, 0.0)
+    return _Work(0.0, part, exchange, experts, part, 0.0, late)
 
 
 def _experts(model: CostModel, config: Configuration, rows: float, backward: bool) -> float:
@@ -202,19 +225,22 @@ def _experts(model: CostModel, config: Configuration, rows: float, backward: boo
     )
 
 
-def token_exchange_seconds(model: CostModel, config: Configuration, choice: Choice) -> float:
-    """One chunk, the mean of both ways. The busiest rank receives what it sends back, so its rows count both ways.
+def token_exchange_seconds(
+    model: CostModel, config: Configuration, choice: Choice, n_chunks: int = 1
+) -> float:
+    """One of so many chunks, the mean of both ways.
 
-    Ids and weights, or their gradients, travel one way.
+    The busiest rank receives what it sends back, so its rows count both ways. Ids and weights, or their gradients,
+    travel one way.
     """
     if choice.dispatcher == "static":
         num_bytes = config.rows("static") * config.row_bytes
-        return exchange_seconds(model, config, num_bytes / choice.n_chunks, choice.form)
+        return exchange_seconds(model, config, num_bytes / n_chunks, choice.form)
     token = config.row_bytes + config.choice_bytes / 2
     if choice.dispatcher == "gather":
-        num_bytes = config.num_tokens * token
+        num_bytes = config.num_tokens * token / n_chunks
         return sum(model.gather_seconds(num_bytes, config.ranks, config.local_ranks)) / 2
-    share = token / choice.n_chunks
+    share = token / n_chunks
     if choice.form == "2d":
         return _by_node_seconds(model, config, share)
     return exchange_seconds(model, config, config.sent_rows("exact") * share, choice.form)
@@ -241,7 +267,7 @@ def _parts(work: _Work, n_chunks: int, first: str, last: str) -> dict[str, float
     return {
         first: work.before + n_chunks * work.pack,
         "exchange": 2 * n_chunks * work.exchange,
-        "experts": n_chunks * work.experts,
+        "experts": n_chunks * (work.experts + work.late),
         last: n_chunks * work.unpack + work.after,
     }
 
@@ -272,10 +298,40 @@ def _schedule(
         compute = run(computing, max(compute, arrival, first_expert), work.experts)
         link = run(linking, max(link, compute), work.exchange)
         back.append(link)
+    compute = run(computing, compute, n_chunks * work.late)
     for arrival in back:
         compute = run(computing, max(compute, arrival), work.unpack)
     both = sum(max(0.0, min(a[1], b[1]) - max(a[0], b[0])) for a in computing for b in linking)
     return compute + work.after + (model.overlap_loss or 0.0) * both, both
+
+
+def auto_choices(model: CostModel, config: Configuration) -> list[Choice]:
+    """What ``n_chunks=AutoChunks(cost_model=model, num_tokens=T)`` chooses for each dispatcher.
+
+    Between nodes for those with a hierarchy: a layer without one does not know where its ranks are.
+    """
+    if config.ranks == 1 or config.local_ranks == 1 < config.nodes:
+        return []
+    form = "2d" if config.nodes > 1 else "flat"
+    chosen = []
+    for dispatcher in DISPATCHERS if form == "flat" else ("exact", "static"):
+        mlps = MlpSizes(config.d_model, config.hidden, config.num_projections, config.dtype)
+        sizes = LayerSizes(
+            dispatcher,
+            mlps,
+            config.num_tokens,
+            config.top_k * config.tensor_parallel,
+            config.ranks,
+            config.local_experts,
+            config.capacity,
+            config.local_ranks if form == "2d" else 0,
+        )
+        best = schedule_of(sizes, model).best()
+        degrees = Degrees(best.forward, best.backward)
+        chosen.append(
+            Choice(dispatcher, degrees.forward if degrees.are_equal else (*degrees,), form)
+        )
+    return chosen
 
 
 def choices(config: Configuration) -> list[Choice]:

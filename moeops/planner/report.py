@@ -7,6 +7,7 @@ from typing import Any
 
 from moeops.cost.laws import Direction, HostCost
 from moeops.cost.model import CostModel
+from moeops.planner.configuration import chunks_text
 from moeops.planner.switching import best_degree
 from moeops.planner.units import gbps, us
 
@@ -112,6 +113,8 @@ def plan_text(plan: dict[str, Any]) -> str:
         "choices, ms" + ("" if config["mode"] == "eager" else f", {config['mode']}"),
         _choice_table(plan["choices"], best),
     ]
+    if plan["auto"]:
+        lines += ["", 'n_chunks="auto" of this profile, ms', _choice_table(plan["auto"], best)]
     if plan["exchange"]:
         lines += ["", "one exchange of all rows, busiest rank", _exchange_table(plan["exchange"])]
     if plan["parallel"]:
@@ -143,8 +146,7 @@ def _key(record: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _label(record: dict[str, Any]) -> str:
-    chunks = "1 chunk" if record["n_chunks"] == 1 else f"{record['n_chunks']} chunks"
-    return f"{record['dispatcher']}, {chunks}" + (
+    return f"{record['dispatcher']}, {chunks_text(record['n_chunks'])}" + (
         "" if record["form"] == "flat" else f", {record['form']} exchange"
     )
 
