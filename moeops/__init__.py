@@ -43,6 +43,7 @@ from moeops.ops import (
 from moeops.replay import RoutingReplay
 from moeops.types import (
     BalancedRoute,
+    Glu,
     LoraFactors,
     NoisyRoute,
     Route,
@@ -58,6 +59,7 @@ __all__ = [
     "FMoE",
     "FMoELinear",
     "FMoETransformerMLP",
+    "Glu",
     "LayerLoad",
     "LoadMonitor",
     "LoraFactors",

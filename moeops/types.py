@@ -8,6 +8,7 @@ from torch import Tensor
 
 __all__ = [
     "BalancedRoute",
+    "Glu",
     "LoraFactors",
     "NoisyRoute",
     "Route",
@@ -52,6 +53,28 @@ class LoraFactors(NamedTuple):
     b: Tensor
     scaling: float = 1.0
     dropout: float = 0.0
+
+
+class Glu(NamedTuple):
+    """A gated unit between the products of an expert: ``f(min(gate, limit)) * (clamp(up, -limit, limit) + offset)``.
+
+    ``Glu()`` is "swiglu", ``Glu("gelu_tanh")`` is "geglu_tanh"; gpt-oss has
+    ``Glu(alpha=1.702, limit=7.0, offset=1.0, interleaved=True)``.
+
+    Attributes:
+        gate: ``f``: "silu" for ``gate * sigmoid(alpha * gate)``, "gelu_tanh" for GELU in its tanh form.
+        alpha: factor in the sigmoid, for "silu".
+        limit: bound of ``gate`` from above and of ``up`` from both sides, above 0; ``None`` for none.
+        offset: added to ``up``.
+        interleaved: the rows of ``w_up``, and the values of ``b_up``, are gate and up in turns: gate 0, up 0, gate 1,
+            up 1 ... Otherwise all rows of the gate come first.
+    """
+
+    gate: str = "silu"
+    alpha: float = 1.0
+    limit: float | None = None
+    offset: float = 0.0
+    interleaved: bool = False
 
 
 class Route(NamedTuple):

@@ -16,6 +16,8 @@ import argparse
 import torch
 
 import moeops
+from moeops import Glu
+from moeops.ops.activations import up_width
 
 # (tokens, experts, choices per token, model width, hidden width, share of dropped pairs, rows of the plan)
 SHAPES = [
@@ -78,8 +80,10 @@ def run(
     rows = moeops.grouped_linear(rows, up.transpose(1, 2), plan.expert_offsets)
     moeops.unpermute_tokens(rows, plan, routed).sum().backward()
     # racecheck takes tens of milliseconds per launch: biases with every other activation are enough.
-    for i, activation in enumerate(("swiglu", "gelu", "relu", "silu", "relu_squared", "swiglu")):
-        width = 2 * H if activation == "swiglu" else H
+    units = (Glu(alpha=1.702, limit=0.7, offset=1.0, interleaved=True), "geglu_tanh")
+    names = ("swiglu", "gelu", "relu", "silu", "relu_squared", "swiglu")
+    for i, activation in enumerate((*names, *units)):
+        width = up_width(H, activation)
         weights_up, weights_down = leaf(E, width, D, dtype=dtype), leaf(E, D, H, dtype=dtype)
         biases = {"b_up": leaf(E, width, dtype=dtype), "b_down": leaf(E, D, dtype=dtype)}
         options = biases if i % 2 else {}

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from moeops import TokenPlan, reference
+from moeops import Glu, TokenPlan, reference
+from moeops.ops.activations import op_options, up_width
 from tolerances import assert_close
 
 
@@ -106,6 +107,34 @@ SAMPLES = (
     Sample("wide", T=97, K=2, E=3, D=515, H=259),
     Sample("long", T=20011, K=2, E=5, D=3, H=2, dropped=0.1),
 )
+# Gated units with options: gpt-oss's, DeepSeek-V4's, Megatron's with everything, and what else there is.
+UNITS = (
+    Glu(alpha=1.702, limit=0.7, offset=1.0, interleaved=True),
+    Glu(limit=0.7),
+    Glu(alpha=1.702, offset=1.0),
+    Glu("gelu_tanh", limit=0.7, offset=-0.5, interleaved=True),
+    Glu(interleaved=True),
+)
+# Halfway between two numbers of the type, so that no rounding carries a value across: a clamp's gradient jumps there.
+LIMITS = {torch.bfloat16: 359 / 512, torch.float16: 2871 / 4096}
+
+
+def unit_for(activation: str | Glu, dtype: torch.dtype) -> str | Glu:
+    """An activation as it suits values that are rounded to ``dtype``."""
+    if not isinstance(activation, Glu) or activation.limit is None:
+        return activation
+    return activation._replace(limit=LIMITS.get(dtype, activation.limit))
+
+
+def unit_id(activation: str | Glu) -> str:
+    """The name of an activation among a test's parameters."""
+    if isinstance(activation, str):
+        return activation
+    options = ("alpha" if activation.alpha != 1 else "", "limit" if activation.limit else "")
+    options += ("offset" if activation.offset else "", "turns" if activation.interleaved else "")
+    return "_".join((activation.gate, *filter(None, options)))
+
+
 SMALL = tuple(
     s for s in SAMPLES if s.name in ("plain", "dropped", "empty_experts", "strided", "few_rows")
 )
@@ -418,7 +447,7 @@ def mlp_tensors(
     p: Sample, dtype: torch.dtype, device: str, activation: str, with_bias: bool
 ) -> dict[str, Tensor]:
     """x, topk_weights, weights and, if asked for, biases of a moe_mlp whose values stay near one."""
-    up = 2 * p.H if activation == "swiglu" else p.H
+    up = up_width(p.H, activation)
     shapes = {"x": (p.T, p.D), "w_up": (p.E, up, p.D), "w_down": (p.E, p.D, p.H)}
     if with_bias:
         shapes |= {"b_up": (p.E, up), "b_down": (p.E, p.D)}
@@ -431,16 +460,17 @@ def mlp_tensors(
 def _moe_mlp(p, dtype, device, activation, with_bias):
     t = mlp_tensors(p, dtype, device, activation, with_bias)
     block = (t["topk_weights"], t["w_up"], t["w_down"], t.get("b_up"), t.get("b_down"))
-    args = (t["x"], *p.plan(device), *block, activation)
+    args = (t["x"], *p.plan(device), *block, *op_options(activation).values())
     differentiable = (0, *(i for i, a in enumerate(block, start=4) if a is not None))
     return OpCase("moe_mlp", args, {0: 0, 1: 0, 2: 0, 4: 0}, differentiable)
 
 
 def _moe_mlp_backward_data(p, dtype, device, activation, with_bias, needs):
-    *block, _ = _moe_mlp(p, dtype, device, activation, with_bias).args
+    options = tuple(op_options(activation).values())
+    block = _moe_mlp(p, dtype, device, activation, with_bias).args[: -len(options)]
     grad_y = p.tensor(p.T, p.D, dtype=dtype, device=device)
-    pre = p.tensor(p.R, 2 * p.H if activation == "swiglu" else p.H, dtype=dtype, device=device)
-    args = (grad_y, *block, pre, activation, *needs)
+    pre = p.tensor(p.R, up_width(p.H, activation), dtype=dtype, device=device)
+    args = (grad_y, *block, pre, *options, *needs)
     return OpCase("moe_mlp_backward_data", args, {0: 0, 1: 0, 2: 0, 3: 0, 5: 0, 10: 0})
 
 
@@ -514,11 +544,13 @@ OP_CASES: dict[str, list[Callable[[Sample, torch.dtype, str], OpCase]]] = {
     "moe_mlp": [
         lambda *a: _moe_mlp(*a, activation="swiglu", with_bias=False),
         lambda *a: _moe_mlp(*a, activation="gelu", with_bias=True),
+        lambda *a: _moe_mlp(*a, activation=UNITS[0], with_bias=True),
     ],
     "moe_mlp_backward_data": [
         lambda *a: _moe_mlp_backward_data(*a, "swiglu", True, (True, True, True, True)),
         lambda *a: _moe_mlp_backward_data(*a, "gelu", False, (False, True, False, True)),
         lambda *a: _moe_mlp_backward_data(*a, "relu", True, (True, False, False, False)),
+        lambda *a: _moe_mlp_backward_data(*a, UNITS[0], True, (True, True, True, False)),
     ],
     "moe_mlp_backward_weights": [
         lambda *a: _moe_mlp_backward_weights(*a, (True, True, True, True)),

@@ -106,13 +106,15 @@ STABLE_TORCH_LIBRARY(moeops, m) {
   m.def(
       "moe_mlp(Tensor x, Tensor row_to_pair, Tensor pair_to_row, Tensor expert_offsets, Tensor "
       "topk_weights, Tensor w_up, Tensor w_down, Tensor? b_up=None, Tensor? b_down=None, *, str "
-      "activation='swiglu', bool keep_pre=True) -> (Tensor y, Tensor pre_activation)");
+      "activation='swiglu', float alpha=1.0, float? limit=None, float offset=0.0, bool "
+      "interleaved=False, bool keep_pre=True) -> (Tensor y, Tensor pre_activation)");
   // its backward in two: what tokens wait for, and the weights' gradients from the gradient of the
   // pre-activation, grad_pre [R, 2H or H], and weighted_hidden [R, H]
   m.def(
       "moe_mlp_backward_data(Tensor grad_y, Tensor x, Tensor row_to_pair, Tensor pair_to_row, "
       "Tensor expert_offsets, Tensor topk_weights, Tensor w_up, Tensor w_down, Tensor? b_up, "
-      "Tensor? b_down, Tensor pre_activation, *, str activation='swiglu', bool need_x=True, bool "
+      "Tensor? b_down, Tensor pre_activation, *, str activation='swiglu', float alpha=1.0, float? "
+      "limit=None, float offset=0.0, bool interleaved=False, bool need_x=True, bool "
       "need_topk_weights=True, bool need_grad_pre=True, bool need_weighted_hidden=True) -> (Tensor "
       "grad_x, Tensor grad_topk_weights, Tensor grad_pre, Tensor weighted_hidden)");
   m.def(

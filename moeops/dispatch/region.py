@@ -32,14 +32,16 @@ from moeops.dispatch.forms import unpack_choices
 from moeops.dispatch.legs import Choices, Leg, Transport
 from moeops.dispatch.transports import TRANSPORTS
 from moeops.ops._autocast import cast_for_autocast
+from moeops.ops.activations import op_options
 from moeops.ops.moe_mlp import backward_data, backward_weights
-from moeops.types import TokenPlan
+from moeops.types import Glu, TokenPlan
 
 _library = torch.library.Library("moeops", "FRAGMENT")
 _library.define(
     "ep_region(Tensor x, Tensor? topk_weights, Tensor[] tables, SymInt[] sizes, Tensor w_up, Tensor w_down, "
-    "Tensor? b_up, Tensor? b_down, str activation, str transport, str group_name, int group_size, int rank, "
-    "str inside_name, str across_name, int node_size, int num_expert, int r_fwd, int r_bwd) -> Tensor"
+    "Tensor? b_up, Tensor? b_down, str activation, float alpha, float? limit, float offset, bool interleaved, "
+    "str transport, str group_name, int group_size, int rank, str inside_name, str across_name, int node_size, "
+    "int num_expert, int r_fwd, int r_bwd) -> Tensor"
 )
 
 
@@ -55,7 +57,7 @@ class _Spec(NamedTuple):
     hierarchy: Hierarchy | None
     num_expert: int
     degrees: Degrees
-    activation: str
+    activation: dict[str, Any]
 
     def build(self, like: Tensor, tables: Sequence[Tensor]) -> Transport:
         kind = TRANSPORTS[self.transport]
@@ -124,7 +126,7 @@ def _run(
         assert choices is not None
         plan = leg.plan(choices)
         y, pre_activation = torch.ops.moeops.moe_mlp(
-            rows, *plan, choices.weights, *block, activation=spec.activation, keep_pre=keep
+            rows, *plan, choices.weights, *block, **spec.activation, keep_pre=keep
         )
         returns.append(leg.turn(y))
         _send_back_on(returns[:number])
@@ -306,6 +308,10 @@ def _ep_region(
     b_up,
     b_down,
     activation,
+    alpha,
+    limit,
+    offset,
+    interleaved,
     transport,
     group_name,
     group_size,
@@ -325,7 +331,14 @@ def _ep_region(
         inside = RankGroup(inside_name, node_size, place)
         hierarchy = Hierarchy(group, inside, RankGroup(across_name, group_size // node_size, node))
     degrees = Degrees(r_fwd, r_bwd)
-    spec = _Spec(transport, sizes, group, hierarchy, num_expert, degrees, activation)
+    options = {
+        "activation": activation,
+        "alpha": alpha,
+        "limit": limit,
+        "offset": offset,
+        "interleaved": interleaved,
+    }
+    spec = _Spec(transport, sizes, group, hierarchy, num_expert, degrees, options)
     block = _Block(w_up, w_down, b_up, b_down)
     wanted = (x, topk_weights, *block)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in wanted):
@@ -379,7 +392,7 @@ class Region:
         *,
         b_up: Tensor | None,
         b_down: Tensor | None,
-        activation: str,
+        activation: str | Glu,
     ) -> Tensor:
         """Dispatch rows of this rank, run the experts of all ranks on them, combine.
 
@@ -404,7 +417,7 @@ class Region:
         if self.hierarchy is not None:
             inside, across = self.hierarchy.inside, self.hierarchy.across
             nodes = (inside.name, across.name, inside.size)
-        run = torch.ops.moeops.ep_region if torch.compiler.is_compiling() else _ep_region
+        run: Any = torch.ops.moeops.ep_region if torch.compiler.is_compiling() else _ep_region
         return run(
             x,
             topk_weights,
@@ -414,7 +427,7 @@ class Region:
             w_down,
             b_up,
             b_down,
-            activation,
+            *op_options(activation).values(),
             self.transport,
             *self.group,
             *nodes,

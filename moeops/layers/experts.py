@@ -17,12 +17,13 @@ from moeops.dispatch.shards import ShardSpan, take_shard
 from moeops.layers._fastmoe_keys import fused_names
 from moeops.layers._weights import plain_weight
 from moeops.layers.linear import check_init, init_linear_
+from moeops.ops.activations import ACTIVATIONS, check_activation, up_width
 from moeops.ops.grouped_linear import grouped_linear
-from moeops.ops.moe_mlp import ACTIVATIONS, moe_mlp, up_width
+from moeops.ops.moe_mlp import moe_mlp
 from moeops.ops.permute import permute_tokens, unpermute_tokens
-from moeops.types import TokenPlan
+from moeops.types import Glu, TokenPlan
 
-Activation = str | Callable[[Tensor], Tensor]
+Activation = str | Glu | Callable[[Tensor], Tensor]
 
 # What torch.nn.utils.parametrize and torch.nn.utils.prune make of a parameter's name.
 _ADAPTED = re.compile(r"parametrizations\.(\w+)\..+|(\w+)_(?:orig|mask)")
@@ -52,17 +53,13 @@ def casts_arguments(module: nn.Module) -> bool:
     return any(isinstance(part, units) for part in module.modules())
 
 
-def activation_name(activation: Activation) -> str | None:
+def fused_activation(activation: Activation) -> str | Glu | None:
     """Return the fused activation that computes the same, ``None`` if there is none.
 
     Exact types only: a subclass may compute something else.
     """
-    if isinstance(activation, str):
-        if activation not in ACTIVATIONS:
-            raise ValueError(
-                f"FusedExperts: activation must be one of {ACTIVATIONS}, a module or a function, got {activation!r}. "
-                "Pick a name or pass a callable."
-            )
+    if isinstance(activation, (str, Glu)):
+        check_activation("FusedExperts", activation)
         return activation
     if type(activation) is nn.GELU:
         return "gelu" if activation.approximate == "none" else None
@@ -74,8 +71,8 @@ def activation_name(activation: Activation) -> str | None:
         return None
     if not callable(activation):
         raise TypeError(
-            f"FusedExperts: activation must be one of {ACTIVATIONS}, a module or a function, got {activation!r}. "
-            "Pick a name or pass a callable."
+            f"FusedExperts: activation must be one of {ACTIVATIONS}, a moeops.Glu, a module or a function, got "
+            f"{activation!r}. Pick a name or pass a callable."
         )
     try:
         return _FUNCTIONS.get(activation)
@@ -99,9 +96,10 @@ class FusedExperts(nn.Module):
         num_expert: ``E``.
         d_model: ``D``.
         d_hidden: ``H``, of a whole expert.
-        activation: "swiglu", "gelu" (exact), "relu", "silu", "relu_squared", or a callable on rows.
+        activation: as ``moe_mlp`` takes it ("swiglu", "geglu_tanh", "gelu", "relu", "silu", "relu_squared" or a
+            ``Glu``), or a callable on rows.
         bias: give both projections a bias.
-        num_shards: ``P``, a divisor of ``H``; above 1 the activation must be one of the named ones.
+        num_shards: ``P``, a divisor of ``H``; above 1 the activation must be one of ``moe_mlp``'s.
         shard: which one this is, below ``P``.
         init: "linear" to start each expert's projections like an ``nn.Linear``, or "fastmoe" for FastMoE's start:
             weights ``sqrt(H)`` and ``sqrt(D)`` times smaller, biases zero.
@@ -110,7 +108,8 @@ class FusedExperts(nn.Module):
 
     Attributes:
         weight_names: parameters with the experts in dimension 0; others are an activation's.
-        w_up: ``[E, 2 H, D]`` (gate rows, then up rows) for swiglu, else ``[E, H, D]``; ``H / P`` for ``H`` in a shard.
+        w_up: ``[E, 2 H, D]`` (gate rows, then up rows) for gated units, else ``[E, H, D]``; ``H / P`` for ``H`` in a
+            shard. The rows of an interleaved ``Glu`` are gate and up in turns.
         w_down: ``[E, D, H]``.
         b_up: ``[E, 2 H or H]`` or ``None``.
         b_down: ``[E, D]`` or ``None``; in a shard ``[E, D / P]``, with one more in the first ``D % P`` shards.
@@ -159,12 +158,12 @@ class FusedExperts(nn.Module):
         self.shard = shard
         check_init("FusedExperts", init)
         self.init = init
-        self.fused_activation = activation_name(activation)
+        self.fused_activation = fused_activation(activation)
         self._check_shards(activation)
         # A fused one needs no submodule; another one may have parameters, so it becomes one.
         self.activation = activation if self.fused_activation is None else self.fused_activation
         hidden = d_hidden // num_shards
-        up = up_width(hidden, self.fused_activation or "")
+        up = up_width(hidden, self.fused_activation)
         empty: dict[str, Any] = {"dtype": dtype, "device": device}
         self.w_up = nn.Parameter(torch.empty(num_expert, up, d_model, **empty))
         self.w_down = nn.Parameter(torch.empty(num_expert, d_model, hidden, **empty))
@@ -242,8 +241,10 @@ class FusedExperts(nn.Module):
         width = self.d_hidden // self.num_shards
         if name == "w_down":
             return ShardSpan(2, self.d_hidden, ((shard * width, width),))
-        total = up_width(self.d_hidden, self.fused_activation or "")
-        # Of swiglu's two halves the same units.
+        total = up_width(self.d_hidden, self.fused_activation)
+        if getattr(self.fused_activation, "interleaved", False):
+            return ShardSpan(1, total, ((2 * shard * width, 2 * width),))
+        # Of the halves of a gated unit the same hidden units.
         starts = range(shard * width, total, self.d_hidden)
         return ShardSpan(1, total, tuple((start, width) for start in starts))
 
@@ -286,8 +287,8 @@ class FusedExperts(nn.Module):
             )
         if num_shards > 1 and self.fused_activation is None:
             raise ValueError(
-                f"FusedExperts: activation must be one of {ACTIVATIONS} for experts in {num_shards} shards, got "
-                f"{activation!r}, which may mix hidden units. Pick one of them, or hold whole experts."
+                f"FusedExperts: activation must be one of {ACTIVATIONS} or a moeops.Glu for experts in {num_shards} "
+                f"shards, got {activation!r}, which may mix hidden units. Pick one of them, or hold whole experts."
             )
 
     def forward(

@@ -13,9 +13,10 @@ from moeops import _checks, _nests
 from moeops.gates.functional import RouterLinear
 from moeops.layers._build import placed
 from moeops.layers._routings import hide_tokens
-from moeops.layers.experts import Activation, activation_name
-from moeops.ops.moe_mlp import up_width
+from moeops.layers.experts import Activation, fused_activation
+from moeops.ops.activations import up_width
 from moeops.reference.ops import activate
+from moeops.types import Glu
 
 SHARED_GATES = ("sigmoid", "softmax")
 
@@ -32,7 +33,7 @@ class SharedMLP(nn.Module):
         device: device of the parameters, torch's default if ``None``.
 
     Attributes:
-        up: weight ``[2 H, D]`` (gate rows, then up rows) for swiglu, else ``[H, D]``.
+        up: weight ``[2 H, D]`` (gate rows, then up rows) for gated units, else ``[H, D]``.
         down: weight ``[D, H]``.
 
     Example:
@@ -52,16 +53,16 @@ class SharedMLP(nn.Module):
     ) -> None:
         super().__init__()
         _checks.check_int("SharedMLP", "d_hidden", d_hidden, 1, "Pass shared_expert=None for none.")
-        name = activation_name(activation)
-        self.activation = copy.deepcopy(activation) if name is None else name
+        fused = fused_activation(activation)
+        self.activation = copy.deepcopy(activation) if fused is None else fused
         place: dict[str, Any] = {"dtype": dtype, "device": device}
-        self.up = nn.Linear(d_model, up_width(d_hidden, name or ""), bias, **place)
+        self.up = nn.Linear(d_model, up_width(d_hidden, fused), bias, **place)
         self.down = nn.Linear(d_hidden, d_model, bias, **place)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[T, D]`` to ``[T, D]``."""
         hidden = self.up(x)
-        if isinstance(self.activation, str):
+        if isinstance(self.activation, (str, Glu)):
             return self.down(activate(hidden, self.activation))
         return self.down(self.activation(hidden))
 

@@ -26,6 +26,7 @@ from moeops.layers._jagged import jagged_like, jagged_values
 from moeops.layers.experts import Activation, FusedExperts, Uncast, casts_arguments
 from moeops.layers.moe import FMoE, GateHook
 from moeops.layers.shared import SharedMLP
+from moeops.ops.activations import is_gated
 from moeops.types import TokenPlan
 
 if TYPE_CHECKING:
@@ -43,8 +44,9 @@ class FMoETransformerMLP(FMoE):
         num_expert: experts on each rank, ``E / world_size``, times ``P`` where those of a rank are shards.
         d_model: ``D``.
         d_hidden: ``H``, of a whole expert.
-        activation: a name ("swiglu", "gelu", "relu", "silu", "relu_squared"), a module or a function. nn.GELU(),
-            nn.ReLU and nn.SiLU run in the fused op; any other callable runs on rows between two grouped products.
+        activation: a name ("swiglu", "geglu_tanh", "gelu", "relu", "silu", "relu_squared"), a ``moeops.Glu``, a module
+            or a function. nn.GELU(), nn.ReLU and nn.SiLU run in the fused op; any other callable runs on rows between
+            two grouped products.
         expert_dp_comm: tag of the experts' parameters, see ``mark_parallel_comm``.
         expert_rank: kept as an attribute, without a meaning here.
         bias: give the experts' projections a bias.
@@ -107,7 +109,7 @@ class FMoETransformerMLP(FMoE):
         if isinstance(dispatch, str) and dispatch in DISPATCHES:
             dispatch = DISPATCHES[dispatch]()
         if isinstance(dispatch, DispatchOptions):
-            num_projections = 3 if activation == "swiglu" else 2
+            num_projections = 3 if is_gated(activation) else 2
             dtype_of_experts = dtype or torch.get_default_dtype()
             dispatch = dispatch.for_mlps(d_model, d_hidden, num_projections, dtype_of_experts)
         if isinstance(shared_expert, int):
@@ -163,7 +165,9 @@ class FMoETransformerMLP(FMoE):
             )
             for option in self._sharing_options():
                 check_fused(op, option, self.experts)
-            settings.update(d_hidden=d_hidden, activation=self.experts.fused_activation, bias=bias)
+            settings.update(
+                d_hidden=d_hidden, activation=str(self.experts.fused_activation), bias=bias
+            )
         self.mark_parallel_comm(expert_dp_comm)
 
     def _expert_weights(self) -> ExpertWeights:

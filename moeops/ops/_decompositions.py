@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moeops import _checks
+from moeops.ops.activations import GATED
 from moeops.reference import ops as reference
-from moeops.types import TokenPlan
+from moeops.types import Glu, TokenPlan
 
 
 def exporting_to_onnx() -> bool:
@@ -327,8 +328,14 @@ def _moe_mlp(
     b_down=None,
     *,
     activation="swiglu",
+    alpha=1.0,
+    limit=None,
+    offset=0.0,
+    interleaved=False,
     keep_pre=True,
 ):
+    if activation in GATED:
+        activation = Glu(GATED[activation].gate, alpha, limit, offset, interleaved)
     plan = (row_to_pair, pair_to_row, expert_offsets)
     acc = _checks.accumulate_dtype(x.dtype)
     rows = _permute_tokens(x.to(acc), *plan)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moeops import _checks
@@ -14,16 +13,10 @@ from moeops._checks import fake_check
 from moeops.ops._autocast import cast_for_autocast
 from moeops.ops._library import LIBRARY, refuse_second_gradient
 from moeops.ops._lora import check_lora
+from moeops.ops.activations import activate, check_activation, op_options, up_width
 from moeops.ops.grouped_linear import grouped_linear
 from moeops.ops.permute import check_topk_weights, permute_tokens, unpermute_tokens
-from moeops.types import LoraFactors, TokenPlan
-
-ACTIVATIONS = ("swiglu", "gelu", "relu", "silu", "relu_squared")
-
-
-def up_width(d_hidden: int, activation: str) -> int:
-    """Rows of ``w_up`` per expert: gate and up for swiglu, up alone otherwise."""
-    return 2 * d_hidden if activation == "swiglu" else d_hidden
+from moeops.types import Glu, LoraFactors, TokenPlan
 
 
 @torch.library.register_fake("moeops::moe_mlp")
@@ -39,6 +32,10 @@ def _moe_mlp_fake(
     b_down=None,
     *,
     activation="swiglu",
+    alpha=1.0,
+    limit=None,
+    offset=0.0,
+    interleaved=False,
     keep_pre=True,
 ):
     fake_check(
@@ -68,6 +65,10 @@ def _moe_mlp_backward_data_fake(
     pre_activation,
     *,
     activation="swiglu",
+    alpha=1.0,
+    limit=None,
+    offset=0.0,
+    interleaved=False,
     need_x=True,
     need_topk_weights=True,
     need_grad_pre=True,
@@ -127,7 +128,7 @@ def backward_data(
     grad_y: Tensor,
     inputs: Sequence[Tensor | None],
     pre_activation: Tensor,
-    activation: str,
+    activation: dict[str, Any],
     needs: Sequence[bool],
 ) -> DataGrads:
     """The first half of the backward.
@@ -136,7 +137,7 @@ def backward_data(
         grad_y: ``[T, D_out]``.
         inputs: what ``torch.ops.moeops.moe_mlp`` took, in order.
         pre_activation: what the op returned, ``[R, 2H or H]``.
-        activation: of the op.
+        activation: the options of the op that say what it computes, by name.
         needs: for each of x, topk_weights, w_up, w_down, b_up and b_down, whether its gradient is wanted.
 
     Host sync: none.
@@ -146,7 +147,7 @@ def backward_data(
         grad_y,
         *inputs,
         pre_activation,
-        activation=activation,
+        **activation,
         need_x=x,
         need_topk_weights=topk_weights,
         need_grad_pre=w_up or b_up,
@@ -201,13 +202,14 @@ def _moe_mlp_setup(ctx, inputs, keyword_only_inputs, output):
     ctx.mark_non_differentiable(pre_activation)
     ctx.set_materialize_grads(False)  # or pre_activation's gradient would be a buffer of zeros
     ctx.save_for_backward(*inputs, pre_activation)
-    ctx.options = keyword_only_inputs
+    ctx.options = dict(keyword_only_inputs)
+    ctx.keep_pre = ctx.options.pop("keep_pre")
 
 
 def _moe_mlp_grad(ctx, grad_y, _grad_pre_activation):
     if grad_y is None:
         return (None,) * 9
-    if not ctx.options["keep_pre"]:
+    if not ctx.keep_pre:
         raise RuntimeError(
             "moe_mlp: keep_pre must be True where a gradient is wanted, got False. Drop the argument."
         )
@@ -215,7 +217,7 @@ def _moe_mlp_grad(ctx, grad_y, _grad_pre_activation):
     wanted = (*ctx.needs_input_grad, False, False)[:9]
     needs = (wanted[0], *wanted[4:])
     *inputs, pre_activation = ctx.saved_tensors
-    grads = backward_data(grad_y, inputs, pre_activation, ctx.options["activation"], needs)
+    grads = backward_data(grad_y, inputs, pre_activation, ctx.options, needs)
     x, *plan, topk_weights = inputs[:5]
     # The weights' gradients, which are large, can take the place of the pre-activation, unless the graph is retained.
     ctx.maybe_clear_saved_tensors()
@@ -243,25 +245,27 @@ def moe_mlp(
     *,
     b_up: Tensor | None = None,
     b_down: Tensor | None = None,
-    activation: str = "swiglu",
+    activation: str | Glu = "swiglu",
     lora_up: LoraFactors | tuple[Tensor, Tensor, float] | None = None,
     lora_down: LoraFactors | tuple[Tensor, Tensor, float] | None = None,
 ) -> Tensor:
     """Run every token through its chosen experts and sum the results, weighted, in one op.
 
     ``y[t] = sum_k topk_weights[t, k] * (w_down[e] @ act(w_up[e] @ x[t] + b_up[e]) + b_down[e])`` with ``e`` the
-    expert of pair (t, k); dropped pairs add nothing. For swiglu ``w_up`` holds the gate rows, then the up rows, and
-    ``act`` is ``silu(gate) * up``.
+    expert of pair (t, k); dropped pairs add nothing. For gated units ``w_up`` holds the gate rows, then the up rows, or
+    both in turns, and ``act`` is ``f(gate) * up``: ``silu(gate) * up`` for swiglu, and with the options of a ``Glu``
+    what ``Glu`` says.
 
     Args:
         x: tokens, ``[T, D]``, any float type.
         plan: what ``sort_tokens`` returned for these tokens.
         topk_weights: ``[T, K]`` float, cast to float32 (float64 for float64 ``x``).
-        w_up: ``[E, 2H, D]`` for swiglu, else ``[E, H, D]``; dtype of ``x``.
+        w_up: ``[E, 2H, D]`` for gated units, else ``[E, H, D]``; dtype of ``x``.
         w_down: ``[E, D_out, H]``, dtype of ``x``.
         b_up: ``[E, 2H or H]``, dtype of ``x``.
         b_down: ``[E, D_out]``, dtype of ``x``.
-        activation: one of ``ACTIVATIONS``: swiglu, gelu (exact), relu, silu, relu_squared.
+        activation: "swiglu", "geglu_tanh" (GELU in its tanh form), "gelu" (exact), "relu", "silu", "relu_squared"; or a
+            ``Glu``, which is a gated unit with options.
         lora_up: a low-rank addition to ``w_up``, ``(a [E, r, D], b [E, 2H or H, r], scaling)`` or a ``LoraFactors``.
         lora_down: the same for ``w_down``. With either the block is composed of ``permute_tokens``,
             ``grouped_linear`` and ``unpermute_tokens``, and keeps what these keep.
@@ -295,25 +299,15 @@ def moe_mlp(
     if lora_up is not None or lora_down is not None:
         offsets = plan.expert_offsets
         rows = permute_tokens(x, plan)
-        hidden = _activate(grouped_linear(rows, w_up, offsets, bias=b_up, lora=lora_up), activation)
+        hidden = activate(grouped_linear(rows, w_up, offsets, bias=b_up, lora=lora_up), activation)
         rows = grouped_linear(hidden, w_down, offsets, bias=b_down, lora=lora_down)
         return unpermute_tokens(rows, plan, topk_weights)
     topk_weights = topk_weights.to(_checks.accumulate_dtype(x.dtype))
     block = (topk_weights, w_up, w_down, b_up, b_down)
     y, _ = torch.ops.moeops.moe_mlp(
-        x, *plan, *block, activation=activation, keep_pre=_gradient_is_wanted((x, *block))
+        x, *plan, *block, **op_options(activation), keep_pre=_gradient_is_wanted((x, *block))
     )
     return y
-
-
-def _activate(pre_activation: Tensor, activation: str) -> Tensor:
-    """``[R, 2H] -> [R, H]`` for swiglu, elementwise for the others."""
-    if activation == "swiglu":
-        gate, up = pre_activation.chunk(2, dim=-1)
-        return F.silu(gate) * up
-    if activation == "relu_squared":
-        return F.relu(pre_activation).square()
-    return getattr(F, activation)(pre_activation)
 
 
 def _gradient_is_wanted(tensors) -> bool:
@@ -328,10 +322,7 @@ def _check_moe_mlp(x, plan, topk_weights, w_up, w_down, b_up, b_down, activation
     _checks.check_plan(op, plan, "x", x)
     _checks.check_size(op, "x", x, 0, plan[1].shape[0], "the plan's tokens")
     check_topk_weights(op, topk_weights, plan, "x", x)
-    if activation not in ACTIVATIONS:
-        raise ValueError(
-            f"{op}: activation must be one of {ACTIVATIONS}, got {activation!r}. Pick one of them."
-        )
+    check_activation(op, activation)
     num_experts = plan[2].shape[0] - 1
     for name, weight in (("w_up", w_up), ("w_down", w_down)):
         _checks.check_tensor(op, name, weight, 3)

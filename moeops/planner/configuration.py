@@ -16,7 +16,7 @@ from moeops.cost.laws import ITEM_BYTES, distinct_parts
 from moeops.cost.model import MODES
 from moeops.dispatch.degrees import Degrees, as_degrees
 from moeops.dispatch.gather import DEFAULT_ROWS
-from moeops.ops.moe_mlp import ACTIVATIONS
+from moeops.ops.activations import ACTIVATIONS, is_gated
 
 DISPATCHERS = ("exact", "gather", "static")
 FORMS = ("flat", *hierarchical.FORMS)
@@ -143,7 +143,7 @@ class Configuration:
     @property
     def num_projections(self) -> int:
         """Matrices of an expert."""
-        return 3 if self.activation == "swiglu" else 2
+        return 3 if is_gated(self.activation) else 2
 
     @property
     def num_pairs(self) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 
 from moeops.cost.laws import ITEM_BYTES, LinkLaw
 from moeops.cost.model import MODES, CostModel
-from moeops.ops.moe_mlp import ACTIVATIONS
+from moeops.ops.activations import ACTIVATIONS
 from moeops.planner.assumptions import assumptions
 from moeops.planner.configuration import DISPATCHERS, OPTIMIZER_BYTES, Choice, Configuration
 from moeops.planner.memory import Memory, layer_memory

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moeops.ops.activations import up_width
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -24,12 +26,12 @@ class Shape:
 
     @property
     def up_width(self) -> int:
-        """Rows of one expert's up projection: gate and up for swiglu."""
-        return 2 * self.d_hidden if self.activation == "swiglu" else self.d_hidden
+        """Rows of one expert's up projection: gate and up for gated units."""
+        return up_width(self.d_hidden, self.activation)
 
     @property
     def flops_forward(self) -> int:
-        """6 T K D H for swiglu, 4 T K D H with one up matrix."""
+        """6 T K D H for gated units, 4 T K D H with one up matrix."""
         return 2 * self.num_pairs * self.d_model * (self.up_width + self.d_hidden)
 
     @property

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moeops.cost.laws import permute_bytes
+from moeops.ops.activations import is_gated, up_width
 from moeops.ops.moe_mlp import moe_mlp
 from moeops.ops.permute import permute_tokens, unpermute_tokens
 from moeops.ops.sorting import sort_tokens
@@ -40,7 +41,7 @@ def random_weights(
     clock: Clock, d_model: int, d_hidden: int, num_experts: int, activation: str, dtype: torch.dtype
 ) -> Weights:
     """Experts with random weights."""
-    height = 2 * d_hidden if activation == "swiglu" else d_hidden
+    height = up_width(d_hidden, activation)
     w_up, w_down = (
         torch.randn(shape, dtype=dtype, device=clock.device).div_(math.sqrt(shape[-1]))
         for shape in ((num_experts, height, d_model), (num_experts, d_model, d_hidden))
@@ -69,7 +70,7 @@ class ExpertRun:
             "d_model": d_model,
             "d_hidden": d_hidden,
             "num_experts": num_experts,
-            "num_projections": 3 if weights.activation == "swiglu" else 2,
+            "num_projections": 3 if is_gated(weights.activation) else 2,
         }
 
     def forward(self) -> Tensor:

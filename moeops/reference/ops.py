@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moeops.types import BalancedRoute, NoisyRoute, Route, TokenPlan
+from moeops.types import BalancedRoute, Glu, NoisyRoute, Route, TokenPlan
 
 
 def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -351,11 +351,16 @@ def grouped_sum(rows: Tensor, expert_offsets: Tensor) -> Tensor:
     return torch.stack(parts).to(rows.dtype)
 
 
-def activate(pre_activation: Tensor, activation: str) -> Tensor:
-    """``[R, 2H] -> [R, H]`` for swiglu (rows hold gate, then up), elementwise for the others."""
+def activate(pre_activation: Tensor, activation: str | Glu) -> Tensor:
+    """``[R, 2H] -> [R, H]`` for gated units (rows hold gate, then up, or both in turns), else elementwise."""
+    if isinstance(activation, Glu):
+        return _gated_unit(pre_activation, activation)
     if activation == "swiglu":
         gate, up = pre_activation.chunk(2, dim=-1)
         return F.silu(gate) * up
+    if activation == "geglu_tanh":
+        gate, up = pre_activation.chunk(2, dim=-1)
+        return F.gelu(gate, approximate="tanh") * up
     if activation == "gelu":
         return F.gelu(pre_activation)
     if activation == "relu":
@@ -369,6 +374,20 @@ def activate(pre_activation: Tensor, activation: str) -> Tensor:
     )
 
 
+def _gated_unit(pre_activation: Tensor, unit: Glu) -> Tensor:
+    if unit.interleaved:
+        gate, up = pre_activation.unflatten(-1, (-1, 2)).unbind(-1)
+    else:
+        gate, up = pre_activation.chunk(2, dim=-1)
+    if unit.limit is not None:
+        gate = torch.clamp(gate, max=unit.limit)
+        up = torch.clamp(up, min=-unit.limit, max=unit.limit)
+    up = up + unit.offset
+    if unit.gate == "gelu_tanh":
+        return F.gelu(gate, approximate="tanh") * up
+    return gate * torch.sigmoid(unit.alpha * gate) * up
+
+
 def moe_mlp(
     x: Tensor,
     plan: TokenPlan,
@@ -378,7 +397,7 @@ def moe_mlp(
     *,
     b_up: Tensor | None = None,
     b_down: Tensor | None = None,
-    activation: str = "swiglu",
+    activation: str | Glu = "swiglu",
 ) -> Tensor:
     """The expert block: permute, up projection, activation, down projection, weighted sum."""
     rows = permute_tokens(x, plan)

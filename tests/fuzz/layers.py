@@ -22,20 +22,24 @@ from fuzz.comparing import (
     seed_everything,
     unless_tied,
 )
-from moeops import FMoE, FMoETransformerMLP, SlotRouting, reference
+from moeops import FMoE, FMoETransformerMLP, Glu, SlotRouting, reference
 from moeops.dispatch import Static
 
 E, H = 6, 5  # E has the groups that gates of ``every_gate`` have
 LOSSES = ("z", "entropy", "switch", "gshard")
+UNIT = Glu(alpha=1.702, offset=1.0, interleaved=True)
 NOT_FUSED = {"tanh": torch.tanh, "gelu_tanh": nn.GELU(approximate="tanh")}
 FUSED = {
     "swiglu": lambda h: F.silu(h.chunk(2, -1)[0]) * h.chunk(2, -1)[1],
+    "geglu_tanh": lambda h: reference.activate(h, Glu("gelu_tanh")),
+    "unit": lambda h: reference.activate(h, UNIT),
     "gelu": F.gelu,
     "relu": torch.relu,
     "silu": F.silu,
     "relu_squared": lambda h: torch.relu(h).square(),
 }
 ACTIVATIONS = {**FUSED, **NOT_FUSED}
+GIVEN = {**NOT_FUSED, "unit": UNIT}
 # The tokens that are there where masked ones follow: noise for fewer numbers begins alike, and sequences are whole.
 REAL = 16
 
@@ -100,7 +104,7 @@ def build(kind: str, gate: str, D: int, activation: str, bias: bool, mask_dict, 
         options["dispatch"] = Static(capacity)
     if kind == "mlp":
         return FMoETransformerMLP(
-            E, D, H, activation=NOT_FUSED.get(activation, activation), bias=bias, **options
+            E, D, H, activation=GIVEN.get(activation, activation), bias=bias, **options
         )
     expert = Nested if kind == "nested" else (lambda d: nn.Sequential(nn.Linear(d, 4), nn.Tanh()))
     return FMoE(E, D, expert=expert, **options)

@@ -19,11 +19,20 @@ from fuzz.comparing import (
     seed_everything,
     unless_tied,
 )
-from moeops import LoraFactors, TokenPlan, reference
-from samples import Sample, accumulate_dtype, mlp_tensors
+from moeops import Glu, LoraFactors, TokenPlan, reference
+from samples import Sample, accumulate_dtype, mlp_tensors, unit_for
 
-ACTIVATIONS = ("swiglu", "gelu", "relu", "silu", "relu_squared")
-SMOOTH = ("swiglu", "gelu", "silu", "relu_squared")
+# Units with options are the arguments of Glu.
+SMOOTH = (
+    "swiglu",
+    "geglu_tanh",
+    "gelu",
+    "silu",
+    "relu_squared",
+    ("silu", 1.702, None, 1.0, True),
+    ("gelu_tanh", 1.0, None, -0.5, False),
+)
+ACTIVATIONS = (*SMOOTH, "relu", ("silu", 1.702, 0.7, 1.0, True), ("silu", 1.0, 0.7))
 VALUES = ("normal", "normal", "spread", "ties")
 
 
@@ -366,7 +375,7 @@ def grouped_linear(sample, dtype, biased, rank):
 
 def mlp_draw(rng, size):
     up, down = rng.choice((0, 0, 0, 1, 3)), rng.choice((0, 0, 0, 1, 3))
-    # Rounding before the addition turns the sign of what is near zero, where ReLU's gradient jumps.
+    # Rounding before the addition moves what is near zero or a limit, where gradients jump, to the other side.
     activations = SMOOTH if up else ACTIVATIONS
     every = ("x", "topk_weights", "w_up", "w_down")
     frozen = tuple(name for name in every if rng.random() < 0.25)
@@ -382,6 +391,8 @@ def mlp_draw(rng, size):
 
 def moe_mlp(sample, dtype, activation, biased, weights, up_rank, down_rank, frozen):
     mine, plan = plans_of(sample)
+    if isinstance(activation, tuple):
+        activation = unit_for(Glu(*activation), dtype)
     tensors = mlp_tensors(sample, dtype, "cpu", activation, biased)
     tensors["topk_weights"] = weights_of(sample, dtype, weights)
     for name, rank in (("up", up_rank), ("down", down_rank)):

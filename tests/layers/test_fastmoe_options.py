@@ -9,7 +9,8 @@ import torch
 from layer_cases import D, E, H
 from torch import nn
 
-from moeops import FMoE, FMoELinear, FMoETransformerMLP, RoutingReplay
+from moeops import FMoE, FMoELinear, FMoETransformerMLP, Glu, RoutingReplay
+from moeops.dispatch.shards import take_shard
 from moeops.gates import NaiveGate
 from moeops.layers import FusedExperts
 from tolerances import assert_close
@@ -237,6 +238,20 @@ def test_state_dicts_of_fastmoe_load(layout):
     rows = torch.randn(T, D)
     parts = [shard(rows, expert_offsets=offsets) for shard in shards]
     assert_close(sum(parts), other.experts(rows, expert_offsets=offsets), torch.float32)
+
+
+@pytest.mark.parametrize("unit", [Glu(limit=0.7), Glu(alpha=1.7, offset=1.0, interleaved=True)])
+def test_shards_of_gated_units_add_up(unit):
+    """Each shard takes gate and up of the same hidden units, whatever the order of their rows."""
+    whole = FusedExperts(E, D, H, unit)
+    shards = [FusedExperts(E, D, H, unit, num_shards=2, shard=shard) for shard in range(2)]
+    for shard in shards:
+        for name, value in whole.state_dict().items():
+            getattr(shard, name).data.copy_(take_shard(value, shard.shard_span(name)))
+    offsets = torch.tensor([0, 3, 3, 5, T], dtype=torch.int32)
+    rows = torch.randn(T, D)
+    parts = [shard(rows, expert_offsets=offsets) for shard in shards]
+    assert_close(sum(parts), whole(rows, expert_offsets=offsets), torch.float32)
 
 
 def test_state_dicts_of_another_number_of_experts_are_refused():

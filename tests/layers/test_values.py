@@ -10,8 +10,9 @@ from torch import nn
 
 import moeops
 from cases import each
-from moeops import FMoE, FMoELinear, FMoETransformerMLP, reference
+from moeops import FMoE, FMoELinear, FMoETransformerMLP, Glu, reference
 from moeops.gates import NaiveGate
+from samples import UNITS
 from tolerances import assert_close
 
 
@@ -54,6 +55,8 @@ ACTIVATIONS = {
     "relu_squared": ("relu_squared", lambda h: torch.relu(h) ** 2),
     "gelu_tanh": (nn.GELU(approximate="tanh"), lambda h: F.gelu(h, approximate="tanh")),
     "function": (torch.sin, torch.sin),
+    "geglu_tanh": ("geglu_tanh", lambda h: reference.activate(h, Glu("gelu_tanh"))),
+    "unit": (UNITS[0], lambda h: reference.activate(h, UNITS[0])),
 }
 
 

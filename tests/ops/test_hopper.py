@@ -14,13 +14,21 @@ import torch
 from torch import Tensor
 
 import moeops
-from moeops import TokenPlan, reference
+from moeops import Glu, TokenPlan, reference
+from moeops.ops.activations import ACTIVATIONS, up_width
+from samples import unit_for, unit_id
 from tolerances import TOLERANCES
 
 pytestmark = pytest.mark.cuda
 
 HALF = pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-ACTIVATIONS = ("swiglu", "gelu", "relu", "silu", "relu_squared")
+UNITS = (
+    Glu(alpha=1.702, limit=0.7, offset=1.0, interleaved=True),
+    Glu(limit=0.7),
+    Glu(alpha=1.702, limit=0.7, offset=1.0),
+    Glu("gelu_tanh", offset=-0.5, interleaved=True),
+    Glu(interleaved=True),
+)
 EDGES = (0, 1, 63, 64, 65, 127, 128, 129, 200)  # rows per expert around blocks and tiles
 
 
@@ -48,14 +56,15 @@ class Problem:
     """Inputs of a block that are near one, so that sums of rounded products stay in range."""
 
     plan: TokenPlan
-    activation: str
+    activation: str | Glu
     tensors: dict[str, Tensor]
 
     @classmethod
     def draw(cls, plan, D, H, dtype, activation="swiglu", bias=False, transposed=False):
         T, K = plan.pair_to_row.shape
         E = plan.expert_offsets.shape[0] - 1
-        up = 2 * H if activation == "swiglu" else H
+        activation = unit_for(activation, dtype)
+        up = up_width(H, activation)
 
         def weight(rows, columns):
             w = torch.randn(E, rows, columns, device="cuda") / columns**0.5
@@ -107,7 +116,7 @@ def assert_near(got: Tensor, want: Tensor, dtype, name: str) -> None:
 @HALF
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", [*ACTIVATIONS, *UNITS], ids=unit_id)
 def test_activations_biases_and_major_orders(half, bias, transposed, activation):
     plan = plan_of(EDGES, top_k=3, spare=40)
     Problem.draw(plan, 200, 136, half, activation, bias, transposed).check(half)
@@ -115,8 +124,44 @@ def test_activations_biases_and_major_orders(half, bias, transposed, activation)
 
 @HALF
 @pytest.mark.parametrize(("D", "H"), [(8, 8), (8, 72), (72, 8), (96, 96), (2880, 96), (96, 2880)])
-def test_widths(half, D, H):
-    Problem.draw(plan_of(EDGES), D, H, half).check(half)
+@pytest.mark.parametrize("activation", ["swiglu", *UNITS[:2]], ids=unit_id)
+def test_widths(half, activation, D, H):
+    Problem.draw(plan_of(EDGES), D, H, half, activation).check(half)
+
+
+@pytest.mark.parametrize("H", [*range(8, 105, 8), 184, 192, 200])
+@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
+def test_every_width_of_rows_in_turns(H, transposed):
+    """Ends of hidden rows in every chunk of 32 columns, those of the pre-activation in both of its chunks."""
+    problem = Problem.draw(
+        plan_of([65, 0, 130, 1, 64]), 72, H, torch.bfloat16, UNITS[0], True, transposed
+    )
+    problem.check(torch.bfloat16)
+
+
+@HALF
+@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
+def test_rows_in_turns_are_the_same_bits_as_halves(half, transposed):
+    """The same products and the same arithmetic, in another place."""
+    unit = Glu(alpha=1.702, limit=0.7, offset=1.0)
+    plan = plan_of([70, 65, 0, 130, 64], top_k=2)
+    problem = Problem.draw(plan, 200, 136, half, unit, bias=True)
+
+    def in_turns(t):
+        return t.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
+
+    turned = {n: in_turns(t) if n in ("w_up", "b_up") else t for n, t in problem.tensors.items()}
+    if transposed:
+        turned["w_up"] = turned["w_up"].mT.contiguous().mT
+    other = Problem(plan, unit_for(unit, half)._replace(interleaved=True), turned)
+    grad = torch.randn_like(problem.tensors["x"])
+    want = problem.run(moeops.moe_mlp, problem.tensors, grad)
+    got = other.run(moeops.moe_mlp, turned, grad)
+    for name in ("y", "topk_weights", "w_down", "b_down"):
+        assert torch.equal(got[name], want[name]), name
+    for name in ("w_up", "b_up"):
+        assert torch.equal(got[name], in_turns(want[name])), name
+    assert_near(got["x"], want["x"].double(), half, "x")  # sums over gate and up in another order
 
 
 @pytest.mark.parametrize("E", [1, 3, 129, 1000])
@@ -165,8 +210,10 @@ def test_every_tile(half, tiles, D, H, monkeypatch):
     Problem.draw(plan_of(counts, top_k=2, spare=99), D, H, half).check(half)
 
 
-def test_repeats_bitwise():
-    problem = Problem.draw(plan_of([300, 0, 77, 1025, 64], top_k=3), 392, 264, torch.bfloat16)
+@pytest.mark.parametrize("activation", ["swiglu", *UNITS[:2]], ids=unit_id)
+def test_repeats_bitwise(activation):
+    plan = plan_of([300, 0, 77, 1025, 64], top_k=3)
+    problem = Problem.draw(plan, 392, 264, torch.bfloat16, activation)
     grad = torch.randn_like(problem.tensors["x"])
     first = problem.run(moeops.moe_mlp, problem.tensors, grad)
     for _ in range(20):
@@ -174,12 +221,13 @@ def test_repeats_bitwise():
             assert torch.equal(value, first[name]), name
 
 
+@pytest.mark.parametrize("activation", ["swiglu", UNITS[0]], ids=unit_id)
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_an_experts_values_stay_with_it(poison):
+def test_an_experts_values_stay_with_it(poison, activation):
     """NaN in one expert's tokens and weights reaches neither the rows nor the gradients of the others."""
     counts = [70, 65, 1, 130, 64]
     plan = plan_of(counts)
-    problem = Problem.draw(plan, 200, 136, torch.bfloat16)
+    problem = Problem.draw(plan, 200, 136, torch.bfloat16, activation)
     E, sick = len(counts), 1
     owner = torch.repeat_interleave(torch.arange(E), torch.tensor(counts))
     token_owner = torch.empty_like(owner)
@@ -196,11 +244,12 @@ def test_an_experts_values_stay_with_it(poison):
         assert not got[name][sick].isfinite().all(), name
 
 
-def test_rows_without_a_pair_stay_out():
+@pytest.mark.parametrize("activation", ["swiglu", UNITS[0]], ids=unit_id)
+def test_rows_without_a_pair_stay_out(activation):
     """Tokens that nobody chose may be anything, and what lies in memory before a call as well."""
     counts = [70, 65, 0, 130]
     plan = plan_of(counts, top_k=4, spare=300)
-    problem = Problem.draw(plan, 200, 136, torch.bfloat16)
+    problem = Problem.draw(plan, 200, 136, torch.bfloat16, activation)
     dropped = (plan.pair_to_row >= plan.expert_offsets[-1]).all(1)
     problem.tensors["x"][dropped] = float("nan")
     problem.tensors["topk_weights"][plan.pair_to_row >= plan.expert_offsets[-1]] = float("nan")
@@ -257,8 +306,14 @@ def test_inference_writes_no_pre_activation():
     assert torch.equal(got, moeops.moe_mlp(plan=problem.plan, activation="swiglu", **leaves))
 
 
-def test_equals_the_general_kernels(monkeypatch):
-    problem = Problem.draw(plan_of([300, 0, 77, 200], top_k=3), 200, 136, torch.bfloat16, bias=True)
+@pytest.mark.parametrize(
+    "activation",
+    ["swiglu", "geglu_tanh", Glu(alpha=1.702, offset=1.0, interleaved=True)],
+    ids=unit_id,
+)
+def test_equals_the_general_kernels(activation, monkeypatch):
+    plan = plan_of([300, 0, 77, 200], top_k=3)
+    problem = Problem.draw(plan, 200, 136, torch.bfloat16, activation, bias=True)
     grad = torch.randn_like(problem.tensors["x"])
     got = problem.run(moeops.moe_mlp, problem.tensors, grad)
     monkeypatch.setenv("MOEOPS_KERNELS", "general")

@@ -9,10 +9,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import moeops
 from cases import each
 from moeops import LoraFactors, TokenPlan, reference
-from samples import SAMPLES, SMALL, Sample, assert_matches_reference, mlp_tensors
+from samples import (
+    SAMPLES,
+    SMALL,
+    UNITS,
+    Sample,
+    assert_matches_reference,
+    mlp_tensors,
+    unit_id,
+)
 
 RANK, SCALING = 3, 0.7
-ACTIVATIONS = ("swiglu", "gelu", "relu", "silu", "relu_squared")
+ACTIVATIONS = ("swiglu", "geglu_tanh", "gelu", "relu", "silu", "relu_squared", UNITS[2], UNITS[4])
 
 
 def factors(sample, name, inputs, outputs, dtype, device):
@@ -86,7 +94,7 @@ def test_grouped_linear(sample, values_dtype, device):
     assert torch.equal(tail, torch.zeros_like(tail))
 
 
-@each("activation", ACTIVATIONS)
+@each("activation", ACTIVATIONS, ids=unit_id)
 @each("adapted", [("up", "down"), ("up",), ("down",)], ids="-".join)
 def test_moe_mlp(activation, adapted, dtype, device):
     sample = Sample("dropped", T=37, D=9, H=11, dropped=0.2)

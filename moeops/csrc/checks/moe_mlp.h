@@ -1,21 +1,27 @@
 // The arguments of moe_mlp and its backward.
 #pragma once
 
-#include <string>
-
+#include "activation_options.h"
 #include "checks.h"
 
 namespace moeops {
 
-inline void check_activation(const char* op, const std::string& activation) {
-  STD_TORCH_CHECK(activation == "swiglu" || activation == "gelu" || activation == "relu" ||
-                      activation == "silu" || activation == "relu_squared",
-                  op, ": activation must be swiglu, gelu, relu, silu or relu_squared, got '",
-                  activation, "'. Pick one of them.");
+inline void check_activation(const char* op, const ActivationOptions& options) {
+  const std::string& name = options.name;
+  STD_TORCH_CHECK(
+      options.gated() || name == "gelu" || name == "relu" || name == "silu" ||
+          name == "relu_squared",
+      op, ": activation must be swiglu, geglu_tanh, gelu, relu, silu or relu_squared, got '", name,
+      "'. Pick one of them.");
+  STD_TORCH_CHECK(name == "swiglu" || options.alpha == 1, op, ": alpha must be 1 with ", name,
+                  ", got ", options.alpha, ". Leave it out.");
+  STD_TORCH_CHECK(!options.limit || *options.limit > 0, op, ": limit must be above 0, got ",
+                  options.limit.value_or(0), ". Leave it out for no limit.");
+  STD_TORCH_CHECK(
+      options.gated() || (!options.limit && options.offset == 0 && !options.interleaved), op,
+      ": limit, offset and interleaved must be left out with ", name,
+      ", which has no gate, got one of them. Leave them out.");
 }
-
-// Whether a row of the pre-activation holds a gate before what the gate multiplies.
-inline bool is_gated(const std::string& activation) { return activation == "swiglu"; }
 
 // What the forward and the backward have in common; the values of the plan are the kernels'
 // business.
@@ -23,7 +29,7 @@ inline void check_moe_mlp(const char* op, const Tensor& x, const Tensor& topk_we
                           const Tensor& w_up, const Tensor& w_down,
                           const std::optional<Tensor>& b_up, const std::optional<Tensor>& b_down,
                           const Tensor& row_to_pair, const Tensor& pair_to_row,
-                          const Tensor& expert_offsets, const std::string& activation) {
+                          const Tensor& expert_offsets, const ActivationOptions& activation) {
   check_dim(op, "x", x, 2);
   check_float(op, "x", x);
   check_plan(op, row_to_pair, pair_to_row, expert_offsets, x);
@@ -40,7 +46,7 @@ inline void check_moe_mlp(const char* op, const Tensor& x, const Tensor& topk_we
   check_like_x("w_down", w_down, 3);
   check_activation(op, activation);
   const int64_t hidden_width = w_down.size(2);
-  check_size(op, "w_up", w_up, 1, is_gated(activation) ? 2 * hidden_width : hidden_width);
+  check_size(op, "w_up", w_up, 1, activation.gated() ? 2 * hidden_width : hidden_width);
   check_size(op, "w_up", w_up, 2, x.size(1));
   if (b_up) {
     check_like_x("b_up", *b_up, 2);

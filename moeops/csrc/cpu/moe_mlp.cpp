@@ -28,38 +28,62 @@ namespace {
 // first-level cache.
 constexpr int64_t kColumnBlock = 512;
 
-// Calls body(activation, gated) with the functions of the activation, which was checked, and
-// whether rows hold a gate before the up half.
-template <typename Body>
-void with_activation(const std::string& name, const Body& body) {
-  if (name == "swiglu") return body(Silu{}, std::true_type{});
-  if (name == "gelu") return body(Gelu{}, std::false_type{});
-  if (name == "relu") return body(Relu{}, std::false_type{});
-  if (name == "silu") return body(Silu{}, std::false_type{});
-  return body(ReluSquared{}, std::false_type{});
+// What a row of the pre-activation holds.
+enum class Halves { kNone, kOneByOne, kInTurns };  // the up half alone; gate, then up; in turns
+template <Halves kHalves>
+using HalvesConstant = std::integral_constant<Halves, kHalves>;
+
+// Calls body(activation, halves) with the functions of the activation, which was checked.
+template <typename acc_t, typename Body>
+void with_activation(const ActivationOptions& options, const Body& body) {
+  constexpr HalvesConstant<Halves::kNone> kNone;
+  constexpr HalvesConstant<Halves::kOneByOne> kOneByOne;
+  const std::string& name = options.name;
+  if (options.plain_swiglu()) return body(Swiglu{}, kOneByOne);
+  if (options.gated() && options.interleaved) {
+    return body(Glu<acc_t>(options), HalvesConstant<Halves::kInTurns>{});
+  }
+  if (options.gated()) return body(Glu<acc_t>(options), kOneByOne);
+  if (name == "gelu") return body(Gelu{}, kNone);
+  if (name == "relu") return body(Relu{}, kNone);
+  if (name == "silu") return body(Silu{}, kNone);
+  return body(ReluSquared{}, kNone);
 }
 
-template <typename Activation, typename Gated, typename scalar_t>
-MOEOPS_WIDEST_VECTORS void activate_row(Activation, Gated, const scalar_t* __restrict pre,
-                                        int64_t width, scalar_t* __restrict hidden) {
+// Where a row of `width` hidden values has the gate (or what is alone) and the up half of value i.
+template <Halves kHalves>
+MOEOPS_VECTOR_INLINE int64_t gate_at(int64_t i) {
+  return kHalves == Halves::kInTurns ? 2 * i : i;
+}
+template <Halves kHalves>
+MOEOPS_VECTOR_INLINE int64_t up_at(int64_t i, int64_t width) {
+  return kHalves == Halves::kInTurns ? 2 * i + 1 : width + i;
+}
+
+template <typename Activation, Halves kHalves, typename scalar_t>
+MOEOPS_WIDEST_VECTORS void activate_row(Activation act, HalvesConstant<kHalves>,
+                                        const scalar_t* __restrict pre, int64_t width,
+                                        scalar_t* __restrict hidden) {
   using acc_t = accumulate_t<scalar_t>;
   for (int64_t i = 0; i < width; ++i) {
-    acc_t a = Activation::value(static_cast<acc_t>(pre[i]));
-    if constexpr (Gated::value) a *= static_cast<acc_t>(pre[width + i]);
+    acc_t a = act.value(static_cast<acc_t>(pre[gate_at<kHalves>(i)]));
+    if constexpr (kHalves != Halves::kNone) {
+      a *= act.up(static_cast<acc_t>(pre[up_at<kHalves>(i, width)]));
+    }
     hidden[i] = static_cast<scalar_t>(a);
   }
 }
 
 // hidden [n, H] = act(pre [n, 2H or H]).
-void activate(const std::string& activation, const Matrix& pre, const Matrix& hidden) {
+void activate(const ActivationOptions& activation, const Matrix& pre, const Matrix& hidden) {
   MOEOPS_DISPATCH_FLOAT(hidden.type, "moe_mlp", [&] {
     auto* target = reinterpret_cast<scalar_t*>(hidden.data);
     const auto* source = reinterpret_cast<const scalar_t*>(pre.data);
-    with_activation(activation, [&](auto functions, auto gated) {
+    with_activation<accumulate_t<scalar_t>>(activation, [&](auto functions, auto halves) {
       torch::stable::parallel_for(0, hidden.rows, grain_rows(hidden.columns),
                                   [&](int64_t begin, int64_t end) {
                                     for (int64_t row = begin; row < end; ++row) {
-                                      activate_row(functions, gated, source + row * pre.columns,
+                                      activate_row(functions, halves, source + row * pre.columns,
                                                    hidden.columns, target + row * hidden.columns);
                                     }
                                   });
@@ -86,21 +110,22 @@ struct BackwardRows {
 
 // The columns of `row` from `first` on, at most kColumnBlock; returns their part of the weight's
 // gradient. Short loops over what stays in the first cache level: each becomes vector code.
-template <typename Activation, typename Gated, typename scalar_t>
+template <typename Activation, Halves kHalves, typename scalar_t>
 MOEOPS_WIDEST_VECTORS accumulate_t<scalar_t> activate_backward_block(
-    Activation, Gated, const BackwardRows<scalar_t>& p, int64_t row, accumulate_t<scalar_t> weight,
-    int64_t first) {
+    Activation act, HalvesConstant<kHalves>, const BackwardRows<scalar_t>& p, int64_t row,
+    accumulate_t<scalar_t> weight, int64_t first) {
   using acc_t = accumulate_t<scalar_t>;
-  constexpr bool kGated = Gated::value;
+  constexpr bool kGated = kHalves != Halves::kNone;
   const int64_t width = p.width;
   const int64_t count = std::min(kColumnBlock, width - first);
-  const scalar_t* pre = p.pre + row * width * (kGated ? 2 : 1) + first;
+  const int64_t start = row * width * (kGated ? 2 : 1) + gate_at<kHalves>(first);
+  const scalar_t* pre = p.pre + start;
   acc_t value[kColumnBlock], slope[kColumnBlock], up[kColumnBlock], grad[kColumnBlock];
   for (int64_t i = 0; i < count; ++i) {
-    const acc_t x = static_cast<acc_t>(pre[i]);
-    value[i] = Activation::value(x);
-    slope[i] = Activation::slope(x);
-    if constexpr (kGated) up[i] = static_cast<acc_t>(pre[width + i]);
+    const acc_t x = static_cast<acc_t>(pre[gate_at<kHalves>(i)]);
+    value[i] = act.value(x);
+    slope[i] = act.slope(x);
+    if constexpr (kGated) up[i] = act.up(static_cast<acc_t>(pre[up_at<kHalves>(i, width)]));
   }
   if (p.weighted_hidden) {
     scalar_t* hidden = p.weighted_hidden + row * width + first;
@@ -119,11 +144,15 @@ MOEOPS_WIDEST_VECTORS accumulate_t<scalar_t> activate_backward_block(
     }
   }
   if (p.grad_pre) {
-    scalar_t* grad_pre = p.grad_pre + row * width * (kGated ? 2 : 1) + first;
+    scalar_t* grad_pre = p.grad_pre + start;
     for (int64_t i = 0; i < count; ++i) {
       const acc_t g = weight * grad[i];
-      grad_pre[i] = static_cast<scalar_t>(g * slope[i] * (kGated ? up[i] : acc_t(1)));
-      if constexpr (kGated) grad_pre[width + i] = static_cast<scalar_t>(g * value[i]);
+      grad_pre[gate_at<kHalves>(i)] =
+          static_cast<scalar_t>(g * slope[i] * (kGated ? up[i] : acc_t(1)));
+      if constexpr (kGated) {
+        const acc_t up_slope = act.up_slope(static_cast<acc_t>(pre[up_at<kHalves>(i, width)]));
+        grad_pre[up_at<kHalves>(i, width)] = static_cast<scalar_t>(g * value[i] * up_slope);
+      }
     }
   }
   return dot;
@@ -142,17 +171,17 @@ MOEOPS_WIDEST_VECTORS accumulate_t<scalar_t> inner_product(const scalar_t* a, co
 // One pass over a row's pre-activation and hidden gradient writes everything that depends on
 // either.
 template <typename scalar_t>
-void activate_backward(const std::string& activation, const BackwardRows<scalar_t>& p,
+void activate_backward(const ActivationOptions& activation, const BackwardRows<scalar_t>& p,
                        int64_t num_rows) {
   using acc_t = accumulate_t<scalar_t>;
-  with_activation(activation, [&](auto functions, auto gated) {
+  with_activation<acc_t>(activation, [&](auto functions, auto halves) {
     torch::stable::parallel_for(0, num_rows, grain_rows(p.width), [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         const int64_t pair = p.row_to_pair[row];
         const acc_t weight = p.weights[pair];
         acc_t dot = 0;
         for (int64_t first = 0; first < p.width; first += kColumnBlock) {
-          dot += activate_backward_block(functions, gated, p, row, weight, first);
+          dot += activate_backward_block(functions, halves, p, row, weight, first);
         }
         if (!p.grad_weights) continue;
         if (p.b_down) {
@@ -168,9 +197,11 @@ std::tuple<Tensor, Tensor> moe_mlp(const Tensor& x, const Tensor& row_to_pair,
                                    const Tensor& pair_to_row, const Tensor& expert_offsets,
                                    const Tensor& topk_weights, const Tensor& w_up,
                                    const Tensor& w_down, const std::optional<Tensor>& b_up,
-                                   const std::optional<Tensor>& b_down, const Text& activation,
-                                   bool keep_pre) {
+                                   const std::optional<Tensor>& b_down, const Text& name,
+                                   double alpha, std::optional<double> limit, double offset,
+                                   bool interleaved, bool keep_pre) {
   constexpr const char* kOp = "moe_mlp";
+  const ActivationOptions activation{name, alpha, limit, offset, interleaved};
   check_moe_mlp(kOp, x, topk_weights, w_up, w_down, b_up, b_down, row_to_pair, pair_to_row,
                 expert_offsets, activation);
   const Plan plan = read_plan(kOp, row_to_pair, pair_to_row, expert_offsets, x);
@@ -217,7 +248,7 @@ struct DataInputs {
   Tensor grad_y, x, topk_weights, w_up, w_down;
   std::optional<Tensor> b_down;
   Tensor pre;
-  std::string activation;
+  ActivationOptions activation;
 };
 
 // The first half of the backward, block by block: what tokens and their routing weights wait for,
@@ -319,9 +350,11 @@ DataBackward::Outputs moe_mlp_backward_data(
     const Tensor& grad_y, const Tensor& x, const Tensor& row_to_pair, const Tensor& pair_to_row,
     const Tensor& expert_offsets, const Tensor& topk_weights, const Tensor& w_up,
     const Tensor& w_down, const std::optional<Tensor>& b_up, const std::optional<Tensor>& b_down,
-    const Tensor& pre_activation, const Text& activation, bool need_x, bool need_topk_weights,
-    bool need_grad_pre, bool need_weighted_hidden) {
+    const Tensor& pre_activation, const Text& name, double alpha, std::optional<double> limit,
+    double offset, bool interleaved, bool need_x, bool need_topk_weights, bool need_grad_pre,
+    bool need_weighted_hidden) {
   constexpr const char* kOp = "moe_mlp_backward_data";
+  const ActivationOptions activation{name, alpha, limit, offset, interleaved};
   check_moe_mlp(kOp, x, topk_weights, w_up, w_down, b_up, b_down, row_to_pair, pair_to_row,
                 expert_offsets, activation);
   check_moe_mlp_grads(kOp, grad_y, pre_activation, x, w_up, w_down, row_to_pair);

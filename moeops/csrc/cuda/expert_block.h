@@ -31,6 +31,7 @@ struct Block : PlannedTokens {
   Tensor w_up, w_down;
   std::optional<Tensor> b_up, b_down;
   Activation activation;
+  GluConstants<double> unit;  // of activations with options
 
   int64_t hidden_width() const { return w_down.size(2); }
   int64_t out_width() const { return w_down.size(1); }

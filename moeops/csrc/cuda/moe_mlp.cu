@@ -24,9 +24,11 @@ constexpr int kThreads = 256;
 constexpr int kWarpsPerBlock = kThreads / kWarpSize;
 constexpr int kVectorBytes = 16;
 
-// Of a name that was checked.
-Activation parse_activation(const std::string& name) {
-  if (name == "swiglu") return Activation::kSwiglu;
+// Of options that were checked.
+Activation parse_activation(const ActivationOptions& options) {
+  const std::string& name = options.name;
+  if (options.plain_swiglu()) return Activation::kSwiglu;
+  if (options.gated()) return options.interleaved ? Activation::kGluInTurns : Activation::kGlu;
   if (name == "gelu") return Activation::kGelu;
   if (name == "relu") return Activation::kRelu;
   if (name == "silu") return Activation::kSilu;
@@ -39,6 +41,10 @@ void dispatch_activation(Activation activation, const F& f) {
   switch (activation) {
     case Activation::kSwiglu:
       return f(std::integral_constant<Activation, Activation::kSwiglu>{});
+    case Activation::kGlu:
+      return f(std::integral_constant<Activation, Activation::kGlu>{});
+    case Activation::kGluInTurns:
+      return f(std::integral_constant<Activation, Activation::kGluInTurns>{});
     case Activation::kGelu:
       return f(std::integral_constant<Activation, Activation::kGelu>{});
     case Activation::kRelu:
@@ -59,7 +65,7 @@ Block make_block(const char* op, const Tensor& x, const Tensor& topk_weights, co
                  const Tensor& w_down, const std::optional<Tensor>& b_up,
                  const std::optional<Tensor>& b_down, const Tensor& row_to_pair,
                  const Tensor& pair_to_row, const Tensor& expert_offsets,
-                 const std::string& activation) {
+                 const ActivationOptions& activation) {
   check_moe_mlp(op, x, topk_weights, w_up, w_down, b_up, b_down, row_to_pair, pair_to_row,
                 expert_offsets, activation);
   const cudaStream_t stream = current_stream(x);
@@ -70,7 +76,8 @@ Block make_block(const char* op, const Tensor& x, const Tensor& topk_weights, co
           w_down,
           contiguous_or_none(b_up),
           contiguous_or_none(b_down),
-          parse_activation(activation)};
+          parse_activation(activation),
+          GluConstants<double>::of(activation)};
 }
 
 // Threads along a row, whole warps, and rows per block.
@@ -78,6 +85,13 @@ dim3 row_group(int64_t hidden_width, int elements) {
   const int64_t along = ceil_div(ceil_div(hidden_width, elements), kWarpSize) * kWarpSize;
   const int x = static_cast<int>(std::clamp<int64_t>(along, kWarpSize, kActivationThreads));
   return dim3(x, kActivationThreads / x);
+}
+
+template <typename T>
+GluConstants<T> constants(const Block& block) {
+  const GluConstants<double>& unit = block.unit;
+  return {static_cast<T>(unit.alpha), static_cast<T>(unit.cubic), static_cast<T>(unit.limit),
+          static_cast<T>(unit.offset)};
 }
 
 // Whole vectors along the hidden dimension; buffers are fresh allocations or contiguous inputs.
@@ -109,6 +123,7 @@ Tensor activate_rows(const Block& block, Tensor& pre) {
           static_cast<scalar_t*>(pre.data_ptr()),
           block.b_up ? static_cast<const scalar_t*>(block.b_up->data_ptr()) : nullptr,
           block.offsets_data(), block.num_experts(), block.num_rows(), block.hidden_width(),
+          constants<device_accumulate_t<scalar_t>>(block),
           static_cast<scalar_t*>(hidden.data_ptr()));
       STD_CUDA_KERNEL_LAUNCH_CHECK();
     });
@@ -151,9 +166,11 @@ std::tuple<Tensor, Tensor> moe_mlp(const Tensor& x, const Tensor& row_to_pair,
                                    const Tensor& pair_to_row, const Tensor& expert_offsets,
                                    const Tensor& topk_weights, const Tensor& w_up,
                                    const Tensor& w_down, const std::optional<Tensor>& b_up,
-                                   const std::optional<Tensor>& b_down, const Text& activation,
-                                   bool keep_pre) {
+                                   const std::optional<Tensor>& b_down, const Text& name,
+                                   double alpha, std::optional<double> limit, double offset,
+                                   bool interleaved, bool keep_pre) {
   constexpr auto kOp = "moe_mlp";
+  const ActivationOptions activation{name, alpha, limit, offset, interleaved};
   DeviceGuard guard(x.get_device_index());
   const Block block = make_block(kOp, x, topk_weights, w_up, w_down, b_up, b_down, row_to_pair,
                                  pair_to_row, expert_offsets, activation);
@@ -211,6 +228,7 @@ void activation_backward(const Block& block, const Tensor& pre, const Tensor& gr
     args.num_pairs = block.pair_to_row.numel();
     args.hidden_width = block.hidden_width();
     args.out_width = block.out_width();
+    args.unit = constants<Acc>(block);
     if (need_grad_pre) args.grad_pre = data(grads.pre);
     if (needed.weighted_hidden) args.weighted_hidden = data(grads.weighted_hidden);
     if (needed.topk_weights) {
@@ -259,9 +277,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_mlp_backward_data(
     const Tensor& grad_y, const Tensor& x, const Tensor& row_to_pair, const Tensor& pair_to_row,
     const Tensor& expert_offsets, const Tensor& topk_weights, const Tensor& w_up,
     const Tensor& w_down, const std::optional<Tensor>& b_up, const std::optional<Tensor>& b_down,
-    const Tensor& pre_activation, const Text& activation, bool need_x, bool need_topk_weights,
-    bool need_grad_pre, bool need_weighted_hidden) {
+    const Tensor& pre_activation, const Text& name, double alpha, std::optional<double> limit,
+    double offset, bool interleaved, bool need_x, bool need_topk_weights, bool need_grad_pre,
+    bool need_weighted_hidden) {
   constexpr auto kOp = "moe_mlp_backward_data";
+  const ActivationOptions activation{name, alpha, limit, offset, interleaved};
   DeviceGuard guard(x.get_device_index());
   const Block block = make_block(kOp, x, topk_weights, w_up, w_down, b_up, b_down, row_to_pair,
                                  pair_to_row, expert_offsets, activation);

@@ -21,11 +21,12 @@ Tensor matmul(const char*, const Tensor&, const Tensor&, const RowPlan&,
   absent();
 }
 void up(const Tensor&, const Gather&, const Tensor&, const std::optional<Tensor>&, Activation,
-        const RowPlan&, Tensor&, Tensor&, cudaStream_t) {
+        const GluConstants<double>&, const RowPlan&, Tensor&, Tensor&, cudaStream_t) {
   absent();
 }
 int64_t down_backward_tiles(const Tensor&, Activation, const RowPlan&, int64_t) { absent(); }
-void down_backward(DownBackward&, const Gather&, Activation, const RowPlan&, cudaStream_t) {
+void down_backward(DownBackward&, const Gather&, Activation, const GluConstants<double>&,
+                   const RowPlan&, cudaStream_t) {
   absent();
 }
 void weight_grad(const char*, const Tensor&, const Tensor&, Operand, const Gather*, const RowPlan&,

@@ -2,7 +2,8 @@
 // backward.
 //
 // A consumer warpgroup writes blocks of 64 rows in chunks of 32 columns through small buffers in
-// shared memory. In a gated activation gate and up column c of a token sit in the same thread.
+// shared memory. In a gated activation gate and up of a hidden value sit in the same thread:
+// columns c of two halves of a row, or neighbouring columns where both are in turns.
 #pragma once
 
 #include "hopper/common.cuh"
@@ -27,6 +28,7 @@ struct EpilogueArgs {
   const float* topk_weights;  // of the backward: weight of each pair
   RowSource source;           // of the backward: the pair of each row
   float* partial;             // of the backward: <sum, act(pre)> of each row and tile, [R, n_tiles]
+  GluConstants<float> unit;   // of activations with options
 };
 
 // A consumer's blocks of a tile: `live` blocks of 64 rows, `rows` rows from `row` on, tile n.
@@ -36,8 +38,9 @@ struct OutputSpot {
 
 template <Epilogue kEpilogue, Activation kActivation, int kTileColumns, bool kPingpong>
 struct EpilogueShape {
-  static constexpr bool kGated = kActivation == Activation::kSwiglu;
-  // Pieces of a row of out side by side: gate and up, or one.
+  static constexpr bool kGated = is_gated(kActivation);
+  static constexpr bool kInTurns = kActivation == Activation::kGluInTurns;
+  // Columns of out for each of hidden, and buffers for them: gate and up, or one.
   static constexpr int kParts = kEpilogue != Epilogue::kStore && kGated ? 2 : 1;
   // Columns of hidden, or of out, that a tile makes.
   static constexpr int kColumns =
@@ -48,7 +51,9 @@ struct EpilogueShape {
   // Passes of a loop over the chunks of a block of rows. Unrolled, the arithmetic of GELU made 8200
   // to 9400 instructions, more than the 128 KB that an instruction cache seems to hold: the up
   // product took 1.2 times as long as in two passes, its backward 1.6 times.
-  static constexpr int kPasses = kEpilogue == Epilogue::kStore || kGated ? 1 : 2;
+  static constexpr bool kLong =
+      !kGated || (kEpilogue == Epilogue::kActivationBackward && has_options(kActivation));
+  static constexpr int kPasses = kEpilogue != Epilogue::kStore && kLong ? 2 : 1;
   static constexpr int kBytes = kEpilogue == Epilogue::kActivationBackward
                                     ? (kPreSlots * kParts + kHiddenBuffers) * kOutputChunkBytes
                                     : kChunks * kBuffers * kOutputChunkBytes;
@@ -65,7 +70,8 @@ struct Writer {
   static constexpr int kBlocks = kPingpong ? 2 : 1, kParts = Shape::kParts;
   static constexpr int kAcross = Shape::kColumns / 32;  // chunks of a block of rows
   static constexpr int kSlotBytes = kParts * kOutputChunkBytes;
-  static constexpr int kChunkSums = 16;  // of a thread, in a chunk
+  // Of a thread, in a chunk; in turns, gate and up follow each other.
+  static constexpr int kChunkSums = kEpilogue == Epilogue::kActivation && Shape::kInTurns ? 32 : 16;
 
   // Of the backward: routing weights of this thread's rows r and r + 8, and their gradients.
   struct RowPair {
@@ -101,8 +107,15 @@ struct Writer {
                                            int to) const {
     const uint32_t barrier = pre_full + 8 * to;
     barrier_arrive_expect(barrier, kSlotBytes);
-    const int column = spot.n * Shape::kColumns + i % kAcross * 32;
-    tensor_load(buffers + to * kSlotBytes, &map, barrier, column, spot.row + i / kAcross * 64, 0);
+    const int column = spot.n * Shape::kColumns + i % kAcross * 32,
+              row = spot.row + i / kAcross * 64;
+    const uint32_t at = buffers + to * kSlotBytes;
+    if constexpr (Shape::kInTurns) {
+      tensor_load(at, &map, barrier, 2 * column, row, 0);
+      tensor_load(at + kOutputChunkBytes, &map, barrier, 2 * column + 32, row, 0);
+    } else {
+      tensor_load(at, &map, barrier, column, row, 0);
+    }
   }
 
   __device__ __forceinline__ void begin_tile(const OutputSpot& spot, const CUtensorMap& pre) {
@@ -144,7 +157,8 @@ struct Writer {
                                                   const OutputSpot& spot, int m, RowPair& rows,
                                                   const CUtensorMap& out, const CUtensorMap& hidden,
                                                   const CUtensorMap& pre) {
-    static_assert(!Shape::kGated, "gate and up are two runs of sums");
+    static_assert(!Shape::kGated || kEpilogue == Epilogue::kActivationBackward,
+                  "gate and up are two runs of sums, or of twice the length");
     static_assert(kAcross % Shape::kPasses == 0, "passes are of equal length");
     constexpr int kStep = kAcross / Shape::kPasses, kTaken = kStep * kChunkSums;
     float left[kTileColumns / 2];
@@ -178,17 +192,17 @@ struct Writer {
     store_matrices(buffer + at, quad.word[0], quad.word[1], quad.word[2], quad.word[3]);
   }
 
-  // sum + bias, rounded: 8 sums from column `column` of part `part` on. The sums themselves must
-  // stay as the products left them, or ptxas serialises the products.
-  __device__ __forceinline__ Quad with_bias(const float* sum, int expert, int part,
-                                            int column) const {
+  // sum + bias, rounded: 8 sums from column `column` of the `width` of part `part` on. The sums
+  // themselves must stay as the products left them, or ptxas serialises the products.
+  __device__ __forceinline__ Quad with_bias(const float* sum, int expert, int part, int column,
+                                            int width) const {
     float2 bias[2] = {};
     if (args.bias != nullptr) {
-      const T* own = static_cast<const T*>(args.bias) +
-                     (static_cast<int64_t>(expert) * kParts + part) * n + column + lane % 4 * 2;
+      const T* own = static_cast<const T*>(args.bias) + static_cast<int64_t>(expert) * kParts * n +
+                     part * width + column + lane % 4 * 2;
 #pragma unroll
       for (int block = 0; block < 2; ++block) {
-        if (column + block * 8 >= n) continue;
+        if (column + block * 8 >= width) continue;
         bias[block] = unpack<T>(*reinterpret_cast<const uint32_t*>(own + block * 8));
       }
     }
@@ -206,17 +220,32 @@ struct Writer {
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
       const float2 z = unpack<T>(gate.word[q]), u = unpack<T>(up.word[q]);
-      float2 value;
-      float slope;
-      activate<T, kActivation>(z.x, value.x, slope);
-      activate<T, kActivation>(z.y, value.y, slope);
-      if constexpr (Shape::kGated) {
-        value.x *= u.x;
-        value.y *= u.y;
-      }
-      out.word[q] = pack<T>(value.x, value.y);
+      out.word[q] = pack<T>(activate<T, kActivation>(args.unit, z.x, u.x).value,
+                            activate<T, kActivation>(args.unit, z.y, u.y).value);
     }
     return out;
+  }
+
+  // The same where each word holds gate and up: columns 8 j to 8 j + 15 of a chunk of 64 make 4 j
+  // to 4 j + 7 of hidden. Neighbouring lanes have neighbouring values of rows r and r + 8 and swap
+  // one, so that each stores two of one row.
+  __device__ __forceinline__ void stage_activated_in_turns(uint32_t buffer, int j,
+                                                           const Quad& pre) const {
+    float value[4];
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+      const float2 pair = unpack<T>(pre.word[q]);
+      value[q] = activate<T, kActivation>(args.unit, pair.x, pair.y).value;
+    }
+    const bool odd = lane & 1;
+    const uint32_t sent = odd ? pack<T>(value[0], value[2]) : pack<T>(value[1], value[3]);
+    const uint32_t kept = odd ? pack<T>(value[1], value[3]) : pack<T>(value[0], value[2]);
+    const uint32_t got = __shfl_xor_sync(kFullMask, sent, 1);
+    const uint32_t left = odd ? got : kept, right = odd ? kept : got;
+    const int row = warp * 16 + lane / 4 + (odd ? 8 : 0);
+    const uint32_t to = buffer + output_chunk(row, j / 2) + (lane & 2) * 2;
+    store_shared_4(to, __byte_perm(left, right, 0x5410));
+    store_shared_4(to + 8, __byte_perm(left, right, 0x7632));
   }
 
   __device__ __forceinline__ void forward_chunk(const float* sum, const OutputSpot& spot, int m,
@@ -234,19 +263,28 @@ struct Writer {
       }
     }
     warpgroup_barrier();  // the buffer is free
+    if constexpr (kEpilogue == Epilogue::kActivation && Shape::kInTurns) {
 #pragma unroll
-    for (int j = 0; j < 4; j += 2) {
-      const float* own = sum + j * 4;
-      const uint32_t at = output_lane(warp, lane, j);
-      const Quad first = with_bias(own, spot.expert, 0, column + j * 8);
-      stage(buffer, at, first);
-      if constexpr (kEpilogue == Epilogue::kActivation) {
-        Quad second{};
-        if constexpr (kParts == 2) {
-          second = with_bias(own + kTileColumns / 4, spot.expert, 1, column + j * 8);
-          stage(buffer + kOutputChunkBytes, at, second);
+      for (int j = 0; j < 8; j += 2) {
+        const Quad both = with_bias(sum + j * 4, spot.expert, 0, 2 * column + j * 8, 2 * n);
+        stage(buffer + j / 4 * kOutputChunkBytes, output_lane(warp, lane, j % 4), both);
+        stage_activated_in_turns(buffer + kParts * kOutputChunkBytes, j, both);
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < 4; j += 2) {
+        const float* own = sum + j * 4;
+        const uint32_t at = output_lane(warp, lane, j);
+        const Quad first = with_bias(own, spot.expert, 0, column + j * 8, n);
+        stage(buffer, at, first);
+        if constexpr (kEpilogue == Epilogue::kActivation) {
+          Quad second{};
+          if constexpr (kParts == 2) {
+            second = with_bias(own + kTileColumns / 4, spot.expert, 1, column + j * 8, n);
+            stage(buffer + kOutputChunkBytes, at, second);
+          }
+          stage(buffer + kParts * kOutputChunkBytes, at, activated(first, second));
         }
-        stage(buffer + kParts * kOutputChunkBytes, at, activated(first, second));
       }
     }
     fence_shared();
@@ -265,9 +303,14 @@ struct Writer {
       if (thread == 0) {
         if (args.out != nullptr) {
           // The backward moves gate and up as one box, the forward made them one by one.
-          tensor_store(&out, out_buffer, column, row, 0);
-          if constexpr (kEpilogue == Epilogue::kActivation && kParts == 2) {
-            tensor_store(&out, out_buffer + kOutputChunkBytes, column, row, 1);
+          if constexpr (kParts == 2 && Shape::kInTurns) {
+            tensor_store(&out, out_buffer, 2 * column, row, 0);
+            tensor_store(&out, out_buffer + kOutputChunkBytes, 2 * column + 32, row, 0);
+          } else {
+            tensor_store(&out, out_buffer, column, row, 0);
+            if constexpr (kEpilogue == Epilogue::kActivation && kParts == 2) {
+              tensor_store(&out, out_buffer + kOutputChunkBytes, column, row, 1);
+            }
           }
         }
         if (kHidden && args.hidden != nullptr) tensor_store(&hidden, hidden_buffer, column, row, 0);
@@ -277,15 +320,21 @@ struct Writer {
 #pragma unroll 1
     for (int i = thread; i < 64 * 4; i += kWarpgroup) {
       const int r = i >> 2, c = column + (i & 3) * 8;
-      if (r >= rows || c >= n) continue;
+      if (r >= rows) continue;
       const uint32_t at = output_chunk(r, i & 3);
       if (args.out != nullptr) {
-        T* to = static_cast<T*>(args.out) + static_cast<int64_t>(row + r) * kParts * n + c;
-        *reinterpret_cast<uint4*>(to) = load_shared_16(out_buffer + at);
-        if constexpr (kParts == 2) {
-          *reinterpret_cast<uint4*>(to + n) = load_shared_16(out_buffer + kOutputChunkBytes + at);
+        T* to = static_cast<T*>(args.out) + static_cast<int64_t>(row + r) * kParts * n;
+        if constexpr (kParts == 2 && Shape::kInTurns) {
+          send_in_turns(to, out_buffer + at, column + c);
+        } else if (c < n) {
+          *reinterpret_cast<uint4*>(to + c) = load_shared_16(out_buffer + at);
+          if constexpr (kParts == 2) {
+            *reinterpret_cast<uint4*>(to + n + c) =
+                load_shared_16(out_buffer + kOutputChunkBytes + at);
+          }
         }
       }
+      if (c >= n) continue;
       if (kHidden && args.hidden != nullptr) {
         T* to = static_cast<T*>(args.hidden) + static_cast<int64_t>(row + r) * n + c;
         *reinterpret_cast<uint4*>(to) = load_shared_16(hidden_buffer + at);
@@ -293,7 +342,39 @@ struct Writer {
     }
   }
 
+  // 8 values from column c on of a row of 2 n, and 8 from 32 columns further on.
+  __device__ __forceinline__ void send_in_turns(T* row, uint32_t from, int c) const {
+    if (c < 2 * n) *reinterpret_cast<uint4*>(row + c) = load_shared_16(from);
+    if (c + 32 < 2 * n) {
+      *reinterpret_cast<uint4*>(row + c + 32) = load_shared_16(from + kOutputChunkBytes);
+    }
+  }
+
   // Backward: the gradients of gate and up overwrite them in their slot.
+
+  // Gate and up of hidden columns 8 j to 8 j + 15 of a chunk, which lie in turns in its two
+  // buffers, in the places that load_matrices gives halves of a row; and back.
+  __device__ __forceinline__ uint32_t place_in_turns(uint32_t buffer, int j, int q) const {
+    const int row = warp * 16 + lane / 4 + (q & 1) * 8, chunk = 2 * (q >> 1) + (lane >> 1 & 1);
+    return buffer + j / 2 * kOutputChunkBytes + output_chunk(row, chunk) + (lane & 1) * 8;
+  }
+  __device__ __forceinline__ void load_in_turns(uint32_t buffer, int j, Quad& gate,
+                                                Quad& up) const {
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+      const uint2 pairs = load_shared_8(place_in_turns(buffer, j, q));
+      gate.word[q] = __byte_perm(pairs.x, pairs.y, 0x5410);
+      up.word[q] = __byte_perm(pairs.x, pairs.y, 0x7632);
+    }
+  }
+  __device__ __forceinline__ void stage_in_turns(uint32_t buffer, int j, const Quad& gate,
+                                                 const Quad& up) const {
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+      store_shared_8(place_in_turns(buffer, j, q), {__byte_perm(gate.word[q], up.word[q], 0x5410),
+                                                    __byte_perm(gate.word[q], up.word[q], 0x7632)});
+    }
+  }
 
   __device__ __forceinline__ RowPair begin_rows(const OutputSpot& spot, int m) const {
     RowPair rows{};
@@ -332,11 +413,17 @@ struct Writer {
     for (int j = 0; j < 4; j += 2) {
       const uint32_t at = output_lane(warp, lane, j);
       Quad gate, up{}, value;
-      load_matrices(buffer + at, gate.word);
-      if constexpr (kParts == 2) load_matrices(buffer + kOutputChunkBytes + at, up.word);
-      differentiate(sum + j * 4, gate, up, value, rows);
-      stage(buffer, at, gate);
-      if constexpr (kParts == 2) stage(buffer + kOutputChunkBytes, at, up);
+      if constexpr (Shape::kInTurns) {
+        load_in_turns(buffer, j, gate, up);
+        differentiate(sum + j * 4, gate, up, value, rows);
+        stage_in_turns(buffer, j, gate, up);
+      } else {
+        load_matrices(buffer + at, gate.word);
+        if constexpr (kParts == 2) load_matrices(buffer + kOutputChunkBytes + at, up.word);
+        differentiate(sum + j * 4, gate, up, value, rows);
+        stage(buffer, at, gate);
+        if constexpr (kParts == 2) stage(buffer + kOutputChunkBytes, at, up);
+      }
       stage(weighted, at, value);
     }
     fence_shared();
@@ -368,18 +455,12 @@ struct Writer {
 #pragma unroll
       for (int x = 0; x < 2; ++x) {
         const float g = grad[2 * q + x];
-        float act, slope;
-        activate<T, kActivation>(x == 0 ? z.x : z.y, act, slope);
-        float hidden = act;
-        if constexpr (Shape::kGated) {
-          const float other = x == 0 ? u.x : u.y;
-          hidden = act * other;
-          slope *= other;
-          grad_up[x] = weight * g * act;
-        }
-        rows.dot[q & 1] += g * hidden;
-        weighted[x] = weight * hidden;
-        grad_gate[x] = weight * g * slope;
+        const Hidden<float> h =
+            activate<T, kActivation>(args.unit, x == 0 ? z.x : z.y, x == 0 ? u.x : u.y);
+        if constexpr (Shape::kGated) grad_up[x] = weight * g * h.by_up;
+        rows.dot[q & 1] += g * h.value;
+        weighted[x] = weight * h.value;
+        grad_gate[x] = weight * g * h.by_gate;
       }
       gate.word[q] = pack<T>(grad_gate[0], grad_gate[1]);
       if constexpr (Shape::kGated) up.word[q] = pack<T>(grad_up[0], grad_up[1]);

@@ -117,8 +117,8 @@ bool takes_block(const char* op, const Block& block, std::initializer_list<const
 Tensor expert_rows(const Block& block, Tensor& pre) {
   Tensor hidden =
       empty_on(block.x, {block.num_rows(), block.hidden_width()}, block.x.scalar_type());
-  up(block.x, gather_of(block), block.w_up, block.b_up, block.activation, block.plan, pre, hidden,
-     block.stream);
+  up(block.x, gather_of(block), block.w_up, block.b_up, block.activation, block.unit, block.plan,
+     pre, hidden, block.stream);
   return matmul("w_down", hidden, block.w_down, block.plan, std::nullopt, block.stream);
 }
 
@@ -137,7 +137,7 @@ void data_backward(const Block& block, const Tensor& grad_y, const Tensor& pre,
     grads.topk_weights =
         empty_on(block.topk_weights, block.topk_weights.sizes(), block.topk_weights.scalar_type());
   }
-  down_backward(down, gather_of(block), block.activation, block.plan, block.stream);
+  down_backward(down, gather_of(block), block.activation, block.unit, block.plan, block.stream);
   if (needed.topk_weights) pair_grads(block, grad_y, down.partial, grads.topk_weights);
   down.partial = Tensor();
   if (needed.x) {

@@ -30,11 +30,16 @@ RowsLaunch rows_launch(const char* product, const Tensor& a, int64_t num_rows, c
           gather,
           WeightView(weight),
           n,
-          {nullptr, nullptr, nullptr, nullptr, row_source(gather), nullptr},
+          {nullptr, nullptr, nullptr, nullptr, row_source(gather), nullptr, {}},
           nullptr,
           plan,
           a.get_device_index(),
           stream};
+}
+
+GluConstants<float> in_float(const GluConstants<double>& unit) {
+  return {static_cast<float>(unit.alpha), static_cast<float>(unit.cubic),
+          static_cast<float>(unit.limit), static_cast<float>(unit.offset)};
 }
 
 void* data_or_null(const Tensor& t) { return t.defined() ? t.data_ptr() : nullptr; }
@@ -56,19 +61,26 @@ Tensor matmul(const char* product, const Tensor& rows, const Tensor& weight, con
 }
 
 void up(const Tensor& x, const Gather& gather, const Tensor& w_up,
-        const std::optional<Tensor>& b_up, Activation activation, const RowPlan& plan, Tensor& pre,
-        Tensor& hidden, cudaStream_t stream) {
-  const bool gated = activation == Activation::kSwiglu;
+        const std::optional<Tensor>& b_up, Activation activation, const GluConstants<double>& unit,
+        const RowPlan& plan, Tensor& pre, Tensor& hidden, cudaStream_t stream) {
   const int64_t num_rows = hidden.size(0), n = hidden.size(1);
   RowsLaunch problem = rows_launch("w_up", x, num_rows, &gather, w_up, n, plan, stream);
   problem.epilogue.out = data_or_null(pre);
   problem.epilogue.hidden = hidden.data_ptr();
   problem.epilogue.bias = b_up ? b_up->data_ptr() : nullptr;
+  problem.epilogue.unit = in_float(unit);
+  const bool across = problem.weight.across();
+  // Units with options have one tile, as activations without a gate do, but where their halves of
+  // blocks of columns need the tile of swiglu.
+  const bool tiles_of_swiglu =
+      activation == Activation::kSwiglu || (activation == Activation::kGlu && across);
   const RowsChoice choice = choose_up({w_up.size(1), w_up.size(2), rows_per_expert(num_rows, plan)},
-                                      gated, problem.weight.across());
+                                      tiles_of_swiglu, across);
   dispatch_half(x.scalar_type(), [&](auto type) {
-    if (gated) {
+    if (activation == Activation::kSwiglu) {
       launch_gated_up<decltype(type)>(problem, choice);
+    } else if (has_options(activation)) {
+      launch_glu_up<decltype(type)>(problem, activation == Activation::kGluInTurns, choice);
     } else {
       launch_plain_up<decltype(type)>(problem, activation, choice);
     }
@@ -95,7 +107,7 @@ int64_t down_backward_tiles(const Tensor& w_down, Activation activation, const R
 }
 
 void down_backward(DownBackward& tensors, const Gather& gather, Activation activation,
-                   const RowPlan& plan, cudaStream_t stream) {
+                   const GluConstants<double>& unit, const RowPlan& plan, cudaStream_t stream) {
   const Tensor transposed = torch::stable::transpose(tensors.w_down, 1, 2);
   const int64_t num_rows = tensors.pre.size(0);
   RowsLaunch problem = rows_launch("w_down in the backward", tensors.grad_y, num_rows, &gather,
@@ -105,10 +117,13 @@ void down_backward(DownBackward& tensors, const Gather& gather, Activation activ
   problem.epilogue.hidden = data_or_null(tensors.weighted_hidden);
   problem.epilogue.partial = static_cast<float*>(data_or_null(tensors.partial));
   problem.epilogue.topk_weights = static_cast<const float*>(tensors.topk_weights.data_ptr());
+  problem.epilogue.unit = in_float(unit);
   const RowsChoice choice = backward_choice(transposed, activation, plan, num_rows);
   dispatch_half(tensors.grad_y.scalar_type(), [&](auto type) {
     if (activation == Activation::kSwiglu) {
       launch_gated_backward<decltype(type)>(problem, choice);
+    } else if (has_options(activation)) {
+      launch_glu_backward<decltype(type)>(problem, activation == Activation::kGluInTurns, choice);
     } else {
       launch_plain_backward<decltype(type)>(problem, activation, choice);
     }

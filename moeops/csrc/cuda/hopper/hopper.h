@@ -40,8 +40,8 @@ Tensor matmul(const char* product, const Tensor& rows, const Tensor& weight, con
 // hidden [R, H] = act(pre), pre [R, 2H or H] = x[tokens] w_up (+ b_up), rounded. `pre` may be
 // undefined: then it is not written.
 void up(const Tensor& x, const Gather& gather, const Tensor& w_up,
-        const std::optional<Tensor>& b_up, Activation activation, const RowPlan& plan, Tensor& pre,
-        Tensor& hidden, cudaStream_t stream);
+        const std::optional<Tensor>& b_up, Activation activation, const GluConstants<double>& unit,
+        const RowPlan& plan, Tensor& pre, Tensor& hidden, cudaStream_t stream);
 
 // grad_pre [R, 2H or H], weighted_hidden [R, H] and partial [R, tiles] of <grad_hidden, act(pre)>,
 // from grad_y [T, D] and w_down [E, D, H]. Outputs may be undefined. Returns the tiles of partial:
@@ -53,7 +53,7 @@ struct DownBackward {
 int64_t down_backward_tiles(const Tensor& w_down, Activation activation, const RowPlan& plan,
                             int64_t num_rows);
 void down_backward(DownBackward& problem, const Gather& gather, Activation activation,
-                   const RowPlan& plan, cudaStream_t stream);
+                   const GluConstants<double>& unit, const RowPlan& plan, cudaStream_t stream);
 
 // out [E, m, n] = sum over an expert's rows of p [., m] x q [., n]; at most one of them gathered.
 enum class Operand { kNone, kP, kQ };

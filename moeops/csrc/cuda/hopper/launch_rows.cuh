@@ -67,7 +67,8 @@ CUtensorMap weight_map(const RowsLaunch& problem) {
   constexpr uint32_t kCluster = Config::Tile::kCluster, kColumns = Config::Tile::kColumns;
   constexpr int64_t kBytes = 2;
   const WeightView& w = problem.weight;
-  const auto n = static_cast<uint64_t>(problem.n), k = static_cast<uint64_t>(w.k);
+  const auto n = static_cast<uint64_t>(Config::kTwoHalves ? problem.n : w.n);
+  const auto k = static_cast<uint64_t>(w.k);
   const auto experts = static_cast<uint64_t>(w.num_experts);
   const auto bytes = [](int64_t elements) { return static_cast<uint64_t>(elements * kBytes); };
   MapSpec spec{problem.product, w.data, 3, {}, {}, {}, 128};
@@ -95,10 +96,10 @@ CUtensorMap weight_map(const RowsLaunch& problem) {
   return encode(spec, problem.type);
 }
 
-// Rows of `parts` pieces of n values, in boxes of 64 rows x 32 columns x `box_parts`.
+// Rows of `parts` pieces of `width` values, in boxes of 64 rows x 32 columns x `box_parts`.
 inline CUtensorMap output_map(const char* name, const void* data, const RowsLaunch& problem,
-                              int parts, int box_parts) {
-  const auto n = static_cast<uint64_t>(problem.n), rows = static_cast<uint64_t>(problem.num_rows);
+                              int64_t width, int parts, int box_parts) {
+  const auto n = static_cast<uint64_t>(width), rows = static_cast<uint64_t>(problem.num_rows);
   const auto pieces = static_cast<uint64_t>(parts);
   return encode({name,
                  data,
@@ -130,15 +131,18 @@ void launch_rows(const RowsLaunch& problem, const RowsChoice& choice) {
   }
   maps.w = weight_map<Config>(problem);
   const EpilogueArgs& epilogue = problem.epilogue;
-  constexpr int kBoxParts = Config::kBackward ? Out::kParts : 1;
+  // Gate and up in turns are one piece of twice the width, which two boxes of 32 columns cover.
+  constexpr int kPieces = Out::kInTurns ? 1 : Out::kParts;
+  constexpr int kBoxParts = Config::kBackward ? kPieces : 1;
+  const int64_t width = problem.n * Out::kParts / kPieces;
   if (epilogue.out != nullptr) {
-    maps.out = output_map(problem.product, epilogue.out, problem, Out::kParts, kBoxParts);
+    maps.out = output_map(problem.product, epilogue.out, problem, width, kPieces, kBoxParts);
   }
   if (epilogue.hidden != nullptr) {
-    maps.hidden = output_map(problem.product, epilogue.hidden, problem, 1, 1);
+    maps.hidden = output_map(problem.product, epilogue.hidden, problem, problem.n, 1, 1);
   }
   if constexpr (Config::kBackward) {
-    maps.pre = output_map(problem.product, problem.pre, problem, Out::kParts, kBoxParts);
+    maps.pre = output_map(problem.product, problem.pre, problem, width, kPieces, kBoxParts);
   }
   const RowsArgs args{problem.a,
                       row_source(problem.gather),
@@ -190,5 +194,9 @@ void launch_gated_backward(const RowsLaunch& problem, const RowsChoice& choice);
 template <typename T>
 void launch_plain_backward(const RowsLaunch& problem, Activation activation,
                            const RowsChoice& choice);
+template <typename T>
+void launch_glu_up(const RowsLaunch& problem, bool in_turns, const RowsChoice& choice);
+template <typename T>
+void launch_glu_backward(const RowsLaunch& problem, bool in_turns, const RowsChoice& choice);
 
 }  // namespace moeops::cuda::hopper

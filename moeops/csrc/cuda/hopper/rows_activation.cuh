@@ -26,6 +26,38 @@ void launch_gated_backward(const RowsLaunch& problem, const RowsChoice& choice) 
   launch(problem, choice);
 }
 
+// One tile, with clusters that share weights, but where halves of whole blocks of columns ask for
+// another.
+template <typename T>
+void launch_glu_up(const RowsLaunch& problem, bool in_turns, const RowsChoice& choice) {
+  constexpr auto kUp = Epilogue::kActivation;
+  constexpr auto kGlu = Activation::kGlu, kInTurns = Activation::kGluInTurns;
+  const bool across = problem.weight.across();
+  if (in_turns) {
+    auto* launch = across ? &launch_chosen<T, kUp, kInTurns, true, true, Pingpong192Pair>
+                          : &launch_chosen<T, kUp, kInTurns, true, false, Pingpong192Pair>;
+    return launch(problem, choice);
+  }
+  auto* launch = across ? &launch_chosen<T, kUp, kGlu, true, true, Cooperative256Pair>
+                        : &launch_chosen<T, kUp, kGlu, true, false, Pingpong192Pair>;
+  launch(problem, choice);
+}
+
+template <typename T>
+void launch_glu_backward(const RowsLaunch& problem, bool in_turns, const RowsChoice& choice) {
+  constexpr auto kBackward = Epilogue::kActivationBackward;
+  constexpr auto kGlu = Activation::kGlu, kInTurns = Activation::kGluInTurns;
+  const bool across = problem.weight.across();
+  if (in_turns) {
+    auto* launch = across ? &launch_chosen<T, kBackward, kInTurns, true, true, Pingpong192Pair>
+                          : &launch_chosen<T, kBackward, kInTurns, true, false, Pingpong192Pair>;
+    return launch(problem, choice);
+  }
+  auto* launch = across ? &launch_chosen<T, kBackward, kGlu, true, true, Pingpong192Pair>
+                        : &launch_chosen<T, kBackward, kGlu, true, false, Pingpong192Pair>;
+  launch(problem, choice);
+}
+
 // One tile: these activations are used in older models, whose sizes suit it.
 template <typename T, Epilogue kEpilogue>
 void launch_plain(const RowsLaunch& problem, Activation activation, const RowsChoice& choice) {
@@ -46,6 +78,8 @@ void launch_plain(const RowsLaunch& problem, Activation activation, const RowsCh
     case Activation::kReluSquared:
       return run(std::integral_constant<Activation, Activation::kReluSquared>{});
     case Activation::kSwiglu:
+    case Activation::kGlu:
+    case Activation::kGluInTurns:
       STD_TORCH_CHECK(false, "moeops: a gated activation reached the kernels of plain ones.");
   }
 }

@@ -52,7 +52,8 @@ struct RowsConfig {
   static constexpr bool kAcross = kAcross_;  // W has k across its rows: [E, K, N]
   static constexpr bool kBackward = kEpilogue == Epilogue::kActivationBackward;
   // Of a W tile that holds gate columns, then up columns; all others are one piece.
-  static constexpr bool kTwoHalves = kEpilogue == Epilogue::kActivation && Out::kParts == 2;
+  static constexpr bool kTwoHalves =
+      kEpilogue == Epilogue::kActivation && Out::kParts == 2 && !Out::kInTurns;
   static_assert(!kTwoHalves || !kAcross || Out::kColumns % 64 == 0,
                 "gate and up are whole blocks of 64 columns where k runs across the rows of W");
   // What the compiler needs without spilling, of 64 K registers in all.
@@ -143,7 +144,8 @@ struct RowsGemm : PersistentCta<typename Config::Tile, typename Config::Plan> {
   // The W tile of k block `kb`, or this CTA's half of it for both CTAs of a pair.
   __device__ __forceinline__ void load_w(int stage, const Spot& spot, int kb) const {
     const uint32_t to = second_tile(stage), barrier = full(stage);
-    const int k = kb * kDepth, column = spot.n * Out::kColumns;
+    const int k = kb * kDepth;
+    const int column = spot.n * (Config::kTwoHalves ? Out::kColumns : Tile::kColumns);
     const bool shared = spot.pairing == Pairing::kShared;
     const auto load = [&](uint32_t at, auto... coordinates) {
       if constexpr (kCluster == 2) {

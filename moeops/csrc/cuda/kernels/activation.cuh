@@ -4,11 +4,22 @@
 // Rows past the last offset are skipped.
 #pragma once
 
+#include "activation_options.h"
 #include "vector.cuh"
 
 namespace moeops {
 
-enum class Activation { kSwiglu, kGelu, kRelu, kSilu, kReluSquared };
+// Gated are: silu(gate) * up alone, in few instructions; units with options, whose rows of the
+// pre-activation are all of the gate and then all of up, or both in turns.
+enum class Activation { kSwiglu, kGlu, kGluInTurns, kGelu, kRelu, kSilu, kReluSquared };
+
+__host__ __device__ constexpr bool is_gated(Activation activation) {
+  return activation == Activation::kSwiglu || activation == Activation::kGlu ||
+         activation == Activation::kGluInTurns;
+}
+__host__ __device__ constexpr bool has_options(Activation activation) {
+  return activation == Activation::kGlu || activation == Activation::kGluInTurns;
+}
 
 constexpr int kActivationThreads = 256;
 
@@ -87,6 +98,78 @@ __device__ __forceinline__ void activate(Acc z, Acc& value, Acc& slope) {
   }
 }
 
+// A hidden value and its slopes by the gate, or what stands alone, and by up.
+template <typename Acc>
+struct Hidden {
+  Acc value, by_gate, by_up;
+};
+
+// Of a unit with options. Comparisons are written so that NaN stays NaN; what is clamped has no
+// slope, its limits themselves have.
+template <typename T, typename Acc = device_accumulate_t<T>>
+__device__ __forceinline__ Hidden<Acc> glu(const GluConstants<Acc>& unit, Acc gate, Acc up) {
+  constexpr Acc kLargest = 1e30f;  // times a cubic of zero an infinity would be NaN
+  const Acc g = gate > unit.limit ? unit.limit : gate;
+  const Acc square = g * g;
+  const Acc cubic = unit.cubic * (square > kLargest ? kLargest : square);
+  const Acc s = sigmoid<T>(g * (unit.alpha + cubic));
+  const Acc value = g * s, slope = s * (1 + g * (1 - s) * (unit.alpha + 3 * cubic));
+  Acc u = up > unit.limit ? unit.limit : up;
+  u = (u < -unit.limit ? -unit.limit : u) + unit.offset;
+  return {value * u, gate > unit.limit ? Acc(0) : slope * u,
+          up > unit.limit || up < -unit.limit ? Acc(0) : value};
+}
+
+template <typename T, Activation kActivation, typename Acc = device_accumulate_t<T>>
+__device__ __forceinline__ Hidden<Acc> activate(const GluConstants<Acc>& unit, Acc gate, Acc up) {
+  if constexpr (has_options(kActivation)) {
+    return glu<T>(unit, gate, up);
+  } else {
+    Acc value, slope;
+    activate<T, kActivation>(gate, value, slope);
+    if constexpr (is_gated(kActivation)) {
+      return {value * up, slope * up, value};
+    } else {
+      return {value, slope, Acc(0)};
+    }
+  }
+}
+
+// Two vectors of a row of the pre-activation that hold gate and up of kElements hidden values from
+// column c on: side by side where both are in turns, else H apart.
+template <Activation kActivation, int kElements>
+struct PreColumns {
+  int64_t first, second;
+
+  __device__ __forceinline__ PreColumns(int64_t c, int64_t hidden_width)
+      : first(kActivation == Activation::kGluInTurns ? 2 * c : c),
+        second(kActivation == Activation::kGluInTurns ? 2 * c + kElements : hidden_width + c) {}
+};
+
+// From two vectors as they lie in memory to gate and up, and back.
+template <Activation kActivation, typename T, int kElements>
+__device__ __forceinline__ void to_gate_and_up(Vector<T, kElements>& a, Vector<T, kElements>& b) {
+  if constexpr (kActivation == Activation::kGluInTurns && kElements > 1) {
+    const Vector<T, kElements> lying[2] = {a, b};
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) {
+      a.value[i] = lying[2 * i / kElements].value[2 * i % kElements];
+      b.value[i] = lying[2 * i / kElements].value[2 * i % kElements + 1];
+    }
+  }
+}
+template <Activation kActivation, typename T, int kElements>
+__device__ __forceinline__ void from_gate_and_up(Vector<T, kElements>& a, Vector<T, kElements>& b) {
+  if constexpr (kActivation == Activation::kGluInTurns && kElements > 1) {
+    const Vector<T, kElements> halves[2] = {a, b};
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) {
+      a.value[i] = halves[i % 2].value[i / 2];
+      b.value[i] = halves[i % 2].value[(kElements + i) / 2];
+    }
+  }
+}
+
 template <typename T, int kElements>
 __device__ __forceinline__ void add_vector(Vector<T, kElements>& v, const T* other) {
   const auto o = load_vector<Vector<T, kElements>>(other);
@@ -101,10 +184,11 @@ template <typename T, Activation kActivation, int kElements>
 __global__ void __launch_bounds__(256)
     activation_kernel(T* __restrict__ pre, const T* __restrict__ bias,
                       const int32_t* __restrict__ offsets, int num_experts, int64_t num_rows,
-                      int64_t hidden_width, T* __restrict__ hidden) {
+                      int64_t hidden_width, GluConstants<device_accumulate_t<T>> unit,
+                      T* __restrict__ hidden) {
   using Acc = device_accumulate_t<T>;
   using Vec = Vector<T, kElements>;
-  constexpr bool kGated = kActivation == Activation::kSwiglu;
+  constexpr bool kGated = is_gated(kActivation);
   const int64_t pre_width = kGated ? 2 * hidden_width : hidden_width;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (row >= live_rows(offsets, num_experts, num_rows)) return;
@@ -113,23 +197,24 @@ __global__ void __launch_bounds__(256)
 #pragma unroll 2
   for (int64_t c = static_cast<int64_t>(threadIdx.x) * kElements; c < hidden_width;
        c += static_cast<int64_t>(blockDim.x) * kElements) {
-    Vec gate = load_vector<Vec>(own + c), up{};
-    if constexpr (kGated) up = load_vector<Vec>(own + hidden_width + c);
+    const PreColumns<kActivation, kElements> at(c, hidden_width);
+    Vec gate = load_vector<Vec>(own + at.first), up{};
+    if constexpr (kGated) up = load_vector<Vec>(own + at.second);
     if (own_bias != nullptr) {
-      add_vector<T, kElements>(gate, own_bias + c);
-      store_vector(own + c, gate);
+      add_vector<T, kElements>(gate, own_bias + at.first);
+      store_vector(own + at.first, gate);
       if constexpr (kGated) {
-        add_vector<T, kElements>(up, own_bias + hidden_width + c);
-        store_vector(own + hidden_width + c, up);
+        add_vector<T, kElements>(up, own_bias + at.second);
+        store_vector(own + at.second, up);
       }
     }
+    to_gate_and_up<kActivation>(gate, up);
     Vec out;
 #pragma unroll
     for (int i = 0; i < kElements; ++i) {
-      Acc value, slope;
-      activate<T, kActivation>(to_accumulate(gate.value[i]), value, slope);
-      if constexpr (kGated) value *= to_accumulate(up.value[i]);
-      out.value[i] = from_accumulate<T>(value);
+      const Hidden<Acc> h =
+          activate<T, kActivation>(unit, to_accumulate(gate.value[i]), to_accumulate(up.value[i]));
+      out.value[i] = from_accumulate<T>(h.value);
     }
     store_vector(hidden + row * hidden_width + c, out);
   }
@@ -149,6 +234,7 @@ struct ActivationBackwardArgs {
   int num_experts;
   int top_k;
   int64_t num_rows, num_pairs, hidden_width, out_width;
+  GluConstants<Acc> unit;
   T* grad_pre;             // [R, 2H or H] or null
   T* weighted_hidden;      // [R, H] or null
   Acc* grad_topk_weights;  // [T, K] or null
@@ -163,7 +249,7 @@ __global__ void __launch_bounds__(256)
     activation_backward_kernel(const ActivationBackwardArgs<T> args) {
   using Acc = device_accumulate_t<T>;
   using Vec = Vector<T, kElements>;
-  constexpr bool kGated = kActivation == Activation::kSwiglu;
+  constexpr bool kGated = is_gated(kActivation);
   const int64_t H = args.hidden_width;
   const int64_t pre_width = kGated ? 2 * H : H;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
@@ -179,30 +265,26 @@ __global__ void __launch_bounds__(256)
 #pragma unroll 2
     for (int64_t c = static_cast<int64_t>(threadIdx.x) * kElements; c < H;
          c += static_cast<int64_t>(blockDim.x) * kElements) {
-      const Vec gate = load_vector<Vec>(pre + c);
-      Vec up{};
-      if constexpr (kGated) up = load_vector<Vec>(pre + H + c);
+      const PreColumns<kActivation, kElements> at(c, H);
+      Vec gate = load_vector<Vec>(pre + at.first), up{};
+      if constexpr (kGated) up = load_vector<Vec>(pre + at.second);
+      to_gate_and_up<kActivation>(gate, up);
       const Vec grad = load_vector<Vec>(grad_hidden + c);
       Vec grad_gate, grad_up, weighted;
 #pragma unroll
       for (int i = 0; i < kElements; ++i) {
-        Acc value, slope;
-        activate<T, kActivation>(to_accumulate(gate.value[i]), value, slope);
+        const Hidden<Acc> h = activate<T, kActivation>(args.unit, to_accumulate(gate.value[i]),
+                                                       to_accumulate(up.value[i]));
         const Acc g = to_accumulate(grad.value[i]);
-        Acc hidden = value;
-        if constexpr (kGated) {
-          const Acc u = to_accumulate(up.value[i]);
-          hidden = value * u;
-          grad_up.value[i] = from_accumulate<T>(weight * g * value);
-          slope *= u;
-        }
-        grad_gate.value[i] = from_accumulate<T>(weight * g * slope);
-        weighted.value[i] = from_accumulate<T>(weight * hidden);
-        dot += g * hidden;
+        if constexpr (kGated) grad_up.value[i] = from_accumulate<T>(weight * g * h.by_up);
+        grad_gate.value[i] = from_accumulate<T>(weight * g * h.by_gate);
+        weighted.value[i] = from_accumulate<T>(weight * h.value);
+        dot += g * h.value;
       }
       if (args.grad_pre) {
-        store_vector(args.grad_pre + row * pre_width + c, grad_gate);
-        if constexpr (kGated) store_vector(args.grad_pre + row * pre_width + H + c, grad_up);
+        if constexpr (kGated) from_gate_and_up<kActivation>(grad_gate, grad_up);
+        store_vector(args.grad_pre + row * pre_width + at.first, grad_gate);
+        if constexpr (kGated) store_vector(args.grad_pre + row * pre_width + at.second, grad_up);
       }
       if (args.weighted_hidden) store_vector(args.weighted_hidden + row * H + c, weighted);
     }

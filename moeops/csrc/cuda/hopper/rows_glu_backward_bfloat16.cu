@@ -1,0 +1,6 @@
+// The backward of the down product with a gated unit that has options, for bfloat16.
+#include "hopper/rows_activation.cuh"
+
+namespace moeops::cuda::hopper {
+template void launch_glu_backward<__nv_bfloat16>(const RowsLaunch&, bool, const RowsChoice&);
+}
