@@ -19,9 +19,7 @@ NAMES = census.experts_names()
 NUM_FILES = 67
 # Those that are not one op, and what they do that moe_mlp does not. A new file may be either.
 COMPOSED = {
-    "a gate of its own": "deepseek_v4 glm5_next hy_v4 hy_v4_vl gpt_oss openai_privacy_filter minimax_m3_vl"
-    " inkling2 inkling2_loop",
-    "a gated GELUTanh": "gemma4 diffusion_gemma",
+    "a gate of its own": "inkling2 inkling2_loop",
     "a norm": "muse_spark",
 }
 # Gates that compute in float32 whatever they are given, where moeops computes in float64.
@@ -104,7 +102,13 @@ def test_which_are_one_op():
     assert lines["aria.AriaExperts"].endswith("[E, D, 2H], gate then up")
     assert lines["nemotron_h.NemotronHExperts"].endswith("fused, no gate, relu_squared; [E, H, D]")
     assert lines["gpt_oss.GptOssExperts"].endswith(
-        "a gate of its own (GptOssExperts._apply_gate); [E, D, 2H], gate and up interleaved, bias"
+        "fused, gate * sigmoid(1.702 * gate) * (up + 1), both clamped at 7; [E, D, 2H], gate and up interleaved, bias"
+    )
+    assert lines["gemma4.Gemma4TextExperts"].endswith(
+        "fused, gelu_tanh(gate) * up; [E, 2H, D], gate then up"
+    )
+    assert lines["inkling2.Inkling2Experts"].endswith(
+        "a gate of its own (Inkling2Experts._apply_gate); [E, 2H, D], gate then up"
     )
 
 
@@ -167,7 +171,9 @@ def test_ids_of_other_ranks_add_nothing(model):
     )  # its norm is in float32
 
 
-@pytest.mark.parametrize("model", ["qwen3_moe", "aria", "nemotron_h", "gpt_oss", "muse_spark"])
+@pytest.mark.parametrize(
+    "model", ["qwen3_moe", "aria", "nemotron_h", "gpt_oss", "gemma4", "inkling2", "muse_spark"]
+)
 def test_compiles_in_one_graph(model, fresh_dynamo):
     name = experts_of(model)
     experts, given = census.tiny_experts(name, "moeops"), inputs()

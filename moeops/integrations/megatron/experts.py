@@ -6,30 +6,33 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.activations import squared_relu
+from megatron.core.activations import fast_gelu, quick_gelu, squared_relu
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
 from moeops.integrations.megatron import parameters
 from moeops.ops import grouped_linear, moe_mlp
-from moeops.types import TokenPlan
+from moeops.types import Glu, TokenPlan
 
-# Activations with a fused block, by function and whether it gates.
-FUSED = {
-    (F.silu, True): "swiglu",
-    (F.silu, False): "silu",
-    (F.gelu, False): "gelu",
-    (F.relu, False): "relu",
-    (squared_relu, False): "relu_squared",
+# Activations with a fused block, by function.
+PLAIN = {F.silu: "silu", F.gelu: "gelu", F.relu: "relu", squared_relu: "relu_squared"}
+GATED = {
+    F.silu: Glu(),
+    quick_gelu: Glu(alpha=1.702),
+    fast_gelu: Glu("gelu_tanh"),
 }
 
 
-def fused_activation(config: Any) -> str | None:
-    """The name of the activation of a ``TransformerConfig`` in moeops, ``None`` if it has no fused block."""
-    gated = config.gated_linear_unit
-    if gated and (config.activation_func_clamp_value is not None or config.glu_linear_offset != 0):
+def fused_activation(config: Any) -> str | Glu | None:
+    """The activation of a ``TransformerConfig`` in moeops, ``None`` if it has no fused block."""
+    if not config.gated_linear_unit:
+        return PLAIN.get(config.activation_func)
+    unit = GATED.get(config.activation_func)
+    if unit is None:
         return None
-    return FUSED.get((config.activation_func, gated))
+    return unit._replace(
+        limit=config.activation_func_clamp_value, offset=float(config.glu_linear_offset)
+    )
 
 
 def check_config(op: str, config: Any) -> None:
@@ -71,12 +74,12 @@ class MoeopsExperts(MegatronModule):
 
         MoESubmodules(experts=ModuleSpec(module=MoeopsExperts))
 
-    All experts run as one op: SwiGLU, GELU, ReLU, squared ReLU and SiLU as ``moeops.moe_mlp``, which keeps rows and
-    pre-activations for the backward, any other activation between two ``moeops.grouped_linear``. Nothing is copied to
-    the host here; Megatron's dispatchers do. Biases and ``moe_apply_probs_on_input`` work, and so do shards of experts
-    (``expert_tensor_parallel_size``). Weights start as those of ``SequentialMLP``. Checkpoints of
-    ``megatron.core.dist_checkpointing`` are the same as its, for any number of ranks; a plain state dict of any of the
-    three classes loads too.
+    All experts run as one op: SwiGLU and gated quick or fast GELU, with clamps and an offset, GELU, ReLU, squared ReLU
+    and SiLU as ``moeops.moe_mlp``, which keeps rows and pre-activations for the backward, any other activation between
+    two ``moeops.grouped_linear``. Nothing is copied to the host here; Megatron's dispatchers do. Biases and
+    ``moe_apply_probs_on_input`` work, and so do shards of experts (``expert_tensor_parallel_size``). Weights start as
+    those of ``SequentialMLP``. Checkpoints of ``megatron.core.dist_checkpointing`` are the same as its, for any number
+    of ranks; a plain state dict of any of the three classes loads too.
 
     Args:
         num_local_experts: ``E_local``.

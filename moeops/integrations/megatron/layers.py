@@ -27,6 +27,7 @@ from moeops.gates.naive import NaiveGate
 from moeops.integrations.megatron import parameters
 from moeops.integrations.megatron.experts import check_config, fused_activation
 from moeops.layers.transformer import FMoETransformerMLP
+from moeops.ops.activations import is_gated
 from moeops.types import Routing, SlotRouting
 
 # Names of Megatron's router, for what NaiveGate has too.
@@ -79,10 +80,11 @@ class MegatronMLP(FMoETransformerMLP):
                 f"got {num_experts}. Choose another number: it counts the experts of all ranks."
             )
         activation = fused_activation(config) or config.activation_func
-        if config.gated_linear_unit and activation != "swiglu":
+        if config.gated_linear_unit and not is_gated(activation):
             raise ValueError(
-                f"{op}: activation_func must be torch.nn.functional.silu, without clamp and offset, where "
-                f"gated_linear_unit is True, got {config.activation_func}. Use Megatron's MoELayer with "
+                f"{op}: activation_func must be torch.nn.functional.silu, or quick_gelu or fast_gelu of "
+                "megatron.core.activations, where gated_linear_unit is True, got "
+                f"{config.activation_func}. Use Megatron's MoELayer with "
                 "ModuleSpec(module=MoeopsExperts), which takes any activation."
             )
         num_local = num_experts // groups.ep.size()

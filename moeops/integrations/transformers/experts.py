@@ -12,7 +12,8 @@ from transformers.integrations import moe
 
 from moeops.layers._weights import plain_weight
 from moeops.ops import grouped_linear, moe_mlp, permute_tokens, sort_tokens, unpermute_tokens
-from moeops.types import LoraFactors, TokenPlan
+from moeops.ops.activations import GATED
+from moeops.types import Glu, LoraFactors, TokenPlan
 
 NAME = "moeops"
 # The attribute in which moeops.integrations.peft leaves LoRA factors for a call: a dict of LoraFactors by weight.
@@ -26,8 +27,54 @@ _ACTIVATIONS: dict[type, str] = {
     nn.ReLU: "relu",
     activations.ReLUSquaredActivation: "relu_squared",
 }
-# Experts whose gate is ``act_fn(gate) * up`` in float32, which is how moe_mlp computes swiglu of half types.
-_GATES_IN_FLOAT32 = ("transformers.models.beam.modeling_beam.BeamExperts",)
+# What moe_mlp makes of one of them before a gate; GELUTanh is the tanh form of GELU, however it is computed.
+_GATED: dict[type, str | Glu] = {
+    nn.SiLU: "swiglu",
+    activations.SiLUActivation: "swiglu",
+    activations.GELUTanh: "geglu_tanh",
+    activations.NewGELUActivation: "geglu_tanh",
+    activations.QuickGELUActivation: Glu(alpha=1.702),
+}
+
+
+def _clamped_by_act_fn(experts: Any) -> Glu | None:
+    return Glu(limit=experts.limit) if gated_unit(experts.act_fn) == "swiglu" else None
+
+
+def _clamped(experts: Any) -> Glu:
+    return Glu(limit=experts.swiglu_limit)
+
+
+def _gpt_oss(experts: Any) -> Glu:
+    return Glu(
+        alpha=experts.alpha,
+        limit=experts.limit,
+        offset=1.0,
+        interleaved=not experts.is_concatenated,
+    )
+
+
+def _minimax(experts: Any) -> Glu:
+    return Glu(alpha=experts.swiglu_alpha, limit=experts.swiglu_limit, offset=1.0)
+
+
+def _by_act_fn(experts: Any) -> str | Glu | None:
+    return gated_unit(experts.act_fn)
+
+
+# Gates that models bring, by the module and name of the function: what they compute. Beam's is ``act_fn(gate) * up`` in
+# float32, which is how moe_mlp computes it for half types.
+_GATES: dict[str, Callable[[Any], str | Glu | None]] = {
+    "transformers.models.beam.modeling_beam.BeamExperts._apply_gate": _by_act_fn,
+    "transformers.models.deepseek_v4.modeling_deepseek_v4.DeepseekV4Experts._apply_gate": _clamped_by_act_fn,
+    "transformers.models.glm5_next.modeling_glm5_next.Glm5NextTextExperts._apply_gate": _clamped,
+    "transformers.models.gpt_oss.modeling_gpt_oss.GptOssExperts._apply_gate": _gpt_oss,
+    "transformers.models.hy_v4.modeling_hy_v4.HYV4Experts._apply_gate": _clamped,
+    "transformers.models.hy_v4_vl.modeling_hy_v4_vl.HYV4VLExperts._apply_gate": _clamped,
+    "transformers.models.minimax_m3_vl.modeling_minimax_m3_vl.MiniMaxM3VLExperts._apply_gate": _minimax,
+    "transformers.models.openai_privacy_filter.modeling_openai_privacy_filter.OpenAIPrivacyFilterExperts"
+    "._apply_gate": _gpt_oss,
+}
 
 
 def register() -> None:
@@ -101,7 +148,7 @@ def run_experts(
     w_up: Tensor,
     w_down: Tensor,
     *,
-    activation: str | None,
+    activation: str | Glu | None,
     between: Callable[[Tensor], Tensor],
     after: Callable[[Tensor], Tensor] | None = None,
     b_up: Tensor | None = None,
@@ -156,7 +203,7 @@ def run_experts(
     return unpermute_tokens(rows, plan, topk_weights).to(dtype)
 
 
-def fused_activation(experts: Any) -> str | None:
+def fused_activation(experts: Any) -> str | Glu | None:
     """What ``moe_mlp`` has to compute for these experts between its two products; None if no activation of its fits.
 
     The activation is read off the class of ``act_fn`` and the function behind ``_apply_gate``, not off the
@@ -164,15 +211,27 @@ def fused_activation(experts: Any) -> str | None:
     """
     if has_norm(experts):
         return None
-    activation = activation_name(getattr(experts, "act_fn", None))
+    act_fn = getattr(experts, "act_fn", None)
     if not experts.has_gate:
-        return activation
-    return "swiglu" if activation == "silu" and has_plain_gate(experts) else None
+        return activation_name(act_fn)
+    if has_plain_gate(experts):
+        unit = gated_unit(act_fn)
+        if unit is None or experts.is_concatenated:
+            return unit
+        return (unit if isinstance(unit, Glu) else GATED[unit])._replace(interleaved=True)
+    function = getattr(experts._apply_gate, "__func__", None)  # None where an instance has its own
+    known = _GATES.get(f"{function.__module__}.{function.__qualname__}") if function else None
+    return known(experts) if known else None
 
 
 def activation_name(function: object) -> str | None:
     """The name that ``moe_mlp`` has for one of transformers' activations."""
     return _ACTIVATIONS.get(type(function))
+
+
+def gated_unit(function: object) -> str | Glu | None:
+    """What ``moe_mlp`` has for ``function(gate) * up`` with one of transformers' activations."""
+    return _GATED.get(type(function))
 
 
 def up_name(experts: Any) -> str:
@@ -182,17 +241,12 @@ def up_name(experts: Any) -> str:
 
 def has_plain_gate(experts: Any) -> bool:
     """Whether the gate is ``act_fn(first half) * second half``."""
-    function = getattr(experts._apply_gate, "__func__", None)  # None where an instance has its own
-    return function is moe._default_apply_gate or _full_name(type(experts)) in _GATES_IN_FLOAT32
+    return getattr(experts._apply_gate, "__func__", None) is moe._default_apply_gate
 
 
 def has_norm(experts: Any) -> bool:
     """Whether a norm follows the experts, before the routing weights."""
     return getattr(experts, "has_post_expert_norm", False)
-
-
-def _full_name(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__name__}"
 
 
 def _is_autocast(x: Tensor) -> bool:

@@ -13,6 +13,8 @@ from moeops.integrations.transformers.experts import (
     has_plain_gate,
 )
 from moeops.integrations.transformers.patches import Patch, find_patch, is_patched
+from moeops.ops.activations import GATED
+from moeops.types import Glu
 
 
 class ExpertsReport(NamedTuple):
@@ -33,7 +35,7 @@ class ExpertsReport(NamedTuple):
     class_name: str
     implementation: str
     fused: bool
-    activation: str | None
+    activation: str | Glu | None
     reason: str
     layout: str
     is_expert_parallel: bool
@@ -101,15 +103,28 @@ def _patch_report(name: str, module: nn.Module, found: Patch) -> ExpertsReport:
     )
 
 
-def _reason(experts: Any, activation: str | None) -> str:
+def _reason(experts: Any, activation: str | Glu | None) -> str:
     if has_norm(experts):
         return "a norm follows the experts (post_expert_norm)"
     function = type(getattr(experts, "act_fn", None)).__name__
     if not experts.has_gate:
         return f"no gate, {activation}" if activation else f"no gate, {function} is not in moe_mlp"
+    if activation:
+        return _formula(activation)
     if not has_plain_gate(experts):
         return f"a gate of its own ({type(experts)._apply_gate.__qualname__})"
-    return "silu(gate) * up" if activation else f"a gated {function} is not in moe_mlp"
+    return f"a gated {function} is not in moe_mlp"
+
+
+def _formula(activation: str | Glu) -> str:
+    """What a gated unit computes."""
+    unit = activation if isinstance(activation, Glu) else GATED[activation]
+    gate = f"{unit.gate}(gate)"
+    if unit.alpha != 1:
+        gate = f"gate * sigmoid({unit.alpha:g} * gate)"
+    up = f"(up + {unit.offset:g})" if unit.offset else "up"
+    limit = "" if unit.limit is None else f", both clamped at {unit.limit:g}"
+    return f"{gate} * {up}{limit}"
 
 
 def _layout(experts: Any) -> str:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moeops.integrations.transformers.experts import activation_name, run_experts
+from moeops.integrations.transformers.experts import gated_unit, run_experts
 from moeops.ops import grouped_linear, permute_tokens, sort_tokens, unpermute_tokens
 
 
@@ -47,7 +47,7 @@ def _llama4(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         torch.ones_like(weights).reshape(-1, 1),
         experts.gate_up_proj.transpose(1, 2),
         experts.down_proj.transpose(1, 2),
-        activation=_gated(experts.act_fn),
+        activation=gated_unit(experts.act_fn),
         between=functools.partial(_glu, experts.act_fn),
     )
     return self.shared_expert(x) + y.unflatten(0, weights.shape).sum(1), logits
@@ -86,7 +86,7 @@ def _longcat_flash(
         top_k_weights,
         self.gate_up_proj[:num_experts],
         self.down_proj,
-        activation=_gated(self.act_fn),
+        activation=gated_unit(self.act_fn),
         between=functools.partial(_glu, self.act_fn),
     )
 
@@ -120,10 +120,6 @@ def _jetmoe_gating(self: Any, hidden_states: Tensor) -> tuple[Tensor, ...]:
 def _jetmoe_linear(self: Any, inputs: Tensor, expert_size: Tensor) -> Tensor:
     """JetMoeParallelExperts: ``expert_size`` is what the patched gating returns, offsets."""
     return grouped_linear(inputs, self.weight, expert_size)
-
-
-def _gated(act_fn: nn.Module) -> str | None:
-    return "swiglu" if activation_name(act_fn) == "silu" else None
 
 
 def _glu(act_fn: nn.Module, rows: Tensor) -> Tensor:
