@@ -556,6 +556,8 @@ OP_CASES: dict[str, list[Callable[[Sample, torch.dtype, str], OpCase]]] = {
         lambda *a: _moe_mlp_backward_weights(*a, (True, True, True, True)),
         lambda *a: _moe_mlp_backward_weights(*a, (False, True, True, False)),
         lambda *a: _moe_mlp_backward_weights(*a, (True, False, False, True)),
+        lambda *a: _moe_mlp_backward_weights(*a, (True, True, True, True, True, True)),
+        lambda *a: _moe_mlp_backward_weights(*a, (False, True, True, False, True, False)),
     ],
 }
 

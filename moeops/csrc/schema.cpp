@@ -120,6 +120,7 @@ STABLE_TORCH_LIBRARY(moeops, m) {
   m.def(
       "moe_mlp_backward_weights(Tensor grad_y, Tensor x, Tensor row_to_pair, Tensor pair_to_row, "
       "Tensor expert_offsets, Tensor topk_weights, Tensor grad_pre, Tensor weighted_hidden, *, "
-      "bool need_w_up=True, bool need_w_down=True, bool need_b_up=True, bool need_b_down=True) -> "
-      "(Tensor grad_w_up, Tensor grad_w_down, Tensor grad_b_up, Tensor grad_b_down)");
+      "bool need_w_up=True, bool need_w_down=True, bool need_b_up=True, bool need_b_down=True, "
+      "bool transposed_up=False, bool transposed_down=False) -> (Tensor grad_w_up, Tensor "
+      "grad_w_down, Tensor grad_b_up, Tensor grad_b_down)");
 }

@@ -33,6 +33,7 @@ from moeops.dispatch.legs import Choices, Leg, Transport
 from moeops.dispatch.transports import TRANSPORTS
 from moeops.ops._autocast import cast_for_autocast
 from moeops.ops.activations import op_options
+from moeops.ops.grouped_linear import is_transposed
 from moeops.ops.moe_mlp import backward_data, backward_weights
 from moeops.types import Glu, TokenPlan
 
@@ -245,7 +246,8 @@ class _Region(torch.autograd.Function):
         # What goes back travels meanwhile, over the long link.
         if transport.ahead is not None:
             _send_back_on(returns[-1])
-        sums = _weight_gradients(waiting, needs[2:])
+        transposed = [is_transposed(weight) for weight in block[:2]]
+        sums = _weight_gradients(waiting, needs[2:], transposed)
         _send_back_on(returns[-1])
         grad_x, grad_topk_weights = (
             _land(transport, legs, [pair[i] for pair in returns]) for i in range(2)
@@ -269,12 +271,16 @@ class _Once(torch.autograd.Function):
 
 
 def _weight_gradients(
-    waiting: list[tuple[Tensor, _Work, list[Tensor]]], needs: Sequence[bool]
+    waiting: list[tuple[Tensor, _Work, list[Tensor]]],
+    needs: Sequence[bool],
+    transposed: Sequence[bool],
 ) -> list[Tensor | None]:
     """Sums over all legs of the gradients of the experts' weights, in the order of ``_Block``."""
     sums: list[Tensor | None] = [None] * 4
     for grad_y, work, kept in waiting:
-        parts = backward_weights(grad_y, work.rows, work.plan, work.weights, kept, needs)
+        parts = backward_weights(
+            grad_y, work.rows, work.plan, work.weights, kept, needs, transposed
+        )
         sums = [
             part if so_far is None or part is None else so_far + part
             for so_far, part in zip(sums, parts, strict=True)

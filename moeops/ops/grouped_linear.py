@@ -28,10 +28,10 @@ def _grouped_linear_setup(ctx, inputs, output):
     ctx.save_for_backward(
         rows if need_weight else None, weight if need_rows else None, expert_offsets
     )
-    ctx.transposed = need_weight and _is_transposed(weight)
+    ctx.transposed = need_weight and is_transposed(weight)
 
 
-def _is_transposed(weight):
+def is_transposed(weight: Tensor) -> bool:
     """Whether the weight is stored as [E, D, H]; autograd would copy a gradient of another layout."""
     return weight.stride(1) == 1 and weight.stride(2) >= weight.shape[1] > 1
 

@@ -14,7 +14,7 @@ from moeops.ops._autocast import cast_for_autocast
 from moeops.ops._library import LIBRARY, refuse_second_gradient
 from moeops.ops._lora import check_lora
 from moeops.ops.activations import activate, check_activation, op_options, up_width
-from moeops.ops.grouped_linear import grouped_linear
+from moeops.ops.grouped_linear import grouped_linear, is_transposed
 from moeops.ops.permute import check_topk_weights, permute_tokens, unpermute_tokens
 from moeops.types import Glu, LoraFactors, TokenPlan
 
@@ -98,12 +98,22 @@ def _moe_mlp_backward_weights_fake(
     need_w_down=True,
     need_b_up=True,
     need_b_down=True,
+    transposed_up=False,
+    transposed_down=False,
 ):
     num_experts = expert_offsets.shape[0] - 1
     out = grad_y.shape[1]
+
+    def weight(needed, transposed, rows, columns):
+        if not needed:
+            return x.new_empty(0)
+        if transposed:
+            return x.new_empty((num_experts, columns, rows)).transpose(1, 2)
+        return x.new_empty((num_experts, rows, columns))
+
     return (
-        x.new_empty((num_experts, grad_pre.shape[1], x.shape[1]) if need_w_up else 0),
-        x.new_empty((num_experts, out, weighted_hidden.shape[1]) if need_w_down else 0),
+        weight(need_w_up, transposed_up, grad_pre.shape[-1], x.shape[1]),
+        weight(need_w_down, transposed_down, out, weighted_hidden.shape[-1]),
         x.new_empty((num_experts, grad_pre.shape[1]) if need_b_up else 0),
         x.new_empty((num_experts, out) if need_b_down else 0),
     )
@@ -163,9 +173,11 @@ def backward_weights(
     topk_weights: Tensor,
     kept: list[Tensor],
     needs: Sequence[bool],
+    transposed: Sequence[bool],
 ) -> list[Tensor | None]:
     """The gradients of w_up, w_down, b_up and b_down, ``None`` where ``needs`` of these four wants none.
 
+    Those of weights are in the layout of the weight: ``transposed`` says which of the two is stored ``[E, in, out]``.
     Empties ``kept``: ``w_down``'s gradient may take the memory of what ``w_up``'s was made of.
     """
     need_up, need_down, need_b_up, need_b_down = needs
@@ -183,6 +195,8 @@ def backward_weights(
             need_w_down=needed[1],
             need_b_up=needed[2],
             need_b_down=needed[3],
+            transposed_up=transposed[0],
+            transposed_down=transposed[1],
         )
         for number, need in enumerate(needed):
             if need:
@@ -204,6 +218,7 @@ def _moe_mlp_setup(ctx, inputs, keyword_only_inputs, output):
     ctx.save_for_backward(*inputs, pre_activation)
     ctx.options = dict(keyword_only_inputs)
     ctx.keep_pre = ctx.options.pop("keep_pre")
+    ctx.transposed = tuple(is_transposed(weight) for weight in inputs[5:7])
 
 
 def _moe_mlp_grad(ctx, grad_y, _grad_pre_activation):
@@ -222,7 +237,7 @@ def _moe_mlp_grad(ctx, grad_y, _grad_pre_activation):
     # The weights' gradients, which are large, can take the place of the pre-activation, unless the graph is retained.
     ctx.maybe_clear_saved_tensors()
     del pre_activation, inputs
-    weights = backward_weights(grad_y, x, plan, topk_weights, grads.kept, needs[2:])
+    weights = backward_weights(grad_y, x, plan, topk_weights, grads.kept, needs[2:], ctx.transposed)
     grad_x, grad_topk_weights = (
         grad if need else None for grad, need in zip(grads[:2], needs[:2], strict=True)
     )

@@ -31,7 +31,7 @@ from torch._inductor.utils import run_and_get_code
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from moeops import FMoE, FMoETransformerMLP, LoadMonitor
+from moeops import FMoE, FMoETransformerMLP, Glu, LoadMonitor
 from moeops.distributed import build_hierarchy, clip_grad_norm_, scale_expert_gradients
 from moeops.gates import ExpertChoiceGate, Llama4Gate, SoftMoEGate, SwipeGate, SwitchGate
 from moeops.layers import FusedExperts
@@ -77,8 +77,11 @@ def share(values: dict[str, Tensor], part: FMoE, rank: int) -> dict[str, Tensor]
             continue
         value = value[first : first + LOCAL]
         if short in ("w_up", "b_up"):
-            halves = value.split(H, 1)  # gate and up, or up alone
-            value = torch.cat([half[:, shard] for half in halves], 1)
+            if getattr(part.experts.fused_activation, "interleaved", False):
+                value = value.unflatten(1, (H, 2))[:, shard].flatten(1, 2)
+            else:
+                halves = value.split(H, 1)  # gate and up, or up alone
+                value = torch.cat([half[:, shard] for half in halves], 1)
         elif short == "w_down":
             value = value[:, :, shard]
         elif short == "b_down":
@@ -135,8 +138,10 @@ def check_equals_one_rank(ranks: Ranks) -> None:
 
 
 def check_activations(ranks: Ranks) -> None:
-    """All that work on single units; swiglu has two halves and is everywhere else."""
-    for activation, bias in itertools.product(("relu", nn.GELU(), "silu", "relu_squared"), (0, 1)):
+    """All that work on single units, and gated ones with options; swiglu is everywhere else."""
+    units = (Glu("gelu_tanh", limit=0.7), Glu(alpha=1.702, limit=0.7, offset=1.0, interleaved=True))
+    kinds = ("relu", nn.GELU(), "silu", "relu_squared", *units)
+    for activation, bias in itertools.product(kinds, (0, 1)):
         part, whole = make_pair(ranks, 2, activation=activation, bias=bool(bias))
         assert_equals_whole(part, part, whole, ranks, [5] * ranks.size, uneven)
 

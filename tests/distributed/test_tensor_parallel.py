@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moeops import FMoETransformerMLP
+from moeops import FMoETransformerMLP, Glu
 from moeops.dispatch.shards import take_shard
 from moeops.layers import FusedExperts
 from processes import run_checks
@@ -33,7 +33,7 @@ def drawn(**options) -> tuple[FusedExperts, torch.Tensor]:
 
 
 @pytest.mark.parametrize("num_shards", [2, 3, 4])
-@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+@pytest.mark.parametrize("activation", ["swiglu", "gelu", Glu(interleaved=True)], ids=str)
 def test_shards_of_one_random_state_are_one_expert(num_shards, activation):
     """So the fan-in is that of the whole, and what is drawn afterwards is the same on all ranks."""
     whole, after = drawn(activation=activation)

@@ -7,6 +7,7 @@ import importlib
 import pytest
 import torch
 
+from moeops import Glu
 from moeops.gates import MixtralGate, Qwen3Gate
 from moeops.layers import FMoETransformerMLP
 
@@ -117,6 +118,29 @@ def test_the_layout_of_gpt_oss():
     back = to_transformers(ours, transposed=True, interleaved=True, router="router")
     assert back.keys() == state.keys()
     assert all(torch.equal(back[name], value) for name, value in state.items())
+
+
+@pytest.mark.parametrize("interleaved", [False, True], ids=["one_by_one", "in_turns"])
+def test_a_block_of_gpt_oss_becomes_a_layer(interleaved):
+    """With its rows in another order, or as they are."""
+    block = make_block(
+        "gpt_oss", "GptOssMLP", "GptOssConfig", num_local_experts=E, intermediate_size=H
+    )
+    experts = block.experts
+    layer = FMoETransformerMLP(
+        E,
+        D,
+        H,
+        activation=Glu("silu", experts.alpha, experts.limit, 1.0, interleaved),
+        top_k=K,
+        gate=MixtralGate,
+        gate_bias=True,
+        dtype=torch.float64,
+    )
+    state = from_transformers(block.state_dict(), transposed=True, interleaved=not interleaved)
+    layer.load_state_dict(state)
+    x = torch.randn(3, 4, D, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), block(x)[0])
 
 
 def test_experts_without_a_gate_and_missing_ones():

@@ -111,6 +111,30 @@ def test_rows_in_turns_are_rows_one_by_one_in_another_order(activation, device):
         torch.testing.assert_close(got, want, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@each("stored", ["up", "down", "both"])
+@each("rows", [(13, 9, 0, 4), (700, 3, 0, 257)], ids=["whole", "cut"])
+def test_gradients_of_transposed_weights_are_stored_like_them(stored, rows, device):
+    plan, num_tokens = uneven_plan(rows, 1)
+    plan = TokenPlan(*(t.to(device) for t in plan))
+    sample = Sample("uneven", T=num_tokens, K=1, E=len(rows), D=40, H=72)
+    tensors = mlp_tensors(sample, torch.float64, device, UNITS[0], with_bias=True)
+
+    def run(names):
+        leaves = {
+            n: (t.mT.contiguous().mT if n in names else t).detach().requires_grad_()
+            for n, t in tensors.items()
+        }
+        y = call(moeops.moe_mlp, plan, UNITS[0])(**leaves)
+        grads = torch.autograd.grad(y.square().sum(), leaves.values())
+        for name, grad in zip(leaves, grads, strict=True):
+            assert grad.stride() == leaves[name].stride(), name
+        return grads
+
+    names = ("w_up", "w_down") if stored == "both" else (f"w_{stored}",)
+    for name, got, want in zip(tensors, run(names), run(()), strict=True):
+        torch.testing.assert_close(got, want, msg=lambda text, name=name: f"{name}: {text}")
+
+
 def test_what_is_clamped_has_no_gradient_and_the_limits_have(device):
     """As torch.clamp has it, and NaN comes through."""
     pre = torch.tensor([[1.0, 0.5], [0.5, 1.0], [2.0, -2.0], [-2.0, -1.0], [float("nan"), 0.5]])

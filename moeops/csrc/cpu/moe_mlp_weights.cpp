@@ -17,9 +17,10 @@
 namespace moeops::cpu {
 namespace {
 
-// Which gradients are wanted.
+// Which gradients are wanted, and which of the weights' are [E, in, out] in memory.
 struct NeededWeights {
   bool w_up, w_down, b_up, b_down;
+  bool transposed_up, transposed_down;
 
   bool grad_pre() const { return w_up || b_up; }
   bool grad_out() const { return w_down || b_down; }
@@ -47,8 +48,12 @@ class WeightBackward {
     const int64_t up = needed_.grad_pre() ? in_.grad_pre.size(1) : 0;
     const int64_t hidden = needed_.w_down ? in_.weighted_hidden.size(1) : 0;
     const int64_t width = in_.x.size(1), out = in_.grad_y.size(1);
-    grad_w_up_ = output(needed_.w_up, {num_experts, up, width});
-    grad_w_down_ = output(needed_.w_down, {num_experts, out, hidden});
+    const auto weight = [&](bool is_needed, bool transposed, int64_t rows, int64_t columns) {
+      if (transposed) std::swap(rows, columns);
+      return output(is_needed, {num_experts, rows, columns});
+    };
+    grad_w_up_ = weight(needed_.w_up, needed_.transposed_up, up, width);
+    grad_w_down_ = weight(needed_.w_down, needed_.transposed_down, out, hidden);
     grad_b_up_ = output(needed_.b_up, {num_experts, up});
     grad_b_down_ = output(needed_.b_down, {num_experts, out});
     const RowBuffers buffers(in_.x, blocks_, tasks_.num_workers(), plan_.num_rows);
@@ -61,14 +66,25 @@ class WeightBackward {
     tasks_.run([&](int64_t worker, int64_t task) { run_block(worker, blocks_[task]); });
     std::vector<bool> cut(static_cast<size_t>(plan_.offsets.num_experts), false);
     for (const ExpertBlock& block : blocks_) cut[block.expert] = !block.whole;
-    if (needed_.grad_pre()) finish(cut, in_.grad_pre.size(1), &WeightBackward::up_gradient);
-    if (needed_.grad_out()) finish(cut, in_.grad_y.size(1), &WeightBackward::down_gradient);
-    return {grad_w_up_, grad_w_down_, grad_b_up_, grad_b_down_};
+    if (needed_.grad_pre()) finish(cut, up_height(), &WeightBackward::up_gradient);
+    if (needed_.grad_out()) finish(cut, down_height(), &WeightBackward::down_gradient);
+    return {as_weight(grad_w_up_, needed_.transposed_up),
+            as_weight(grad_w_down_, needed_.transposed_down), grad_b_up_, grad_b_down_};
   }
 
  private:
   using Gradient = void (WeightBackward::*)(int64_t worker, const ExpertBlock& block, int64_t first,
                                             int64_t count);
+
+  static Tensor as_weight(const Tensor& grad, bool transposed) {
+    return transposed ? torch::stable::transpose(grad, 1, 2) : grad;
+  }
+
+  // Rows of a weight's gradient as it lies in memory, the unit in which an expert's is cut.
+  int64_t up_height() const { return needed_.transposed_up ? in_.x.size(1) : in_.grad_pre.size(1); }
+  int64_t down_height() const {
+    return needed_.transposed_down ? in_.weighted_hidden.size(1) : in_.grad_y.size(1);
+  }
 
   // The routing weight of each live row, in the accumulate type.
   void read_row_weights() {
@@ -88,8 +104,26 @@ class WeightBackward {
       gather_live_rows(in_.grad_y, plan_, block.begin, grad_out_buffer_.rows(worker, block));
     }
     if (!block.whole) return;
-    if (needed_.grad_pre()) up_gradient(worker, block, 0, in_.grad_pre.size(1));
-    if (needed_.grad_out()) down_gradient(worker, block, 0, in_.grad_y.size(1));
+    if (needed_.grad_pre()) up_gradient(worker, block, 0, up_height());
+    if (needed_.grad_out()) down_gradient(worker, block, 0, down_height());
+  }
+
+  // Rows [first, first + count) of an expert's gradient: of the gradient of what the weight made of
+  // rows, and these.
+  static void weight_gradient(const Matrix& grad, const Matrix& rows, bool transposed,
+                              const Tensor& out, int64_t expert, int64_t first, int64_t count) {
+    const Matrix &left = transposed ? rows : grad, &right = transposed ? grad : rows;
+    multiply(left.transposed().row_range(first, count), right,
+             expert_matrix(out, expert).row_range(first, count));
+  }
+
+  // The same columns of a bias's gradient; all of them with the first rows of a weight's that is
+  // cut along the other side.
+  static void bias_gradient(const Matrix& grad, const void* row_weights, bool transposed,
+                            const Tensor& out, int64_t expert, int64_t first, int64_t count) {
+    if (transposed && first > 0) return;
+    char* target = row_matrix(out, expert, 1).data + first * out.element_size();
+    sum_columns(grad, row_weights, first, transposed ? grad.columns : count, target);
   }
 
   // Rows [first, first + count) of the gradients of w_up and b_up of an expert, of which `block`
@@ -97,11 +131,12 @@ class WeightBackward {
   void up_gradient(int64_t worker, const ExpertBlock& block, int64_t first, int64_t count) {
     const Matrix grad_pre = row_matrix(in_.grad_pre, block.begin, block.size());
     if (needed_.w_up) {
-      multiply(grad_pre.transposed().row_range(first, count), x_buffer_.rows(worker, block),
-               expert_matrix(grad_w_up_, block.expert).row_range(first, count));
+      weight_gradient(grad_pre, x_buffer_.rows(worker, block), needed_.transposed_up, grad_w_up_,
+                      block.expert, first, count);
     }
     if (needed_.b_up) {
-      sum_columns(grad_pre, nullptr, first, count, bias_from(grad_b_up_, block.expert, first));
+      bias_gradient(grad_pre, nullptr, needed_.transposed_up, grad_b_up_, block.expert, first,
+                    count);
     }
   }
 
@@ -109,20 +144,15 @@ class WeightBackward {
   void down_gradient(int64_t worker, const ExpertBlock& block, int64_t first, int64_t count) {
     const Matrix grad_out = grad_out_buffer_.rows(worker, block);
     if (needed_.w_down) {
-      multiply(grad_out.transposed().row_range(first, count),
-               row_matrix(in_.weighted_hidden, block.begin, block.size()),
-               expert_matrix(grad_w_down_, block.expert).row_range(first, count));
+      weight_gradient(grad_out, row_matrix(in_.weighted_hidden, block.begin, block.size()),
+                      needed_.transposed_down, grad_w_down_, block.expert, first, count);
     }
     if (needed_.b_down) {
       const char* row_weights = static_cast<const char*>(row_weights_.const_data_ptr()) +
                                 block.begin * row_weights_.element_size();
-      sum_columns(grad_out, row_weights, first, count,
-                  bias_from(grad_b_down_, block.expert, first));
+      bias_gradient(grad_out, row_weights, needed_.transposed_down, grad_b_down_, block.expert,
+                    first, count);
     }
-  }
-
-  static char* bias_from(const Tensor& grads, int64_t expert, int64_t first) {
-    return row_matrix(grads, expert, 1).data + first * grads.element_size();
   }
 
   // The gradients, `height` rows for each expert, of those that were cut.
@@ -150,14 +180,19 @@ WeightBackward::Outputs moe_mlp_backward_weights(
     const Tensor& grad_y, const Tensor& x, const Tensor& row_to_pair, const Tensor& pair_to_row,
     const Tensor& expert_offsets, const Tensor& topk_weights, const Tensor& grad_pre,
     const Tensor& weighted_hidden, bool need_w_up, bool need_w_down, bool need_b_up,
-    bool need_b_down) {
+    bool need_b_down, bool transposed_up, bool transposed_down) {
   constexpr const char* kOp = "moe_mlp_backward_weights";
   check_moe_mlp_weight_grads(kOp, grad_y, x, row_to_pair, pair_to_row, expert_offsets, topk_weights,
                              grad_pre, weighted_hidden, need_w_up || need_b_up, need_w_down);
   const Plan plan = read_plan(kOp, row_to_pair, pair_to_row, expert_offsets, x);
   const WeightInputs in{as_contiguous(grad_y), as_contiguous(x), as_contiguous(topk_weights),
                         as_contiguous(grad_pre), as_contiguous(weighted_hidden)};
-  return WeightBackward(plan, in, {need_w_up, need_w_down, need_b_up, need_b_down}).run();
+  // A bias alone is cut along its own columns.
+  const bool turn_up = need_w_up && transposed_up && x.size(1) > 0;
+  const bool turn_down = need_w_down && transposed_down && weighted_hidden.size(1) > 0;
+  return WeightBackward(plan, in,
+                        {need_w_up, need_w_down, need_b_up, need_b_down, turn_up, turn_down})
+      .run();
 }
 
 }  // namespace

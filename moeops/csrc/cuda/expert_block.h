@@ -48,6 +48,12 @@ struct DataGrads {
   Tensor x, topk_weights, pre, weighted_hidden;
 };
 
+// Which weights' gradients are wanted, and which of them as [E, in, out].
+struct NeededWeights {
+  bool w_up, w_down;
+  bool transposed_up, transposed_down;
+};
+
 namespace hopper {
 
 // Whether the block's products and passes run in the Hopper kernels; `more` are what else the
@@ -66,8 +72,8 @@ bool takes_weight_grads(const char* op, const PlannedTokens& tokens, const Tenso
                         const Tensor* grad_pre, const Tensor* weighted_hidden);
 
 void weight_backward(const PlannedTokens& tokens, const Tensor& grad_y, const Tensor& grad_pre,
-                     const Tensor& weighted_hidden, bool need_w_up, bool need_w_down,
-                     Tensor& grad_w_up, Tensor& grad_w_down);
+                     const Tensor& weighted_hidden, const NeededWeights& needed, Tensor& grad_w_up,
+                     Tensor& grad_w_down);
 
 }  // namespace hopper
 

@@ -303,16 +303,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_mlp_backward_data(
 
 // The general path: x and grad_y gathered once more.
 void general_weight_backward(const PlannedTokens& tokens, const Tensor& grad_y,
-                             const Tensor& grad_pre, const Tensor& weighted_hidden, bool need_w_up,
-                             bool need_w_down, Tensor& grad_w_up, Tensor& grad_w_down) {
-  constexpr auto kOp = "moe_mlp_backward_weights";
-  if (need_w_up) {
-    grad_w_up =
-        grouped_weight_grad(kOp, grad_pre, gather(tokens.x, tokens), tokens.plan, tokens.stream);
+                             const Tensor& grad_pre, const Tensor& weighted_hidden,
+                             const NeededWeights& needed, Tensor& grad_w_up, Tensor& grad_w_down) {
+  const auto gradient = [&](const Tensor& grad, const Tensor& rows, bool transposed) {
+    return grouped_weight_grad("moe_mlp_backward_weights", transposed ? rows : grad,
+                               transposed ? grad : rows, tokens.plan, tokens.stream);
+  };
+  if (needed.w_up) {
+    grad_w_up = gradient(grad_pre, gather(tokens.x, tokens), needed.transposed_up);
   }
-  if (need_w_down) {
-    grad_w_down = grouped_weight_grad(kOp, gather(grad_y, tokens), weighted_hidden, tokens.plan,
-                                      tokens.stream);
+  if (needed.w_down) {
+    grad_w_down = gradient(gather(grad_y, tokens), weighted_hidden, needed.transposed_down);
   }
 }
 
@@ -320,7 +321,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_mlp_backward_weights(
     const Tensor& grad_y, const Tensor& x, const Tensor& row_to_pair, const Tensor& pair_to_row,
     const Tensor& expert_offsets, const Tensor& topk_weights, const Tensor& grad_pre,
     const Tensor& weighted_hidden, bool need_w_up, bool need_w_down, bool need_b_up,
-    bool need_b_down) {
+    bool need_b_down, bool transposed_up, bool transposed_down) {
   constexpr auto kOp = "moe_mlp_backward_weights";
   DeviceGuard guard(x.get_device_index());
   check_moe_mlp_weight_grads(kOp, grad_y, x, row_to_pair, pair_to_row, expert_offsets, topk_weights,
@@ -338,14 +339,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_mlp_backward_weights(
   const auto none = [&] { return empty_on(x, {0}, x.scalar_type()); };
   Tensor grad_w_up = none(), grad_w_down = none();
   Tensor grad_b_up = none(), grad_b_down = none();
+  const NeededWeights needed{need_w_up, need_w_down, transposed_up, transposed_down};
   if (hopper::takes_weight_grads(kOp, tokens, gy, need_w_up ? &pre : nullptr,
                                  need_w_down ? &hidden : nullptr)) {
-    hopper::weight_backward(tokens, gy, pre, hidden, need_w_up, need_w_down, grad_w_up,
-                            grad_w_down);
+    hopper::weight_backward(tokens, gy, pre, hidden, needed, grad_w_up, grad_w_down);
   } else {
-    general_weight_backward(tokens, gy, pre, hidden, need_w_up, need_w_down, grad_w_up,
-                            grad_w_down);
+    general_weight_backward(tokens, gy, pre, hidden, needed, grad_w_up, grad_w_down);
   }
+  if (need_w_up && transposed_up) grad_w_up = torch::stable::transpose(grad_w_up, 1, 2);
+  if (need_w_down && transposed_down) grad_w_down = torch::stable::transpose(grad_w_down, 1, 2);
   if (need_b_up) grad_b_up = grouped_row_sum(pre, tokens.plan.offsets, stream);
   if (need_b_down) {
     grad_b_down = grouped_weighted_sum(gy, tokens.topk_weights, tokens.row_to_pair,

@@ -320,21 +320,20 @@ struct Writer {
 #pragma unroll 1
     for (int i = thread; i < 64 * 4; i += kWarpgroup) {
       const int r = i >> 2, c = column + (i & 3) * 8;
-      if (r >= rows) continue;
+      if (r >= rows || (!Shape::kInTurns && c >= n)) continue;
       const uint32_t at = output_chunk(r, i & 3);
       if (args.out != nullptr) {
-        T* to = static_cast<T*>(args.out) + static_cast<int64_t>(row + r) * kParts * n;
+        T* to = static_cast<T*>(args.out) + static_cast<int64_t>(row + r) * kParts * n + c;
         if constexpr (kParts == 2 && Shape::kInTurns) {
-          send_in_turns(to, out_buffer + at, column + c);
-        } else if (c < n) {
-          *reinterpret_cast<uint4*>(to + c) = load_shared_16(out_buffer + at);
+          send_in_turns(to - c, out_buffer + at, column + c);
+        } else {
+          *reinterpret_cast<uint4*>(to) = load_shared_16(out_buffer + at);
           if constexpr (kParts == 2) {
-            *reinterpret_cast<uint4*>(to + n + c) =
-                load_shared_16(out_buffer + kOutputChunkBytes + at);
+            *reinterpret_cast<uint4*>(to + n) = load_shared_16(out_buffer + kOutputChunkBytes + at);
           }
         }
       }
-      if (c >= n) continue;
+      if (Shape::kInTurns && c >= n) continue;
       if (kHidden && args.hidden != nullptr) {
         T* to = static_cast<T*>(args.hidden) + static_cast<int64_t>(row + r) * n + c;
         *reinterpret_cast<uint4*>(to) = load_shared_16(hidden_buffer + at);

@@ -164,20 +164,24 @@ bool takes_weight_grads(const char* op, const PlannedTokens& tokens, const Tenso
 }
 
 void weight_backward(const PlannedTokens& tokens, const Tensor& grad_y, const Tensor& grad_pre,
-                     const Tensor& weighted_hidden, bool need_w_up, bool need_w_down,
-                     Tensor& grad_w_up, Tensor& grad_w_down) {
-  const auto type = tokens.x.scalar_type();
-  const int64_t num_experts = tokens.num_experts();
+                     const Tensor& weighted_hidden, const NeededWeights& needed, Tensor& grad_w_up,
+                     Tensor& grad_w_down) {
   const Gather gather = gather_of(tokens);
-  if (need_w_up) {
-    grad_w_up = empty_on(tokens.x, {num_experts, grad_pre.size(1), tokens.x.size(1)}, type);
-    weight_grad("w_up's gradient", grad_pre, tokens.x, Operand::kQ, &gather, tokens.plan, grad_w_up,
-                tokens.stream);
+  const auto gradient = [&](const char* product, const Tensor& p, const Tensor& q,
+                            Operand gathered) {
+    Tensor out =
+        empty_on(tokens.x, {tokens.num_experts(), p.size(1), q.size(1)}, tokens.x.scalar_type());
+    weight_grad(product, p, q, gathered, &gather, tokens.plan, out, tokens.stream);
+    return out;
+  };
+  if (needed.w_up) {
+    grad_w_up = needed.transposed_up ? gradient("w_up's gradient", tokens.x, grad_pre, Operand::kP)
+                                     : gradient("w_up's gradient", grad_pre, tokens.x, Operand::kQ);
   }
-  if (need_w_down) {
-    grad_w_down = empty_on(tokens.x, {num_experts, grad_y.size(1), weighted_hidden.size(1)}, type);
-    weight_grad("w_down's gradient", grad_y, weighted_hidden, Operand::kP, &gather, tokens.plan,
-                grad_w_down, tokens.stream);
+  if (needed.w_down) {
+    grad_w_down = needed.transposed_down
+                      ? gradient("w_down's gradient", weighted_hidden, grad_y, Operand::kQ)
+                      : gradient("w_down's gradient", grad_y, weighted_hidden, Operand::kP);
   }
 }
 
