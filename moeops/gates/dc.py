@@ -48,6 +48,7 @@ class DCGate(GShardGate):
     """
 
     global_capacity = True
+    group_use = "its capacity"
 
     @accept_fastmoe_names
     def __init__(

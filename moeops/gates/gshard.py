@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from moeops.gates._fastmoe_names import accept_fastmoe_names
+from moeops.gates._limited import LimitedGate
 from moeops.gates.functional import (
     Count,
-    apply_capacity,
     balanced_route,
     check_balance,
     check_capacity,
@@ -18,10 +18,9 @@ from moeops.gates.functional import (
     router_logits,
     uniform_like,
 )
-from moeops.gates.naive import NaiveGate
 
 
-class GShardGate(NaiveGate):
+class GShardGate(LimitedGate):
     """Send each token to its two best experts, the second one at random, as in GShard.
 
     The weights are the softmax over the two chosen logits and are not rescaled when one of them is dropped. The loss
@@ -135,26 +134,11 @@ class GShardGate(NaiveGate):
         weights = topk_weights.detach()
         return topk_ids.masked_fill(weights < uniform_like(weights[:, :1], 0.0, 0.5), -1)
 
-    def _limit(self, topk_ids: Tensor, topk_weights: Tensor, mask: Tensor | None) -> Tensor:
-        """Drop what does not fit."""
-        if self.capacity is None:
-            return topk_ids
-        factor = self.capacity[0 if self.training else 1]
-        return apply_capacity(
-            topk_ids,
-            topk_weights,
-            self.tot_expert,
-            lambda tokens: self._rows(factor, tokens),
-            policy=self.drop_policy,
-            group=self._moe_group("its capacity") if self.global_capacity else None,
-            mask=mask,
-        )
-
     def _rows(self, factor: float, num_tokens: Count) -> Count:
         """Pairs per expert."""
         if self.compat:
             return expert_capacity(factor, num_tokens, 1, 1) * 2 // self.tot_expert
-        return expert_capacity(factor, num_tokens, 2, self.tot_expert)
+        return super()._rows(factor, num_tokens)
 
     def extra_repr(self) -> str:
         """Sizes and options of the gate."""

@@ -8,16 +8,14 @@ import torch
 from torch import Tensor
 
 from moeops.gates._fastmoe_names import accept_fastmoe_names
+from moeops.gates._limited import LimitedGate
 from moeops.gates.functional import (
-    apply_capacity,
     balanced_route,
     check_balance,
     check_capacity,
     check_capacity_options,
-    expert_capacity,
     router_logits,
 )
-from moeops.gates.naive import NaiveGate
 from moeops.losses import masked_score_sums
 from moeops.losses._common import TINY
 from moeops.ops.routing import chosen_weights
@@ -26,7 +24,7 @@ from moeops.ops.sorting import count_tokens
 JITTERS = ("input", "logits")
 
 
-class SwitchGate(NaiveGate):
+class SwitchGate(LimitedGate):
     """Send each token to one expert, weighted by its probability, as in the Switch Transformer.
 
     ``p = softmax(W x + b)`` over all experts; the weight is the largest ``p``, so the router learns from it. The loss
@@ -143,21 +141,6 @@ class SwitchGate(NaiveGate):
             loss = _kept_loss(logits, kept_ids, mask)
         self.set_loss(loss, logits, topk_ids, mask)
         return kept_ids, topk_weights
-
-    def _limit(self, topk_ids: Tensor, topk_weights: Tensor, mask: Tensor | None) -> Tensor:
-        """Drop what does not fit."""
-        if self.capacity is None:
-            return topk_ids
-        factor = self.capacity[0 if self.training else 1]
-        return apply_capacity(
-            topk_ids,
-            topk_weights,
-            self.tot_expert,
-            lambda tokens: expert_capacity(factor, tokens, 1, self.tot_expert),
-            policy=self.drop_policy,
-            group=self._moe_group("global_capacity") if self.global_capacity else None,
-            mask=mask,
-        )
 
     def weights_at(self, inp: Tensor, topk_ids: Tensor) -> Tensor:
         """Probabilities ``[T, 1]`` of experts chosen elsewhere, without jitter, see ``moeops.RoutingReplay``."""
