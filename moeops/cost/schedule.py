@@ -119,8 +119,8 @@ class Schedule:
         return seconds + (self.recut_seconds if degree != forward_degree else 0.0)
 
     def backward_pipeline(self, degree: int, forward_degree: int) -> RegionPipeline:
-        """The backward's stages; one chunk in both directions is no region, and sends when all gradients are there."""
-        one = degree == forward_degree == 1
+        """The backward's stages; tokens gathered in one chunk are no region, and answers wait for all gradients."""
+        one = degree == forward_degree == 1 and self.sizes.dispatcher == "gather"
         return self.backward.undivided() if one else self.backward
 
     def best(self, degrees: Iterable[int] = DEGREES) -> Degree:

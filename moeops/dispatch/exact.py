@@ -87,7 +87,7 @@ class ExactDispatcher(Dispatcher):
         NotImplementedError: chunks are asked for with a SlotRouting.
     Host sync: one copy per forward, of ``2 W * (n_chunks + 1) + n_chunks`` integers; for experts that are separate
     modules ``n_chunks * (E_local - 1)`` more, and with a hierarchy ``n_chunks * num_middle`` more. With a hierarchy in
-    the form "2d" and experts as one call there is another copy in all, if there are no chunks.
+    the form "2d" and experts that are one call with an activation of your own there is another copy per chunk.
     """
 
     takes_stage_hooks = True

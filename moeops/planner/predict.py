@@ -194,7 +194,8 @@ def _backward_work(model: CostModel, config: Configuration, choice: Choice) -> _
     if _is_local(config, choice):
         return _Work(0.0, 0.0, 0.0, experts, 0.0, 0.0)
     late = 0.0
-    if choice.degrees != (1, 1) and choice.form != "leader" and config.ranks > 1:
+    one_region = choice.dispatcher != "gather" or choice.degrees != (1, 1)
+    if one_region and choice.form != "leader" and config.ranks > 1:
         late = WEIGHTS_SHARE * experts
         experts -= late
     tokens, pairs = config.num_tokens, config.num_pairs

@@ -230,7 +230,7 @@ def check_layers_equal_flat_layers(ranks: Ranks) -> None:
 
 
 def check_one_host_copy(ranks: Ranks) -> None:
-    """As many as the flat layer has; where nodes pass tokens on in one chunk, one more."""
+    """As many as the flat layer has."""
     for options, hierarchy in itertools.product(LAYERS, hierarchies(ranks)):
         flat = make("mlp", 2, ranks.device, world_size=ranks.size, **options)
         layer = in_stages(flat, hierarchy, **options)
@@ -238,9 +238,6 @@ def check_one_host_copy(ranks: Ranks) -> None:
         with HostReads() as reads:
             loss_of(layer(x)).backward()
         copies = int(options["dispatch"] == "exact")
-        # Chunks are one region, which knows all counts before the first is sent.
-        if sums_by_node(hierarchy, options) and options.get("n_chunks", 1) == 1:
-            copies += 1
         assert reads.names == ["cpu", "tolist"] * copies
 
 

@@ -17,7 +17,7 @@ from parallel_cases import TableGate
 
 from moeops import FMoETransformerMLP
 from moeops.comm.groups import process_group
-from moeops.cost.pipeline import Stage
+from moeops.cost.pipeline import Stage, Task
 from moeops.cost.region import NOTHING, RegionPipeline
 from moeops.dispatch import region
 from moeops.distributed import Exact, Hierarchy, Static, build_hierarchy
@@ -33,36 +33,46 @@ SAMPLES = 10
 DEGREES = ((3, 3), (2, 4))
 
 
+class Gate(TableGate):
+    """Weights without gradients, which would travel beside the rows."""
+
+    def forward(self, x):
+        ids, weights = super().forward(x)
+        return ids, weights.detach()
+
+
 def build(kind: type, hierarchy: Hierarchy, n_chunks) -> FMoETransformerMLP:
     options = {"hierarchy": hierarchy, "n_chunks": n_chunks}
     dispatch = Exact(**options) if kind is Exact else Static(capacity=TOKENS, **options)
     layer = FMoETransformerMLP(
-        1, D, 8, activation="relu", gate=TableGate, top_k=K, dispatch=dispatch, world_size=4,
+        1, D, 8, activation="relu", gate=Gate, top_k=K, dispatch=dispatch, world_size=4,
         moe_group=hierarchy.group,
     )  # fmt: skip
     layer.gate.table = torch.arange(K).repeat(len(layer.gate.table), 1)
-    layer.gate.requires_grad_(False)  # no gradients of weights beside the rows
     return layer
 
 
 @contextlib.contextmanager
-def sleeping_experts(num_rows: int) -> Iterator[None]:
-    """Experts that take ``WORK`` for so many rows, and as long for either kind of gradients."""
+def sleeping_experts(num_rows: int) -> Iterator[list[Task]]:
+    """Experts that take ``WORK`` for so many rows, and as long for either kind of gradients; when they did."""
+    slept: list[Task] = []
 
-    def slowly(function, place: int):
-        def run(*args, **kwargs):
-            time.sleep(CALL + WORK * args[place].shape[0] / num_rows)
-            return function(*args, **kwargs)
+    def slowly(function, name: str):
+        def run(rows, *args, **kwargs):
+            start = time.monotonic()
+            time.sleep(CALL + WORK * rows.shape[0] / num_rows)
+            slept.append(Task("device", name, len(slept), start, time.monotonic()))
+            return function(rows, *args, **kwargs)
 
         return run
 
     patch = unittest.mock.patch.object
     with (
-        patch(torch.ops.moeops, "moe_mlp", slowly(torch.ops.moeops.moe_mlp, 0)),
-        patch(region, "backward_data", slowly(region.backward_data, 0)),
-        patch(region, "backward_weights", slowly(region.backward_weights, 0)),
+        patch(torch.ops.moeops, "moe_mlp", slowly(torch.ops.moeops.moe_mlp, "experts")),
+        patch(region, "backward_data", slowly(region.backward_data, "experts")),
+        patch(region, "backward_weights", slowly(region.backward_weights, "weight_gradients")),
     ):
-        yield
+        yield slept
 
 
 def links_of(hierarchy: Hierarchy) -> tuple[TimedGroup, TimedGroup]:
@@ -84,10 +94,10 @@ class Expected:
         self.inside_rows = 2 * TOKENS
         self.num_rows = 4 * TOKENS
         # What is sent before the first chunk, of exact: counts and choices, each over both links.
-        self.before = 0.0
+        self.before, self.num_before = 0.0, 0
         if kind is Exact:
             choices = 2 * K * 4 / ROW_BYTES  # of a row
-            self.before = 4 * CALL + choices * (BETWEEN + INSIDE)
+            self.before, self.num_before = 4 * CALL + choices * (BETWEEN + INSIDE), 2
         self.inside_first = kind is Static
 
     def pipeline(self, backward: bool) -> RegionPipeline:
@@ -153,16 +163,11 @@ def check_two_links_take_the_time_of_the_pipeline(ranks: Ranks) -> None:
                 got,
                 alone,
             )
-            chunks = [rows_of(link, expected) for link in links]
+            chunks = [link.sent[expected.num_before :] for link in links]
             overlaps = [(a, b) for a in chunks[0] for b in chunks[1] if overlap(a, b) > CALL / 2]
             assert len(overlaps) > 2 * min(degrees), overlaps
     for link in links:
         link.set_link()
-
-
-def rows_of(link: TimedGroup, expected: Expected) -> list[Sent]:
-    """What carried rows."""
-    return [sent for sent in link.sent if sent.num_bytes >= 4 * ROW_BYTES]
 
 
 def overlap(one: Sent, other: Sent) -> float:
