@@ -130,12 +130,56 @@ def test_degrees_are_set(monkeypatch):
         SetDegrees((Degrees(2, 2), Degrees(2, 3)))(region_graph("exact", 3, [4, 6], 4, 6))
 
 
+def test_chunks_that_have_passed_a_link_are_dropped_with_what_they_passed(monkeypatch):
+    """Those of buffers that were sent inside a node before the region."""
+    monkeypatch.setattr("moeops.compile.degrees.process_group", lambda name: None)
+    graph = region_graph("static", 0, [], 2, 2)
+    (region,) = (n for n in graph.nodes if n.target is torch.ops.moeops.ep_region)
+    ops = torch.ops._c10d_functional
+    x = next(iter(graph.nodes))
+    with graph.inserting_before(region):
+        begun = []
+        for _ in range(2):
+            inside = graph.call_function(ops.all_to_all_single, (x, [1], [1], "inside"))
+            came = graph.call_function(
+                torch.neg, (graph.call_function(ops.wait_tensor, (inside,)),)
+            )
+            begun.append(graph.call_function(ops.all_to_all_single, (came, [1], [1], "across")))
+    region.update_arg(2, begun)
+    assert SetDegrees((), Degrees(2, 3))(graph) == 1
+    assert len(graph.nodes) == 11
+    assert SetDegrees((), Degrees(3, 3))(graph) == 1
+    assert degrees_of(graph) == ((3, 3), 0)
+    assert [node.op for node in graph.nodes] == ["placeholder", "call_function", "output"]
+
+
 def test_a_region_without_a_group_is_refused():
     for degrees in (None, Degrees(2, 2)):
         with pytest.raises(
             RuntimeError, match=r"SetDegrees: a region must belong to .*'no such group'"
         ):
             SetDegrees((Degrees(2, 2),), degrees)(region_graph("static", 0, [], 2, 2))
+
+
+def test_a_region_without_a_group_for_one_of_its_links_is_refused(monkeypatch):
+    known = []
+
+    def find(name):
+        if name not in known:
+            raise ValueError("unknown")
+
+    monkeypatch.setattr("moeops.compile.degrees.process_group", find)
+    names = [argument.name for argument in torch.ops.moeops.ep_region.default._schema.arguments]
+    for lacking in ("group", "inside", "across"):
+        known[:] = [name for name in ("group", "inside", "across") if name != lacking]
+        graph = region_graph("static", 0, [], 2, 2, group="group")
+        (region,) = (n for n in graph.nodes if n.target is torch.ops.moeops.ep_region)
+        for name, value in (("inside_name", "inside"), ("across_name", "across"), ("node_size", 1)):
+            region.update_arg(names.index(name), value)
+        with pytest.raises(RuntimeError, match=f"SetDegrees: a region must .* got '{lacking}'"):
+            SetDegrees((Degrees(2, 2),))(graph)
+    known[:] = ["group", "inside", "across"]
+    assert SetDegrees((Degrees(2, 2),))(graph) == 0
 
 
 def test_degrees_are_part_of_what_a_pass_is_known_by():

@@ -16,6 +16,8 @@ from moeops.dispatch.transports import TRANSPORTS
 
 _EP_REGION = torch.ops.moeops.ep_region
 _TARGETS = (_EP_REGION, _EP_REGION.default)
+# Waiting is a side effect to torch, but not where nothing is begun.
+_WAITS = (torch.ops._c10d_functional.wait_tensor, torch.ops._c10d_functional.wait_tensor.default)
 _NAMES = [argument.name for argument in _EP_REGION.default._schema.arguments]
 
 
@@ -88,9 +90,18 @@ def _set_degrees(graph: Graph, node: Node, degrees: Degrees) -> None:
         _set_argument(node, "tables", list(tables[:num_tables]))
         for sent in begun:
             if not sent.users:
-                graph.erase_node(sent)
+                _erase(graph, sent)
     _set_argument(node, "r_fwd", degrees.forward)
     _set_argument(node, "r_bwd", degrees.backward)
+
+
+def _erase(graph: Graph, node: Node) -> None:
+    """Drop what was begun and nobody reads, and what was done for it alone: a chunk may have passed a link before."""
+    inputs = node.all_input_nodes
+    graph.erase_node(node)
+    for one in inputs:
+        if not one.users and (one.target in _WAITS or not one.is_impure()):
+            _erase(graph, one)
 
 
 def _check_cells(node: Node, degrees: Degrees) -> None:

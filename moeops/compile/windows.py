@@ -14,6 +14,7 @@ from moeops.cost.model import CostModel
 from moeops.cost.schedule import Schedule, schedule_of
 from moeops.dispatch.base import Dispatcher
 from moeops.dispatch.degrees import Degrees
+from moeops.profiling.machine import check_machine
 
 
 class Windows(NamedTuple):
@@ -107,7 +108,7 @@ def agreed_windows(
     So ranks agree that exchange rows with each other, and ranks that sum gradients. All of them call it.
 
     Raises:
-        ValueError: see ``windows_of``.  RuntimeError: a rank has failed.
+        ValueError: see ``windows_of``; the cost model is of another machine.  RuntimeError: a rank has failed.
     """
     device = next((parameter.device for parameter in model.parameters()), None)
     agreed: Windows | None = None
@@ -115,6 +116,8 @@ def agreed_windows(
     def mine() -> Windows:
         if agreed is not None:
             return agreed
+        if cost_model is not None and device is not None:
+            check_machine(op, cost_model, device)
         return windows_of(op, model, cost_model, num_tokens, degrees)
 
     for group in (*layer_groups(model), *averaging_groups(model)):

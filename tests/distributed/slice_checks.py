@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import pytest
@@ -143,6 +144,11 @@ def check_windows_come_from_the_model_by_name(ranks: Ranks) -> None:
     last = ranks.rank == ranks.size - 1
     with pytest.raises(ValueError, match=r"options: passes must be the same on every rank"):
         moeops.compile.options(model, passes=["gradient_slices" if last else "order"])
+    other = dataclasses.replace(models[0], machine={"cores": 1000, "processor": "a 6502"})
+    with pytest.raises(
+        (ValueError, RuntimeError), match=r"options: cost_model must be a profile of"
+    ):
+        moeops.compile.options(model, cost_model=models[0] if last else other)
     with pytest.raises((TypeError, RuntimeError), match=r"options: cost_model must be a CostModel"):
         moeops.compile.options(model, cost_model=3 if last else None)
 
