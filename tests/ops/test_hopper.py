@@ -77,8 +77,14 @@ class Problem:
             "w_up": weight(up, D),
             "w_down": weight(D, H),
         }
+        if isinstance(activation, Glu) and activation.limit is not None:
+            # Exact pre-activations: a sum of many products that is rounded may pass the limit, where slopes jump.
+            tensors["x"] = tensors["x"].clamp(-1, 1).round()
+            tensors["w_up"] = (tensors["w_up"] * D**0.5).clamp(-1, 1).round() / 2 ** round(
+                math.log2(D) / 2
+            )
         if bias:
-            tensors["b_up"] = torch.randn(E, up, device="cuda").to(dtype) / 4
+            tensors["b_up"] = torch.randn(E, up, device="cuda").round().to(dtype) / 4
             tensors["b_down"] = torch.randn(E, D, device="cuda").to(dtype) / 4
         return cls(plan, activation, tensors)
 
@@ -241,7 +247,9 @@ def test_an_experts_values_stay_with_it(poison, activation):
         assert got[name][well_tokens.cuda()].isfinite().all(), name
     for name in ("w_up", "w_down"):
         assert got[name][well].isfinite().all(), name
-        assert not got[name][sick].isfinite().all(), name
+        # A limit makes hidden rows of what is infinite finite.
+        limited = name == "w_down" and isinstance(activation, Glu) and math.isinf(poison)
+        assert limited or not got[name][sick].isfinite().all(), name
 
 
 @pytest.mark.parametrize("activation", ["swiglu", UNITS[0]], ids=unit_id)
