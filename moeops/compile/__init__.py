@@ -6,7 +6,7 @@ from moeops.compile.gradient_slices import GradientSlices
 from moeops.compile.options import PASSES, options
 from moeops.compile.order import Order
 from moeops.compile.passes import Pass
-from moeops.compile.timeline import measured_tasks, timeline
+from moeops.compile.timeline import measured_tasks, predicted_tasks, tasks_of_trace, timeline
 
 __all__ = [
     "PASSES",
@@ -17,5 +17,7 @@ __all__ = [
     "explain",
     "measured_tasks",
     "options",
+    "predicted_tasks",
+    "tasks_of_trace",
     "timeline",
 ]

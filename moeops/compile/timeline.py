@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import gzip
+import json
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
-from torch.autograd import DeviceType
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from moeops.compile.walk import exchanging_dispatchers
+from moeops.compile.windows import schedule_by
+from moeops.cost.model import CostModel
 from moeops.cost.pipeline import Task
 
 if TYPE_CHECKING:
@@ -20,20 +25,22 @@ WAYS = ("forward", "backward")
 _NUM_COLOURS = 10  # in matplotlib's cycle
 _OTHER = "lightgray"
 _MARK = "moeops timeline: "
-_LINKS = ("nccl", "gloo:", "c10d")  # what names of collectives begin with or hold, by backend
+_LINKS = ("gloo:",)  # what names of collectives begin with while they are under way
 
 
-def measured_tasks(step: Callable[[], Tensor]) -> dict[str, list[Task]]:
+def measured_tasks(
+    step: Callable[[], Tensor], *, trace: str | Path | None = None
+) -> dict[str, list[Task]]:
     """Run a step under torch's profiler, and say what ran where: on CUDA by stream, on the CPU by thread.
 
     Args:
         step: a forward, compiled and warm; returns the loss, a scalar, whose backward is run. On several ranks all of
             them call this.
+        trace: a file to keep the profiler's trace in, ``.json`` or ``.json.gz``, for ``tasks_of_trace``; ``None`` keeps
+            none. Ranks need files of their own.
 
     Returns:
-        By "forward" and "backward": tasks in seconds since either began. On CUDA they are kernels, and their lanes
-        "stream 7" and so on; on the CPU they are ops that no other op has called, in the lane "host", and gloo's
-        collectives, in the lane "links". ``chunk`` counts the tasks of a name.
+        What ``tasks_of_trace`` says of the trace.
     """
     on_cuda = torch.cuda.is_available()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
@@ -46,43 +53,140 @@ def measured_tasks(step: Callable[[], Tensor]) -> dict[str, list[Task]]:
             loss.backward()
             if on_cuda:
                 torch.cuda.synchronize()
-    events = list(profiler.events())
-    found = {}
-    for way in WAYS:
-        span = next(e.time_range for e in events if e.name == _MARK + way and _is_host(e))
-        inside = [e for e in events if span.start <= e.time_range.start < span.end]
-        found[way] = _tasks([e for e in inside if _lane(e, on_cuda)], span.start, on_cuda)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json" if trace is None else Path(trace)
+        profiler.export_chrome_trace(str(path))
+        return tasks_of_trace(path)
+
+
+def predicted_tasks(
+    model: nn.Module, *, cost_model: CostModel | None = None, num_tokens: int | None = None
+) -> dict[str, list[Task]]:
+    """Say what each lane of a model's layers does when, by a cost model: what ``timeline`` draws above a measurement.
+
+    Args:
+        model: with one layer that exchanges rows, or several, which then follow each other, in the backward the last
+            one first; what else the model does takes no time here.
+        cost_model: to price all layers; ``None`` for those that have chosen their chunks.
+        num_tokens: ``T`` of a rank, for this cost model; ``None`` for what the layers were told.
+
+    Raises:
+        ValueError: no layer exchanges rows, or no cost model knows one of them.
+    """
+    layers = exchanging_dispatchers(model)
+    if not layers:
+        raise ValueError(
+            f"predicted_tasks: model must have a layer that exchanges rows, got none in {type(model).__name__}. Pass "
+            "the module that holds the layers."
+        )
+    found: dict[str, list[Task]] = {}
+    for way, order in (("forward", layers), ("backward", layers[::-1])):
+        tasks, now = list[Task](), 0.0
+        for name, dispatcher in order:
+            schedule = schedule_by(dispatcher, cost_model, num_tokens)
+            if schedule is None:
+                raise ValueError(
+                    f"predicted_tasks: cost_model must know every layer, got none that knows {name!r}. Pass "
+                    "cost_model= and num_tokens=."
+                )
+            forward, backward = dispatcher.degrees
+            pipeline, degree = schedule.forward, forward
+            if way == "backward":
+                pipeline, degree = schedule.backward_pipeline(backward, forward), backward
+            own = pipeline.timeline(degree)
+            tasks += [task._replace(start=task.start + now, end=task.end + now) for task in own]
+            now += max(task.end for task in own)
+        found[way] = tasks
     return found
 
 
-def _tasks(events: list[Any], begin: float, on_cuda: bool) -> list[Task]:
+def tasks_of_trace(path: str | Path) -> dict[str, list[Task]]:
+    """Read what ran where from a trace that ``measured_tasks`` has kept, on this machine or another one.
+
+    Args:
+        path: the file, ``.json`` or ``.json.gz``.
+
+    Returns:
+        By "forward" and "backward": tasks in seconds since either began. With CUDA they are kernels and copies, and
+        their lanes "stream 7" and so on; without, they are ops that no other op has called, in the lane "host", and
+        gloo's collectives, in the lane "links". ``chunk`` counts the tasks of a name.
+
+    Raises:
+        ValueError: it is no trace of ``measured_tasks``.  OSError: it cannot be read.
+    """
+    path = Path(path)
+    raw = path.read_bytes()
+    try:
+        text = gzip.decompress(raw) if path.suffix == ".gz" else raw
+        every = json.loads(text)["traceEvents"]
+    except (ValueError, KeyError, TypeError, EOFError, gzip.BadGzipFile) as err:
+        raise _no_trace(path, f"no JSON of a trace: {err}") from err
+    events = [event for event in every if event.get("ph") == "X"]
+    marks = {
+        event["name"]: event
+        for event in events
+        if event.get("cat") in ("user_annotation", "cpu_op")
+    }
+    missing = [way for way in WAYS if _MARK + way not in marks]
+    if missing:
+        raise _no_trace(path, f"no mark of the {missing[0]} in {len(events)} events")
+    found = {}
+    for way in WAYS:
+        mark = marks[_MARK + way]
+        begin, end = mark["ts"], mark["ts"] + mark["dur"]
+        inside = [event for event in events if begin <= event["ts"] < end]
+        found[way] = _tasks(_device_lanes(inside) or _host_lanes(inside), begin)
+    return found
+
+
+def _no_trace(path: Path, what: str) -> ValueError:
+    return ValueError(
+        f"tasks_of_trace: path must be a trace that measured_tasks(step, trace=...) has kept, got {what} in {path}. "
+        "Record one by it."
+    )
+
+
+def _tasks(by_lane: list[tuple[str, Mapping[str, Any]]], begin: float) -> list[Task]:
     counts: dict[str, int] = {}
     tasks = []
-    for event in sorted(events, key=lambda e: e.time_range.start):
-        count = counts.setdefault(event.name, 0)
-        counts[event.name] += 1
-        start, end = ((t - begin) * 1e-6 for t in (event.time_range.start, event.time_range.end))
-        tasks.append(Task(str(_lane(event, on_cuda)), event.name, count, start, end))
+    for lane, event in sorted(by_lane, key=lambda pair: pair[1]["ts"]):
+        name = event["name"]
+        count = counts.setdefault(name, 0)
+        counts[name] += 1
+        start = 1e-6 * (event["ts"] - begin)
+        tasks.append(Task(lane, name, count, start, start + 1e-6 * event["dur"]))
     return tasks
 
 
-def _is_host(event: Any) -> bool:
-    return event.device_type == DeviceType.CPU
+def _device_lanes(events: list[Any]) -> list[tuple[str, Any]]:
+    """Kernels and copies by their streams; none without a GPU."""
+    return [
+        (f"stream {event['args']['stream']}", event)
+        for event in events
+        if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")
+    ]
 
 
-def _lane(event: Any, on_cuda: bool) -> str | None:
-    """The lane of an event, ``None`` for one that is not drawn."""
-    if event.name.startswith(_MARK):
-        return None
-    if not _is_host(event):
-        return f"stream {event.device_resource_id}"
-    if on_cuda:
-        return None
-    if any(part in event.name for part in _LINKS):
-        return "links"
-    parent = event.cpu_parent
-    is_outermost = parent is None or parent.name.startswith(_MARK)
-    return "host" if is_outermost else None
+def _host_lanes(events: list[Any]) -> list[tuple[str, Any]]:
+    """Collectives that are under way, and ops that no other op of their thread has called."""
+    lanes, ends = [], dict[Any, float]()
+    for event in sorted(events, key=lambda each: (each["ts"], -each["dur"])):
+        name = event["name"]
+        if name.startswith(_LINKS):
+            lanes.append(("links", event))
+        elif (
+            event.get("cat") == "cpu_op"
+            and _is_op(name)
+            and event["ts"] >= ends.get(event["tid"], 0.0)
+        ):
+            ends[event["tid"]] = event["ts"] + event["dur"]
+            lanes.append(("host", event))
+    return lanes
+
+
+def _is_op(name: str) -> bool:
+    """Not one of autograd's nodes and functions, which ops are called by."""
+    return "::" in name and not name.startswith("autograd::")
 
 
 def timeline(
@@ -94,7 +198,7 @@ def timeline(
     """Draw what lanes do when: forward and backward side by side, the prediction above what was measured.
 
     Args:
-        predicted: by "forward" and "backward": ``Pipeline.timeline(degree)`` of either.
+        predicted: by "forward" and "backward": from ``predicted_tasks``, or ``Pipeline.timeline(degree)`` of either.
         measured: the same from ``measured_tasks``; ``None`` draws the prediction alone.
         path: a file to save the picture in, by its ending: PNG, SVG, PDF; ``None`` saves nothing.
 
@@ -107,8 +211,8 @@ def timeline(
 
     Example::
 
-        schedule = {"forward": forward.timeline(4), "backward": backward.timeline(4)}
-        moeops.compile.timeline(schedule, moeops.compile.measured_tasks(step), path="timeline.png")
+        predicted = moeops.compile.predicted_tasks(model)
+        moeops.compile.timeline(predicted, moeops.compile.measured_tasks(step), path="timeline.png")
     """
     sources = {"predicted": predicted, **({} if measured is None else {"measured": measured})}
     for name, tasks in sources.items():

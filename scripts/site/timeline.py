@@ -28,7 +28,6 @@ from processes import launch, start_rank  # noqa: E402
 
 DEGREES = (3, 3)
 SAMPLES = 8
-NAMES = {"inside": ("all_gather", "reduce_scatter"), "between": ("dispatch", "combine")}
 
 
 def record(rank: int, folder: str) -> None:
@@ -48,10 +47,7 @@ def record(rank: int, folder: str) -> None:
             best = slowest.item(), tasks
     assert best is not None
     if rank == 0:
-        predicted = {
-            way: expected.pipeline(way == "backward").timeline(degree)
-            for way, degree in zip(("forward", "backward"), DEGREES, strict=True)
-        }
+        predicted = {way: predict(expected, way) for way in ("forward", "backward")}
         Path(folder, "tasks.json").write_text(json.dumps([predicted, best[1]]))
     dist.barrier()
 
@@ -79,16 +75,26 @@ def one_step(checks, layer, hierarchy, expected) -> tuple[float, dict[str, list[
         sent = []
         for lane, link in links.items():
             carried = link.sent[expected.num_before if way == "forward" else 0 :]
-            for place, each in enumerate(carried):
-                there = place < len(carried) // 2
-                name = NAMES[lane][0 if there else 1]
-                sent.append(Task(lane, name, place, each.started, each.ended))
+            names = names_of(expected, way, lane)
+            for each, name in zip(carried, names, strict=True):
+                sent.append(Task(lane, name, 0, each.started, each.ended))
         first = min(task.start for task in sent)
         tasks[way] = [
             task._replace(start=task.start - first, end=task.end - first)
             for task in (*sent, *slept)
         ]
     return time.monotonic() - begin, tasks
+
+
+def predict(expected, way: str) -> list[Task]:
+    """What the model says of a direction."""
+    return expected.pipeline(way == "backward").timeline(DEGREES[way == "backward"])
+
+
+def names_of(expected, way: str, lane: str) -> list[str]:
+    """What a link carries, in order."""
+    tasks = [task for task in predict(expected, way) if task.lane == lane]
+    return [task.name for task in sorted(tasks, key=lambda task: task.start)]
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ pytestmark = pytest.mark.distributed
 
 
 def test_gloo(tmp_path):
-    run_checks("schedule_checks", 2, "gloo", tmp_path, seconds=200)
+    run_checks("schedule_checks timeline_checks", 2, "gloo", tmp_path, seconds=200)
 
 
 @pytest.mark.cuda
