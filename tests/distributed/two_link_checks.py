@@ -137,7 +137,8 @@ class Graphs:
 def check_in_a_graph(ranks: Ranks) -> None:
     """Equal to eager in one graph, which has the order of eager code, the same on every rank."""
     hierarchy = hierarchy_of(ranks)
-    for record in records(hierarchy, (2, 3))[:2]:
+    # Counts of cells are symbols to a compiler, each of which costs it time: two cells for Exact.
+    for record in (records(hierarchy, (2, 3))[1], records(hierarchy, 2)[0]):
         torch._dynamo.reset()
         layer = integers(record, ranks)
         x = tokens_of(ranks)
