@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moeops import Glu
-from moeops.gates import MixtralGate, Qwen3Gate
+from moeops.gates import MixtralGate, NaiveGate, Qwen3Gate
 from moeops.layers import FMoETransformerMLP
 
 pytest.importorskip("moeops.integrations.transformers", exc_type=ImportError)
@@ -133,8 +133,7 @@ def test_a_block_of_gpt_oss_becomes_a_layer(interleaved):
         H,
         activation=Glu("silu", experts.alpha, experts.limit, 1.0, interleaved),
         top_k=K,
-        gate=MixtralGate,
-        gate_bias=True,
+        gate=NaiveGate,
         dtype=torch.float64,
     )
     state = from_transformers(block.state_dict(), transposed=True, interleaved=not interleaved)
