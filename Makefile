@@ -23,7 +23,7 @@ BUILD_INPUTS := pyproject.toml CMakeLists.txt cmake/native_gpu.cmake \
 CPP_SOURCES := $(shell find moeops/csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help train test build docs lint format bench cuda-check dist-check sanitize clean FORCE
+.PHONY: help train test build docs lint format bench cuda-check dist-check sanitize lowest clean FORCE
 
 help:
 	@echo "make train        train the example language model; ARGS=\"--help\" lists its options"
@@ -36,6 +36,7 @@ help:
 	@echo "make cuda-check   compile every CUDA source and check the libraries' symbols; needs nvcc, no GPU"
 	@echo "make dist-check   sdist, wheel, pip install and editable install, each in its own environment"
 	@echo "make sanitize     the op tests under AddressSanitizer and UndefinedBehaviorSanitizer; needs GCC"
+	@echo "make lowest       tests with the oldest versions that pyproject.toml allows; needs Python 3.10 and 3.11"
 	@echo "make clean        remove $(VENV), build folders and caches"
 
 train: build
@@ -67,7 +68,7 @@ $(OPTIONS_STAMP): $(TORCH_STAMP) FORCE
 # Without build isolation moeops is compiled against the torch in $(VENV); the constraint keeps that torch in place.
 $(BUILD_STAMP): $(TORCH_STAMP) $(OPTIONS_STAMP) $(BUILD_INPUTS)
 	$(BIN)/python -m pip install --quiet -c $(VENV)/constraints.txt \
-	  "scikit-build-core>=0.11" "pybind11>=2.13" "cmake>=3.25" "ninja>=1.11"
+	  "scikit-build-core>=0.11" "pybind11>=2.13" "cmake>=3.25" "ninja>=1.11.1"
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet --no-build-isolation \
 	  -c $(VENV)/constraints.txt \
 	  --config-settings=cmake.define.MOEOPS_CUDA=$(MOEOPS_CUDA) \
@@ -115,6 +116,10 @@ dist-check: build
 
 sanitize: build
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python scripts/sanitize_cpu.py -n 2 -q -m "not cuda" $(ARGS)
+
+# The environment of the oldest versions has a Python of its own: ARGS="--python PATH" names it.
+lowest: build
+	$(BIN)/python scripts/check_lowest.py $(ARGS)
 
 clean:
 	rm -rf "$(VENV)" build dist .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

@@ -19,10 +19,10 @@ DRIVER_FILE = Path("/proc/driver/nvidia/version")
 # Distributions that parts of moeops work with, their oldest versions, and what pip installs for them.
 PROJECTS = (
     ("transformers", "5.8", "moeops[transformers]"),
-    ("peft", "0.19", "moeops[peft]"),
+    ("peft", "0.20", "moeops[peft]"),
     ("megatron-core", "0.16", "moeops[megatron]"),
     ("torchtitan", "0.3", "torchtitan"),
-    ("onnxscript", "0", "moeops[onnx]"),
+    ("onnxscript", "0.6", "moeops[onnx]"),
 )
 
 

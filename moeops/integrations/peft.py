@@ -31,7 +31,7 @@ try:
     from peft.tuners.lora.layer import ParamWrapper
 except ImportError as error:
     raise ImportError(
-        "moeops.integrations.peft: peft must be installed with LoRA for parameters (0.19 or newer), got "
+        "moeops.integrations.peft: peft must be installed with LoRA for parameters (0.20 or newer), got "
         f'{error}. Install it with pip install "moeops[peft]".'
     ) from error
 
@@ -56,7 +56,7 @@ def enable() -> None:
     if not known:
         raise RuntimeError(
             "moeops.integrations.peft: peft's ParamWrapper must have _activate_lora and update_layer(..., config), as "
-            f"peft 0.19 to 0.21 have, got peft {version('peft')} without. Install one of these."
+            f"peft 0.20 to 0.21 have, got peft {version('peft')} without. Install one of these."
         )
     if getattr(ParamWrapper._activate_lora, "is_moeops", False):
         return

@@ -15,8 +15,9 @@ if census.installed() is None:
     pytest.skip("transformers is not installed", allow_module_level=True)
 
 NAMES = census.experts_names()
-# Files of transformers 5.24; more may be there, fewer mean that the search for them no longer works.
-NUM_FILES = 67
+MODELS = {name.split(".")[0] for name in NAMES}
+# Files of transformers 5.24, and of 5.8; more may be there, fewer mean that the search for them no longer works.
+NUM_FILES = 67 if "hy_v4" in MODELS else 35
 # Those that are not one op, and what they do that moe_mlp does not. A new file may be either.
 COMPOSED = {
     "a gate of its own": "inkling2 inkling2_loop",
@@ -77,7 +78,7 @@ def distance(actual, expected):
 
 
 def test_every_file_is_found():
-    assert len({name.split(".")[0] for name in NAMES}) >= NUM_FILES
+    assert len(MODELS) >= NUM_FILES
 
 
 def test_which_are_one_op():
@@ -88,18 +89,19 @@ def test_which_are_one_op():
         name for name, report in reports.items() if not report.fused and not report.reason
     ] == []
     for reason, models in COMPOSED.items():
-        for model in models.split():
+        for model in MODELS.intersection(models.split()):
             (report,) = (r for name, r in reports.items() if name.startswith(f"{model}."))
             assert not report.fused
             assert report.reason.startswith(reason)
-    known = " ".join(COMPOSED.values()).split()
+    known = MODELS.intersection(" ".join(COMPOSED.values()).split())
     others = [report for name, report in reports.items() if name.split(".")[0] not in known]
     assert sum(report.fused for report in others) >= NUM_FILES - len(known)
     lines = {name: str(report) for name, report in reports.items()}
     assert lines["qwen3_moe.Qwen3MoeExperts"] == (
         " (Qwen3MoeExperts): fused, silu(gate) * up; [E, 2H, D], gate then up"
     )
-    assert lines["aria.AriaExperts"].endswith("[E, D, 2H], gate then up")
+    if "aria" in MODELS:
+        assert lines["aria.AriaExperts"].endswith("[E, D, 2H], gate then up")
     assert lines["nemotron_h.NemotronHExperts"].endswith("fused, no gate, relu_squared; [E, H, D]")
     assert lines["gpt_oss.GptOssExperts"].endswith(
         "fused, gate * sigmoid(1.702 * gate) * (up + 1), both clamped at 7; [E, D, 2H], gate and up interleaved, bias"

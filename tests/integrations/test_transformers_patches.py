@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 
 import census
 import pytest
@@ -29,8 +30,10 @@ def make_layer(case: str) -> nn.Module:
     class_name, config_name, options, _ = LAYERS[case]
     model = case.split("-")[0]
     folder = f"transformers.models.{model}"
-    modeling = importlib.import_module(f"{folder}.modeling_{model}")
+    modeling = pytest.importorskip(f"{folder}.modeling_{model}", exc_type=ModuleNotFoundError)
     configuration = importlib.import_module(f"{folder}.configuration_{model}")
+    if model == "dbrx" and "(-1, self.ffn" in inspect.getsource(modeling.DbrxExperts.forward):
+        pytest.skip("the dbrx of this transformers needs experts as wide as the model")
     config = census.TinyConfig(getattr(configuration, config_name)(), "eager")
     vars(config).update(options)
     if model == "step3p7":
