@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
+import pybind11
 import pytest
 import torch
 
@@ -13,6 +16,7 @@ from moeops import _extension
 
 SCRIPT = Path(__file__).resolve().parents[2] / "cmake" / "native_gpu.cmake"
 CMAKE = shutil.which("cmake")
+NVCC, GXX = shutil.which("nvcc"), shutil.which("g++")
 
 
 @pytest.mark.skipif(CMAKE is None, reason="cmake is not installed")
@@ -39,6 +43,24 @@ def test_architectures_of_the_gpus(answer, expected, tmp_path):
     )
     lines = [line for line in result.stderr.splitlines() if line and not line.startswith("--")]
     assert lines == ([expected] if expected else [])
+
+
+@pytest.mark.skipif(not (CMAKE and NVCC and GXX), reason="cmake, nvcc and g++ are needed")
+def test_both_libraries_have_one_compiler(tmp_path):
+    """nvcc prefers the g++ on PATH; with a static libstdc++ an error of a CUDA op would end the process."""
+    other = tmp_path / "bin" / "g++"
+    other.parent.mkdir()
+    other.write_text(f'#!/bin/sh\nexec {GXX} "$@"\n')
+    other.chmod(0o755)
+    environment = {n: v for n, v in os.environ.items() if n not in ("CUDAHOSTCXX", "CXX")}
+    environment["PATH"] = f"{other.parent}:{environment['PATH']}"
+    options = ("-DMOEOPS_CUDA=ON", f"-DPython_EXECUTABLE={sys.executable}")
+    options += (f"-DCMAKE_CXX_COMPILER={GXX}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}")
+    command = [CMAKE, "-S", str(SCRIPT.parents[1]), "-B", str(tmp_path / "build"), *options]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    (found,) = (tmp_path / "build").glob("CMakeFiles/*/CMakeCUDACompiler.cmake")
+    assert f'set(CMAKE_CUDA_HOST_LINK_LAUNCHER "{GXX}")' in found.read_text()
 
 
 @pytest.mark.skipif(_extension.cuda_status() == "loaded", reason="this build has the CUDA library")
