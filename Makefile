@@ -23,7 +23,7 @@ BUILD_INPUTS := pyproject.toml CMakeLists.txt cmake/native_gpu.cmake \
 CPP_SOURCES := $(shell find moeops/csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help train test build docs lint format bench cuda-check dist-check sanitize lowest clean FORCE
+.PHONY: help train test build docs lint format bench cuda-check dist-check sanitize lowest wheels clean FORCE
 
 help:
 	@echo "make train        train the example language model; ARGS=\"--help\" lists its options"
@@ -37,6 +37,7 @@ help:
 	@echo "make dist-check   sdist, wheel, pip install and editable install, each in its own environment"
 	@echo "make sanitize     the op tests under AddressSanitizer and UndefinedBehaviorSanitizer; needs GCC"
 	@echo "make lowest       tests with the oldest versions that pyproject.toml allows; needs Python 3.10 and 3.11"
+	@echo "make wheels       build the CPU and the CUDA wheel, check and use them; needs nvcc, no GPU"
 	@echo "make clean        remove $(VENV), build folders and caches"
 
 train: build
@@ -120,6 +121,9 @@ sanitize: build
 # The environment of the oldest versions has a Python of its own: ARGS="--python PATH" names it.
 lowest: build
 	$(BIN)/python scripts/check_lowest.py $(ARGS)
+
+wheels: build
+	$(BIN)/python scripts/build_wheels.py $(ARGS)
 
 clean:
 	rm -rf "$(VENV)" build dist .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
