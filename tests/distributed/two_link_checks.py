@@ -12,6 +12,7 @@ from parallel_cases import batch, dropped, uneven
 from schedule_checks import PAIRS, D, H, integers, one_step
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_compiler
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moeops import compile as schedule
@@ -121,7 +122,11 @@ class Graphs:
         self.names = Collectives(hierarchy).names
         self.orders: list[list[str]] = []
         compiler = make_boxed_compiler(self._note)
-        self.backend = aot_autograd(fw_compiler=compiler, bw_compiler=compiler)
+        self.backend = aot_autograd(
+            fw_compiler=compiler,
+            bw_compiler=compiler,
+            partition_fn=min_cut_rematerialization_partition,
+        )
 
     def _note(self, module: torch.fx.GraphModule, _inputs) -> torch.fx.GraphModule:
         order = []
