@@ -97,10 +97,26 @@ def test_near_ties_are_forgiven_where_types_are_rounded_and_only_there():
             raise comparing.OtherChoice("ids")
 
     comparing.unless_tied(once, 5, "bfloat16")
-    assert len(seen) == 1 + comparing.REPEATS
+    drawn = []
+    for seed in seen:
+        comparing.seed_everything(seed, "case")
+        drawn.append(float(torch.rand(())))
+    assert len(set(drawn)) == len(seen) == 1 + comparing.REPEATS
     seen.clear()
     with pytest.raises(comparing.OtherChoice):
         comparing.unless_tied(once, 5, "float64")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_side_of_a_kink_is_forgiven_where_types_are_rounded_and_only_there(dtype, monkeypatch):
+    """With this seed a pre-activation of autocast's relu has the other sign; not with others."""
+    case = {"gate": "deepseek_sequences", "kind": "mlp", "T": 5, "D": 8, "losses": ("switch", "z")}
+    case |= {"activation": "relu", "bias": False, "steps": 2, "mask_type": "int32"}
+    check("layers", 20261129010770, dtype=dtype, autocast=dtype == "float32", **case)
+    wrong = layers.assert_gradient
+    monkeypatch.setattr(layers, "assert_gradient", lambda a, *rest, **o: wrong(a + 1, *rest, **o))
+    with pytest.raises(AssertionError, match="side of relu's kink"):
+        check("layers", 20261129010770, dtype=dtype, autocast=dtype == "float32", **case)
 
 
 def test_every_public_op_has_cases():
