@@ -158,6 +158,13 @@ def test_says_what_is_missing_and_how_to_get_it(monkeypatch):
     assert _info._numba() == ["  Numba on CPU       missing: pip install 'moeops[numba]'"]
 
 
+def test_one_version_in_package_build_and_changelog():
+    root = Path(__file__).parents[1]
+    assert f'\nversion = "{moeops.__version__}"\n' in (root / "pyproject.toml").read_text()
+    headings = re.findall(r"^## \[(.+?)\]", (root / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert headings[:2] == ["Unreleased", moeops.__version__]
+
+
 def test_the_oldest_versions_are_those_of_the_extras():
     text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
     named = [p for p in _info.PROJECTS if p[2].startswith("moeops[")]
