@@ -150,7 +150,9 @@ def test_a_layer_refuses_a_second_gradient(compiled, fresh_dynamo):
     layer, x = Layer(), torch.randn(7, 6, dtype=torch.float64, requires_grad=True)
     function = torch.compile(layer, fullgraph=True, backend="aot_eager") if compiled else layer
     (grad,) = torch.autograd.grad(function(x), x, create_graph=True)
-    match = "double backward" if compiled else r"_backward\w*: a gradient must be differentiated once"
+    match = (
+        "double backward" if compiled else r"_backward\w*: a gradient must be differentiated once"
+    )
     with pytest.raises(RuntimeError, match=match):  # NotImplementedError is one
         torch.autograd.grad(grad.square().sum(), x)
 
