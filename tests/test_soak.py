@@ -20,10 +20,9 @@ def run(dtype):
     return soak.judge(looks, soak.TOLERANCES[dtype].loss)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_a_short_soak(dtype):
+def test_a_short_soak():
     """Of three graphs: 0 tokens, one and more."""
-    assert run(dtype) == []
+    assert run(torch.float64) == []
     assert soak.counters["stats"]["unique_graphs"] == 3
 
 

@@ -293,8 +293,20 @@ def _peer_reduce_scatter(rows: Tensor, group_size: int, group_name: str) -> Tens
     return _memory_of(group_name).reduce_scatter(rows.contiguous())
 
 
+def _refuse_cpu(op):
+    def kernel(rows, group_size, group_name):
+        raise ValueError(
+            f"{op}: rows must be on a CUDA device, got {rows.device}. "
+            'Pass Gather(transport="nccl"), which takes gloo for rows on the CPU.'
+        )
+
+    return kernel
+
+
 _library.impl("peer_all_gather", _peer_all_gather, "CUDA")
 _library.impl("peer_reduce_scatter", _peer_reduce_scatter, "CUDA")
+for _name in ("peer_all_gather", "peer_reduce_scatter"):
+    _library.impl(_name, _refuse_cpu(_name), "CPU")
 
 
 @torch.library.register_fake("moeops::peer_all_gather")

@@ -44,11 +44,13 @@ _library.impl(
     "peer_all_gather",
     lambda rows, size, name: AllGather(_group(name, size)).send(rows.contiguous()),
     "CPU",
+    allow_override=True,
 )
 _library.impl(
     "peer_reduce_scatter",
     lambda rows, size, name: ReduceScatter(_group(name, size)).send(rows.contiguous()),
     "CPU",
+    allow_override=True,
 )
 
 

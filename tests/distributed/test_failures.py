@@ -14,7 +14,7 @@ import pytest
 import torch
 from parallel_cases import batch, make
 
-from moeops.comm import exchange
+from moeops.dispatch import legs
 from moeops.distributed import DistributedGroupedDataParallel, explain_failures
 from processes import launch, start_rank
 
@@ -70,7 +70,7 @@ def worker(rank: int, case: Case, folder: str) -> None:
         if last and case.where in ("building", "counts", "tokens"):
             vanish(case, folder)
         if last and case.where == "rows":  # after the counts are exchanged, before the rows are
-            exchange.Exchange.__init__ = lambda *args: vanish(case, folder)
+            legs.Leg.send = lambda *args: vanish(case, folder)
         start = time.monotonic()
         if case.where == "building":
             make("mlp", 2, "cpu", world_size=case.ranks)

@@ -29,3 +29,9 @@ def test_shapes():
         for op, rows in ((ops.peer_all_gather, 18), (ops.peer_reduce_scatter, 2)):
             y = op(x, 3, "0")
             assert (y.shape, y.dtype) == ((rows, 3, 2), torch.bfloat16)
+
+
+@pytest.mark.parametrize("op", ["peer_all_gather", "peer_reduce_scatter"])
+def test_rows_on_the_cpu_are_refused(op):
+    with pytest.raises(ValueError, match=f"{op}: rows must be on a CUDA device, got cpu"):
+        getattr(torch.ops.moeops, op)(torch.ones(2, 3), 2, "0")

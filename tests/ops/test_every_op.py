@@ -297,5 +297,7 @@ def test_second_gradients_are_refused_where_there_is_none():
         output = as_tuple(case.as_function()(*inputs))[0]
         leaves = [t for t in inputs if t.requires_grad]
         grads = torch.autograd.grad(output.square().sum(), leaves, create_graph=True)
-        with pytest.raises(NotImplementedError, match=f"{op}_backward: a gradient must be diff"):
+        with pytest.raises(
+            NotImplementedError, match=rf"{op}_backward\w*: a gradient must be diff"
+        ):
             torch.autograd.grad(grads[0].sum(), leaves)
