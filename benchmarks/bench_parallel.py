@@ -17,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 import moeops
 from benchmarks.bench_fastmoe_lane import MIN_GAP
 from benchmarks.inputs import BlockProblem, block_reference, generator
+from benchmarks.rank_jobs import build_layer
 from benchmarks.ranks import Ranks, RankTimer
 from benchmarks.registry import Case, compare
 from benchmarks.report import MIB, table
@@ -104,14 +105,10 @@ class LayerProblem:
         kind: type[moeops.FMoETransformerMLP] = moeops.FMoETransformerMLP,
         **options: Any,
     ) -> moeops.FMoETransformerMLP:
-        shape = self.shape
-        return kind(
+        return build_layer(
+            self.shape,
             num_expert,
-            shape.d_model,
-            shape.d_hidden,
-            shape.activation,
-            bias=False,
-            top_k=shape.top_k,
+            kind,
             gate=moeops.gates.NaiveGate,
             dtype=self.dtype,
             device=self.ranks.device,

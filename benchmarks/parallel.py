@@ -16,13 +16,11 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import bench_exchange, bench_parallel, machine, shapes
+from benchmarks import bench_exchange, bench_parallel, machine, rank_jobs
 from benchmarks.bench_exchange import ExchangeRow
 from benchmarks.bench_parallel import (
     BY_PAIR,
@@ -34,9 +32,6 @@ from benchmarks.bench_parallel import (
 )
 from benchmarks.ranks import Ranks, RankTimer, attempt
 
-CUDA_CONFIGS = ("qwen3_30b", "mixtral_8x7b")
-TEST_CONFIGS = ("tiny",)
-CUDA_TOKENS = 8192  # per rank
 MODES = ("eager", "compiled")
 # What is compiled first: a compilation takes seconds, and the time may run out.
 COMPILED_ORDER = (
@@ -54,35 +49,18 @@ COMPILED_ORDER = (
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Arguments with their defaults filled in for the device."""
-    parser = argparse.ArgumentParser(
-        prog="torchrun --nproc-per-node=2 -m benchmarks.parallel",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+    parser = rank_jobs.parser_of("parallel", __doc__, 2)
     parser.add_argument("--configs", help="comma list; default: qwen3_30b,mixtral_8x7b; cpu: tiny")
-    parser.add_argument("--tokens", type=int, help="per rank; default: 8192 on cuda")
     parser.add_argument("--only", choices=("exchange", "layers"), help="default: both")
     parser.add_argument("--labels", help="list with ; of the layers' rows; default: all")
     parser.add_argument("--modes", default=",".join(MODES), help="default: eager,compiled")
     parser.add_argument("--repeats", type=int, default=12, help="samples, default 12")
     parser.add_argument("--seconds", type=float, default=140, help="for everything, default 140")
-    parser.add_argument("--json", type=Path, help="default: runs/parallel_<device>.json")
-    parser.add_argument("--commit", help="recorded where the checkout has no git")
-    args = parser.parse_args(argv)
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    on_cuda = args.device == "cuda"
-    names = args.configs.split(",") if args.configs else CUDA_CONFIGS if on_cuda else TEST_CONFIGS
-    unknown = sorted(set(names) - set(shapes.SHAPES))
-    if unknown:
-        parser.error(f"--configs: unknown {unknown}, choose from {sorted(shapes.SHAPES)}")
-    tokens = args.tokens or (CUDA_TOKENS if on_cuda else None)
-    args.configs = [
-        replace(shapes.SHAPES[n], num_tokens=tokens or shapes.SHAPES[n].num_tokens) for n in names
-    ]
+    args = rank_jobs.parse(parser, "parallel", argv)
+    args.configs = rank_jobs.shapes_of(parser, args, "configs")
     args.modes = args.modes.split(",")
     # Ranks read each other's memory on GPUs only.
-    labels = [label for label, _ in DISPATCHES if on_cuda or label != PEER]
+    labels = [label for label, _ in DISPATCHES if args.device == "cuda" or label != PEER]
     args.labels = labels if args.labels is None else args.labels.split(";")
     if not set(args.labels) <= set(labels):
         parser.error(f"--labels must be from {labels}, got {args.labels}")
@@ -90,7 +68,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--modes must be from {MODES}, got {args.modes}")
     if args.repeats < 10:
         parser.error(f"--repeats must be at least 10, got {args.repeats}")
-    args.json = args.json or machine.ROOT / "runs" / f"parallel_{args.device}.json"
     return args
 
 

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import moeops
-from benchmarks import machine, shapes
+from benchmarks import machine, rank_jobs, shapes
 from benchmarks.nodes import pretend_nodes
 from benchmarks.ranks import Ranks, attempt
 from benchmarks.report import table
@@ -65,15 +65,9 @@ WARM_UP = 2
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Arguments with their defaults filled in for the device."""
-    parser = argparse.ArgumentParser(
-        prog="torchrun --nproc-per-node=4 -m benchmarks.schedules",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+    parser = rank_jobs.parser_of("schedules", __doc__, 4)
     parser.add_argument("--node-size", type=int, help="ranks per emulated node; default: one node")
     parser.add_argument("--config", help="sizes of the experts; default: mixtral_8x7b; cpu: tiny")
-    parser.add_argument("--tokens", type=int, help="per rank; default: 8192; cpu: the shape's")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--length", type=int, default=2048, help="of a sequence, at most")
     parser.add_argument("--dispatch", default="exact,gather", help="default: exact,gather")
@@ -81,23 +75,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=8, help="samples, default 8")
     parser.add_argument("--seconds", type=float, default=120, help="no row begins later")
     parser.add_argument("--trace", type=Path, help="write one layer's kernels there, as JSON")
-    parser.add_argument("--json", type=Path, help="default: runs/schedules_<device>.json")
-    parser.add_argument("--commit", help="recorded where the checkout has no git")
-    args = parser.parse_args(argv)
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    name = args.config or ("mixtral_8x7b" if args.device == "cuda" else "tiny")
-    if name not in shapes.SHAPES:
-        parser.error(f"--config: unknown {name!r}, choose from {sorted(shapes.SHAPES)}")
-    shape = shapes.SHAPES[name]
-    tokens = args.tokens or (8192 if args.device == "cuda" else shape.num_tokens)
-    args.shape = dataclasses.replace(shape, num_tokens=tokens)
+    args = rank_jobs.parse(parser, "schedules", argv)
+    (args.shape,) = rank_jobs.shapes_of(parser, args, "config", ("mixtral_8x7b",))
     args.dispatch = args.dispatch.split(",")
     if not set(args.dispatch) <= set(DISPATCHES):
         parser.error(f"--dispatch must be from {tuple(DISPATCHES)}, got {args.dispatch}")
     args.compiled = args.compiled.split(",") if args.compiled else []
     if not set(args.compiled) <= set(COMPILED):
         parser.error(f"--compiled must be from {COMPILED}, got {args.compiled}")
-    args.json = args.json or machine.ROOT / "runs" / f"schedules_{args.device}.json"
     return args
 
 
@@ -169,13 +154,9 @@ def build(
     layers = []
     for number in range(args.layers):
         torch.manual_seed(number)
-        moe = moeops.FMoETransformerMLP(
+        moe = rank_jobs.build_layer(
+            shape,
             shape.num_experts // ranks.size,
-            shape.d_model,
-            shape.d_hidden,
-            shape.activation,
-            bias=False,
-            top_k=shape.top_k,
             gate=moeops.gates.NaiveGate,
             world_size=ranks.size,
             dispatch=dispatch,

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import moeops
-from benchmarks import machine, shapes
+from benchmarks import machine, rank_jobs, shapes
 from benchmarks.bench_parallel import release
 from benchmarks.inputs import generator
 from benchmarks.ranks import Ranks, RankTimer, attempt
@@ -44,32 +44,14 @@ CLOSE = {torch.bfloat16: 4e-2, torch.float32: 1e-4}  # relative norm
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Arguments with their defaults filled in for the device."""
-    parser = argparse.ArgumentParser(
-        prog="torchrun --nproc-per-node=4 -m benchmarks.skew",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+    parser = rank_jobs.parser_of("skew", __doc__, 4)
     parser.add_argument("--configs", help="comma list; default: qwen3_30b,mixtral_8x7b; cpu: tiny")
-    parser.add_argument("--tokens", type=int, help="per rank; default: 8192; cpu: the shape's")
     parser.add_argument("--alpha", type=float, default=1.2, help="power of Zipf's law, default 1.2")
     parser.add_argument("--profile", type=Path, help="of python -m moeops profile")
     parser.add_argument("--repeats", type=int, default=10, help="samples, default 10")
     parser.add_argument("--seconds", type=float, default=60, help="no row begins later, default 60")
-    parser.add_argument("--json", type=Path, help="default: runs/skew_<device>.json")
-    parser.add_argument("--commit", help="recorded where the checkout has no git")
-    args = parser.parse_args(argv)
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    on_cuda = args.device == "cuda"
-    names = (args.configs or ("qwen3_30b,mixtral_8x7b" if on_cuda else "tiny")).split(",")
-    if unknown := sorted(set(names) - set(shapes.SHAPES)):
-        parser.error(f"--configs: unknown {unknown}, choose from {sorted(shapes.SHAPES)}")
-    tokens = args.tokens or (8192 if on_cuda else None)
-    args.configs = [
-        dataclasses.replace(shapes.SHAPES[n], num_tokens=tokens or shapes.SHAPES[n].num_tokens)
-        for n in names
-    ]
-    args.json = args.json or machine.ROOT / "runs" / f"skew_{args.device}.json"
+    args = rank_jobs.parse(parser, "skew", argv)
+    args.configs = rank_jobs.shapes_of(parser, args, "configs")
     return args
 
 
@@ -216,13 +198,9 @@ class Problem:
         def gate(*sizes: Any, **options: Any) -> TableGate:
             return TableGate(*sizes, ids=self.ids, **options)
 
-        return moeops.FMoETransformerMLP(
+        return rank_jobs.build_layer(
+            shape,
             self.num_expert,
-            shape.d_model,
-            shape.d_hidden,
-            shape.activation,
-            bias=False,
-            top_k=shape.top_k,
             gate=gate,
             world_size=self.ranks.size,
             dispatch=dispatch,
