@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import subprocess
 import sys
 import sysconfig
 import time
@@ -22,6 +21,7 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
+import command as command_line
 from check_dist import USE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -80,22 +80,10 @@ def main() -> int:
 
 
 def run(*command: str, path: Path | None = None, cwd: Path = ROOT) -> str:
-    """Output of a command, with ``path`` before all other programs; its output and the end of the run if it fails."""
+    """Output of a command, with ``path`` before all other programs."""
     print(f"build_wheels: {' '.join(command).splitlines()[0]}", flush=True)
-    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    if path is not None:
-        variables["PATH"] = f"{path}{os.pathsep}{variables['PATH']}"
-    result = subprocess.run(
-        command,
-        cwd=cwd,
-        env={**variables, "PIP_DISABLE_PIP_VERSION_CHECK": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    if result.returncode:
-        sys.exit(f"build_wheels: {' '.join(command)} failed:\n{result.stdout}")
-    return result.stdout
+    programs = os.environ["PATH"] if path is None else f"{path}{os.pathsep}{os.environ['PATH']}"
+    return command_line.run("build_wheels", command, cwd, PATH=programs)
 
 
 def environment(name: str, *packages: str) -> Path:

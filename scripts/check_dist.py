@@ -8,9 +8,7 @@ copy of the source tree and in environments of its own; all of it is CPU only, f
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
 import sys
 import sysconfig
 import tarfile
@@ -18,6 +16,8 @@ import tempfile
 import venv
 import zipfile
 from pathlib import Path
+
+import command as command_line
 
 ROOT = Path(__file__).resolve().parent.parent
 NOT_SOURCE = shutil.ignore_patterns(
@@ -55,24 +55,8 @@ def main() -> int:
 
 
 def run(command: list[str], cwd: Path) -> str:
-    """Output of a command; its whole output and the end of the run if it fails."""
-    environment = {
-        **os.environ,
-        "PIP_DISABLE_PIP_VERSION_CHECK": "1",
-        "SKBUILD_CMAKE_DEFINE": "MOEOPS_CUDA=OFF",
-    }
-    environment.pop("PYTHONPATH", None)
-    result = subprocess.run(
-        command,
-        cwd=cwd,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    if result.returncode:
-        sys.exit(f"check_dist: {' '.join(command)} failed in {cwd}:\n{result.stdout}")
-    return result.stdout
+    """Output of a command, without CUDA."""
+    return command_line.run("check_dist", command, cwd, SKBUILD_CMAKE_DEFINE="MOEOPS_CUDA=OFF")
 
 
 def build_sdist(source: Path, dist: Path) -> Path:
