@@ -39,7 +39,7 @@ def test_kept_tensors_open_files_and_another_loss_are_seen(monkeypatch):
 
     def leak(model, progress):
         if model is leaking[0]:
-            kept.append((torch.ones(2**18), open(__file__)))  # noqa: SIM115
+            kept.append((torch.ones(2**18), open(__file__)))  # noqa: SIM115  (left open)
         else:
             update(model, progress)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import moeops.comm.peer  # noqa: F401  (registers the ops)
-from moeops.comm.groups import RankGroup, describe_group, process_group, uses_gloo
+from moeops.comm.groups import RankGroup, describe_group, process_group, works_by
 from moeops.comm.wires import Carried, Wire, carry, guarded, pack_rows, unpack_rows
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class AllGather(Wire):
         writes the name of its work, too long to be kept in place, where the other one does.
         """
         name, size = self.group.name, self.group.size
-        if not uses_gloo(name, packed.device.type):
+        if not works_by("gloo", name, packed.device.type):
             return torch.ops._c10d_functional.all_gather_into_tensor(
                 packed.contiguous(), size, name
             )

@@ -79,16 +79,10 @@ def process_group(name: str) -> ProcessGroup:
 
 
 @constant_when_traced
-def uses_gloo(name: str, device_type: str) -> bool:
-    """Whether the group of this name works on such devices by gloo."""
+def works_by(backend: str, name: str, device_type: str) -> bool:
+    """Whether the group of this name works on such devices by this backend, such as "gloo"."""
     config = torch.distributed.get_backend_config(process_group(name))
-    return f"{device_type}:gloo" in config.split(",")
-
-
-def uses_nccl(name: str) -> bool:
-    """Whether the group of this name works on CUDA devices by NCCL."""
-    config = torch.distributed.get_backend_config(process_group(name))
-    return "cuda:nccl" in config.split(",")
+    return f"{device_type}:{backend}" in config.split(",")
 
 
 def timeout_of(group: RankGroup) -> timedelta | None:

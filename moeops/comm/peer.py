@@ -30,7 +30,7 @@ from moeops.comm.groups import (
     process_group,
     rank_group,
     timeout_of,
-    uses_nccl,
+    works_by,
 )
 from moeops.comm.wires import nccl_waits_on_host
 
@@ -65,7 +65,7 @@ def open_peer_memory(op: str, group: RankGroup) -> None:
     advice = 'Pass transport="nccl".'
 
     def place() -> tuple[str, int, str]:
-        if not uses_nccl(group.name):
+        if not works_by("nccl", group.name, "cuda"):
             backend = torch.distributed.get_backend(process_group(group.name))
             raise ValueError(
                 f'{op}: transport must be "nccl" where {describe_group(group)} does not work on CUDA devices by NCCL, '

@@ -49,7 +49,7 @@ def averaged_parameters(model: nn.Module) -> dict[str, tuple[nn.Parameter, RankG
         averaged = getattr(module, "averaged_in_graph", None)
         if isinstance(averaged, dict):
             for name, group in averaged.items():
-                groups[module.module.get_parameter(name)] = group  # type: ignore[union-attr]
+                groups[module.module.get_parameter(name)] = group  # type: ignore[union-attr]  # the model
     return {
         plain_name(name): (parameter, groups[parameter])
         for name, parameter in model.named_parameters()

@@ -186,13 +186,13 @@ def _links(sizes: LayerSizes, model: CostModel, backward: bool) -> tuple[Stage, 
         # Gradients of weights come back beside rows, in collectives of their own.
         token_bytes = sizes.row_bytes + sizes.top_k * _WEIGHT * backward / 2
         num_experts = size * sizes.num_expert
-        sent = tuple(  # type: ignore[assignment]
+        sent = tuple(  # type: ignore[assignment]  # two
             sizes.num_tokens * distinct_parts(parts, num_experts, sizes.top_k) * token_bytes
             for parts in (nodes, size)
         )
         calls = 1.5 if backward else 1.0
     far, near = (
-        _stage(lambda n, law=law, peers=peers: law.seconds(n * peers / (peers + 1), peers), each)  # type: ignore[misc]
+        _stage(lambda n, law=law, peers=peers: law.seconds(n * peers / (peers + 1), peers), each)  # type: ignore[misc]  # own values
         for law, peers, each in (
             (model.link("between_nodes"), nodes - 1, sent[0]),
             (model.link("inside_node"), local - 1, sent[1]),

@@ -73,7 +73,7 @@ def check_signatures(group: RankGroup, leaves: list[Tensor], signatures: list[in
 
 
 def _describe_signature(elements: int, code: int) -> str:
-    """The inverse of ``_row_signature`` as far as it goes."""
+    """The inverse of ``row_signature`` as far as it goes."""
     digits = [int(digit, 16) for digit in f"{code:x}"]
     names = [_SIGNED[d - 1] if 0 < d <= len(_SIGNED) else "another type" for d in digits]
     return f"{elements} elements of {names}"

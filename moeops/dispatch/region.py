@@ -3,8 +3,8 @@
 Autograd reverses what it recorded, so that a backward has the chunks of its forward. The region is one function to it:
 the forward sends all its chunks before the first expert runs, and sends each back while the next one is computed; the
 backward does the same with gradients, in as many chunks as it likes, and computes those of the experts' weights last,
-while the tokens' travel. Experts are one op, whose gradient is another, so
-that what the forward keeps of all rows can be cut anew: rows, and their pre-activations by the place of their pair.
+while the tokens' travel. Experts are one op, whose gradient is two others, so that what the forward keeps of all rows
+can be cut anew: rows, and their pre-activations by the place of their pair.
 
 With a hierarchy of nodes a chunk passes two links, each of which carries another chunk meanwhile. Who sends on waits
 for the first link, and holds up what is queued behind. So a chunk is sent on before its experts are due: one chunk

@@ -193,7 +193,7 @@ class CellTransport(Transport):
 
     def positions(self, degree: int, leg: Leg) -> Tensor:
         """The cells of a rank lie one behind the other in every leg that has them."""
-        return self.places(self.arriving, degree, leg.cut, sum(leg.receives))  # type: ignore[attr-defined]
+        return self.places(self.arriving, degree, leg.cut, sum(leg.receives))  # type: ignore[attr-defined]  # by cell
 
     def places(self, counts: Tensor, degree: int, cut: Cut, num_rows: int) -> Tensor:
         """Where the rows of a chunk are among those of all legs of a degree, ``[num_rows]``.

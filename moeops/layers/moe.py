@@ -26,8 +26,8 @@ from moeops.layers._build import (
     placed,
     set_expert_shards,
 )
-from moeops.layers._dispatch_names import name_dispatch_options
 from moeops.layers._dispatches import Dispatches
+from moeops.layers._moved_options import refuse_moved_options
 from moeops.layers._routings import (
     as_routing,
     fill_masked,
@@ -149,7 +149,7 @@ class FMoE(Dispatches, TagsParameters):
 
     mask: Tensor | None
 
-    @name_dispatch_options
+    @refuse_moved_options
     def __init__(
         self,
         num_expert: int = 32,

@@ -21,8 +21,8 @@ from moeops.dispatch.weights import (
     fused_weights,
 )
 from moeops.gates.naive import NaiveGate
-from moeops.layers._dispatch_names import name_dispatch_options
 from moeops.layers._jagged import jagged_like, jagged_values
+from moeops.layers._moved_options import refuse_moved_options
 from moeops.layers.experts import Activation, FusedExperts, Uncast, casts_arguments
 from moeops.layers.moe import FMoE, GateHook
 from moeops.layers.shared import SharedMLP
@@ -74,7 +74,7 @@ class FMoETransformerMLP(FMoE):
 
     experts: FusedExperts
 
-    @name_dispatch_options
+    @refuse_moved_options
     def __init__(
         self,
         num_expert: int = 32,

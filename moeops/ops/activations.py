@@ -69,7 +69,7 @@ def activate(pre_activation: Tensor, activation: str | Glu) -> Tensor:
     if activation == "relu_squared":
         return F.relu(pre_activation).square()
     if not is_gated(activation):
-        return getattr(F, activation)(pre_activation)  # type: ignore[arg-type]
+        return getattr(F, activation)(pre_activation)  # type: ignore[arg-type]  # a name
     unit = activation if isinstance(activation, Glu) else GATED[activation]
     if unit.interleaved:
         gate, up = pre_activation[..., ::2], pre_activation[..., 1::2]

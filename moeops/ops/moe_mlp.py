@@ -202,6 +202,7 @@ def backward_weights(
             if need:
                 grads[number] = found[number]
 
+    # What no gradient needs may be anything: either tensor stands in for the other one.
     hidden, pre = kept.pop(), kept.pop()
     if need_up or need_b_up:
         run(pre, hidden, need_up, False, need_b_up, False)

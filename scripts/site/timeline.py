@@ -19,12 +19,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "distribute
 # Processes that are started look for modules there, too.
 os.environ["PYTHONPATH"] = os.pathsep.join(sys.path[:3])
 
-import torch  # noqa: E402  (folders of tests are on the path from here on)
-import torch.distributed as dist  # noqa: E402
+import torch
+import torch.distributed as dist
 
-from moeops.compile import timeline  # noqa: E402
-from moeops.cost.pipeline import Task  # noqa: E402
-from processes import launch, start_rank  # noqa: E402
+from moeops.compile import timeline
+from moeops.cost.pipeline import Task
+from processes import launch, start_rank
 
 DEGREES = (3, 3)
 SAMPLES = 8

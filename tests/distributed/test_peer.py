@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import moeops  # noqa: F401
+import moeops  # noqa: F401  (registers the ops)
 from processes import run_checks
 
 

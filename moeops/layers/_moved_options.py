@@ -1,4 +1,4 @@
-"""Options of dispatchers that somebody passes to a layer, as was done before the records in ``moeops.dispatch``."""
+"""Options that layers had before the records of ``moeops.dispatch``, and that somebody still passes to a layer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moeops.dispatch.options import DISPATCHES
 _P = ParamSpec("_P")
 
 
-def name_dispatch_options(init: Callable[_P, None]) -> Callable[_P, None]:
+def refuse_moved_options(init: Callable[_P, None]) -> Callable[_P, None]:
     """Decorator of a layer's constructor: an option of a dispatch record among its arguments is one clear error."""
     known = inspect.signature(init).parameters
 
