@@ -10,7 +10,7 @@ try:
 except ImportError as err:
     raise ImportError(
         f"moeops.numba: numba must be installed, got: {err}. Install it with pip install 'moeops[numba]', and "
-        "pip install 'moeops[numba-cuda]' for CUDA; numba 0.68 needs numpy below 2.5."
+        "pip install 'moeops[numba-cuda]' for CUDA."
     ) from err
 del _njit
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
 import re
 import struct
 import sys
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,6 +33,8 @@ _INVALID_CONTEXT = 201
 _STATIC_SHARED_LIMIT = 48 << 10
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
+_importing = threading.Lock()
+
 
 def import_cuda() -> Any:
     """numba-cuda's module; does not touch the driver."""
@@ -43,7 +47,26 @@ def import_cuda() -> Any:
             "Install it with pip install 'moeops[numba-cuda]'."
         ) from err
     del numba_cuda
+    if not simulating():
+        _import_arrays()
     return cuda
+
+
+def _import_arrays() -> None:
+    """Import what numba-cuda knows of arrays, which it would do at its first kernel.
+
+    numba-cuda 0.30 gives ``np.row_stack`` an implementation, and NumPy 2.5 has no such function any more: it was
+    another name of ``vstack``, which carries that name until the import is over.
+    """
+    with _importing:
+        lend = not hasattr(np, "row_stack")
+        if lend:
+            setattr(np, "row_stack", np.vstack)  # noqa: B010 - a name that NumPy's types do not know
+        try:
+            importlib.import_module("numba.cuda.np.arrayobj")
+        finally:
+            if lend:
+                delattr(np, "row_stack")
 
 
 def simulating() -> bool:

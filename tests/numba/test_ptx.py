@@ -72,6 +72,25 @@ def test_numpy_that_does_not_fit_is_named(monkeypatch):
         prototype.inspect(double, "ptx", torch.ones(2, 3))
 
 
+@pytest.mark.parametrize("has", [True, False], ids=["numpy-2.4", "numpy-2.5"])
+def test_numpy_has_row_stack_while_numba_cuda_loads(has, monkeypatch):
+    if has:
+        monkeypatch.setattr(np, "row_stack", len, raising=False)
+    else:
+        monkeypatch.delattr(np, "row_stack", raising=False)
+    seen = []
+
+    def import_module(name):
+        seen.append((name, np.row_stack))
+        raise ImportError(name)
+
+    monkeypatch.setattr(_launch.importlib, "import_module", import_module)
+    with pytest.raises(ImportError):
+        _launch._import_arrays()
+    assert seen == [("numba.cuda.np.arrayobj", len if has else np.vstack)]
+    assert hasattr(np, "row_stack") is has
+
+
 def test_parameters_that_do_not_fit_are_refused():
     entry = ".visible .entry f(.param .u64 a, .param .u64 b) { ret; }"
     _launch.check_parameters("ns::op", entry, [1, 2.0])
