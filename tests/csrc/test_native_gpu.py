@@ -47,26 +47,58 @@ def test_architectures_of_the_gpus(answer, expected, tmp_path):
     assert lines == ([expected] if expected else [])
 
 
-@pytest.mark.skipif(not (CMAKES and NVCC and GXX), reason="cmake, nvcc and g++ are needed")
+def configure(cmake, folder, options, **environment):
+    """CMake's first step in an environment without compilers of the user's choice but those given."""
+    kept = {n: v for n, v in os.environ.items() if n not in ("CUDAHOSTCXX", "CXX")}
+    options = ("-DMOEOPS_CUDA=ON", f"-DPython_EXECUTABLE={sys.executable}", *options)
+    options += (f"-DCMAKE_CXX_COMPILER={GXX}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}")
+    command = [cmake, "-S", str(SCRIPT.parents[1]), "-B", str(folder), *options]
+    return subprocess.run(
+        command, env=kept | environment, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def make_compiler(folder, before="true"):
+    """A g++ that runs a line of shell first."""
+    compiler = folder / "bin" / "g++"
+    compiler.parent.mkdir()
+    compiler.write_text(f'#!/bin/sh\n{before}\nexec {GXX} "$@"\n')
+    compiler.chmod(0o755)
+    return compiler
+
+
+needs_compilers = pytest.mark.skipif(
+    not (CMAKES and NVCC and GXX), reason="cmake, nvcc and g++ are needed"
+)
+
+
+@needs_compilers
 @pytest.mark.parametrize("chosen", [(), ("-DCMAKE_CUDA_HOST_COMPILER",)], ids=["cxx", "chosen"])
 @pytest.mark.parametrize("cmake", CMAKES)
 def test_both_libraries_have_one_compiler(cmake, chosen, tmp_path):
-    """nvcc prefers the g++ on PATH; with a static libstdc++ an error of a CUDA op would end the process."""
-    other = tmp_path / "bin" / "g++"
-    other.parent.mkdir()
-    other.write_text(f'#!/bin/sh\nexec {GXX} "$@"\n')
-    other.chmod(0o755)
-    environment = {n: v for n, v in os.environ.items() if n not in ("CUDAHOSTCXX", "CXX")}
-    environment["PATH"] = f"{other.parent}:{environment['PATH']}"
-    options = ("-DMOEOPS_CUDA=ON", f"-DPython_EXECUTABLE={sys.executable}")
-    options += (f"-DCMAKE_CXX_COMPILER={GXX}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}")
+    """nvcc prefers the g++ on PATH, which may be another one than that of the CPU library."""
+    other = make_compiler(tmp_path)
     host = shutil.which("gcc") if chosen else GXX
-    options += tuple(f"{option}={host}" for option in chosen)
-    command = [cmake, "-S", str(SCRIPT.parents[1]), "-B", str(tmp_path / "build"), *options]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    path = f"{other.parent}:{os.environ['PATH']}"
+    build = tmp_path / "build"
+    done = configure(cmake, build, [f"{option}={host}" for option in chosen], PATH=path)
     assert done.returncode == 0, done.stderr
-    (found,) = (tmp_path / "build").glob("CMakeFiles/*/CMakeCUDACompiler.cmake")
+    (found,) = build.glob("CMakeFiles/*/CMakeCUDACompiler.cmake")
     assert f'set(CMAKE_CUDA_HOST_COMPILER "{host}")' in found.read_text()
+
+
+@needs_compilers
+@pytest.mark.parametrize("cmake", CMAKES)
+def test_compiler_with_a_static_library_is_refused(cmake, tmp_path):
+    """An error of a CUDA op would end the process: seen where CUDAHOSTCXX named such a compiler."""
+    static = make_compiler(
+        tmp_path, 'case "$1" in -print-file-name=libstdc++.so) echo libstdc++.so; exit;; esac'
+    )
+    done = configure(cmake, tmp_path / "build", [], CUDAHOSTCXX=str(static))
+    assert done.returncode != 0
+    message = " ".join(done.stderr.split())
+    assert f"shared libstdc++.so, and {static} has only a static one" in message
+    assert "for example CUDAHOSTCXX=/usr/bin/g++." in message
 
 
 @pytest.mark.skipif(_extension.cuda_status() == "loaded", reason="this build has the CUDA library")
