@@ -18,7 +18,7 @@ namespace {
 constexpr int64_t kManyRows = 1536;       // rows per expert from which 128-row tiles waste little
 constexpr int64_t kFewRows = 128;         // up to here, dead blocks of rows are most of the work
 constexpr int64_t kLongReduction = 4096;  // hides the epilogue of a cooperative tile
-constexpr int64_t kWideHidden = 2560;     // columns from which one expert's tiles fill the GPU
+constexpr int64_t kWideHidden = 2048;     // columns from which one expert's tiles fill the GPU
 constexpr int64_t kShortReduction = 512;  // a tile's products take no longer than its loads
 
 // Columns that a grid of tiles computes beyond the n that exist, as a part of n.
@@ -65,7 +65,7 @@ RowsChoice choose_down_backward(const ProductSize& size, bool gated, bool across
   if (forced_choice("dh", choice)) return choice;
   if (!gated || !across) return {RowsTileKind::kPingpong192Pair, false, false};
   if (fits_256_better(size.n)) return {RowsTileKind::kPingpong128Pair, true, false};
-  if (size.n > kWideHidden || size.rows_per_expert <= kFewRows) {
+  if (size.n >= kWideHidden || size.rows_per_expert <= kFewRows) {
     return {RowsTileKind::kPingpong192, true, false};
   }
   return {RowsTileKind::kPingpong192Pair, false, false};
