@@ -44,7 +44,7 @@ train: build
 	$(BIN)/python examples/train_lm.py $(ARGS)
 
 test: build
-	$(BIN)/python -m pytest -n 2 --durations=20 $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=20 $(ARGS)
 
 build: $(BUILD_STAMP)
 

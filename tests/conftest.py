@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -23,6 +24,13 @@ from tolerances import VALUES_DTYPES
 # Workers that share the cores would spend their time waiting for each other's threads; test_threads.py sets its own.
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported and collected by now stays: garbage collections need not walk through it again."""
+    gc.collect()
+    gc.freeze()
+
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

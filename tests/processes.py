@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import forkserver
 from pathlib import Path
 from traceback import TracebackException
 from typing import NamedTuple
@@ -23,7 +24,7 @@ import torch.multiprocessing as mp
 
 GROUP_TIMEOUT = 30  # seconds until a collective gives up; a machine that is busy needs some
 TESTS = str(Path(__file__).parent)
-PRELOAD = ["torch.nn.parallel", "torch._dynamo", "moeops.distributed"]
+PRELOAD = ["torch.nn.parallel", "torch._dynamo", "moeops.distributed", "warm_compiler"]
 MAX_VALUE = 400  # characters of a local variable in a report
 
 
@@ -97,6 +98,7 @@ def _run(
     report = Path(folder, f"rank{rank}.txt")
     name = "start"
     try:
+        assert "warm_compiler" in sys.modules, "the process that ranks are forks of is not ready"
         checks = find_checks(module)
         ranks = start_rank(rank, world_size, backend, folder, timeout)
         for place, (name, check) in enumerate(checks[first:], first):
@@ -113,13 +115,26 @@ def _run(
         os._exit(1)
 
 
+def _start_server(context) -> None:
+    """Start the process whose forks the others are, unless it is running."""
+    context.set_forkserver_preload(PRELOAD)
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([TESTS] + ([before] if before else []))
+    try:
+        forkserver.ensure_running()
+    finally:
+        del os.environ["PYTHONPATH"]
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
+
+
 def launch(worker, args: tuple, world_size: int, seconds: float) -> list[int]:
     """Run ``worker(rank, *args)`` in ``world_size`` processes; return their exit codes. Nothing is left running.
 
-    The processes are forks of one that has imported torch and done nothing else, which saves seconds for each.
+    The processes are forks of one that has imported torch and compiled a line of code, which saves seconds for each.
     """
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    _start_server(context)
     processes = [context.Process(target=worker, args=(rank, *args)) for rank in range(world_size)]
     deadline = time.monotonic() + seconds
     try:
