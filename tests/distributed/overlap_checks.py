@@ -21,9 +21,9 @@ from processes import Ranks
 from timed_backend import TimedGroup, start_group
 
 D, TOKENS = 8, 24  # of each rank
-CALL = 0.01  # seconds of a collective, and of an expert
-LINK = 0.05  # seconds of all rows that leave a rank one way
-WORK = 0.1  # seconds of the experts for all rows of a rank; their backward takes twice as long
+CALL = 0.02  # seconds of a collective, and of an expert
+LINK = 0.1  # seconds of all rows that leave a rank one way
+WORK = 0.2  # seconds of the experts for all rows of a rank; their backward takes twice as long
 CLOSE = 0.15
 SAMPLES = 12  # at most
 IN_ORDER = {
