@@ -10,4 +10,4 @@ pytestmark = pytest.mark.distributed
 
 
 def test_timed_links(tmp_path):
-    run_checks("overlap_checks slice_checks codec_checks", 2, "gloo", tmp_path, seconds=400)
+    run_checks("overlap_checks slice_checks codec_checks", 2, "gloo", tmp_path, seconds=600)
