@@ -16,6 +16,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 from traceback import TracebackException
 from typing import NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -118,14 +119,9 @@ def _run(
 def _start_server(context) -> None:
     """Start the process whose forks the others are, unless it is running."""
     context.set_forkserver_preload(PRELOAD)
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([TESTS] + ([before] if before else []))
-    try:
+    path = os.pathsep.join(filter(None, [TESTS, os.environ.get("PYTHONPATH")]))
+    with mock.patch.dict(os.environ, PYTHONPATH=path):
         forkserver.ensure_running()
-    finally:
-        del os.environ["PYTHONPATH"]
-        if before is not None:
-            os.environ["PYTHONPATH"] = before
 
 
 def launch(worker, args: tuple, world_size: int, seconds: float) -> list[int]:

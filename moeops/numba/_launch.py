@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import importlib
 import re
 import struct
@@ -52,6 +53,7 @@ def import_cuda() -> Any:
     return cuda
 
 
+@functools.cache
 def _import_arrays() -> None:
     """Import what numba-cuda knows of arrays, which it would do at its first kernel.
 

@@ -84,7 +84,11 @@ def test_both_libraries_have_one_compiler(cmake, chosen, tmp_path):
     done = configure(cmake, build, [f"{option}={host}" for option in chosen], PATH=path)
     assert done.returncode == 0, done.stderr
     (found,) = build.glob("CMakeFiles/*/CMakeCUDACompiler.cmake")
-    assert f'set(CMAKE_CUDA_HOST_COMPILER "{host}")' in found.read_text()
+    text = found.read_text()
+    assert f'set(CMAKE_CUDA_HOST_COMPILER "{host}")' in text
+    assert str(other) not in text
+    if not chosen:
+        assert f'set(CMAKE_CUDA_HOST_LINK_LAUNCHER "{GXX}")' in text
 
 
 @needs_compilers

@@ -78,6 +78,7 @@ def test_numpy_has_row_stack_while_numba_cuda_loads(has, monkeypatch):
         monkeypatch.setattr(np, "row_stack", len, raising=False)
     else:
         monkeypatch.delattr(np, "row_stack", raising=False)
+    _launch._import_arrays.cache_clear()
     seen = []
 
     def import_module(name):

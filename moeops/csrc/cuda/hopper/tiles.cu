@@ -14,7 +14,8 @@ namespace moeops::cuda::hopper {
 
 namespace {
 
-// Every rule was measured on an H100, by benchmarks.tiles.
+// Every rule was measured on an H100, by benchmarks.tiles but for kWideHidden, where the product
+// ran alone (docs/hopper.md).
 constexpr int64_t kManyRows = 1536;       // rows per expert from which 128-row tiles waste little
 constexpr int64_t kFewRows = 128;         // up to here, dead blocks of rows are most of the work
 constexpr int64_t kLongReduction = 4096;  // hides the epilogue of a cooperative tile
