@@ -8,6 +8,7 @@ each product's median kernel time beside the dense product of as many FLOPs. Thi
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import os
 import statistics
@@ -22,6 +23,14 @@ from torch.profiler import ProfilerActivity, profile
 import moeops
 from benchmarks import shapes
 from benchmarks.inputs import ROUTINGS, BlockProblem, make_block
+from moeops import Glu
+
+# gpt-oss has gate and up in turns.
+UNITS: dict[str, str | Glu] = {
+    "swiglu": "swiglu",
+    "glu": Glu(alpha=1.702, limit=7.0, offset=1.0),
+    "glu_in_turns": Glu(alpha=1.702, limit=7.0, offset=1.0, interleaved=True),
+}
 
 
 def _rows(*tiles: str) -> list[str]:
@@ -33,7 +42,7 @@ def _rows(*tiles: str) -> list[str]:
 CANDIDATES = {
     "up": _rows("p192", "p192x2", "c256", "c256x2"),
     "down": _rows("p192", "p192x2", "c256", "c256x2"),
-    "dh": _rows("p192", "p192x2", "p128x2"),
+    "dh": _rows("p192", "p128"),
     "dx": _rows("p192", "p192x2", "c256", "c256x2"),
     "dw_up": ["p192:16", "p192:8", "p192x2:16", "c256:16", "c256:8"],
     "dw_down": ["p192:16", "p192:8", "p192x2:16", "c256:16", "c256:8"],
@@ -58,6 +67,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tiles", description=__doc__)
     parser.add_argument("--configs", default="qwen3_30b", help="comma list of block sizes")
     parser.add_argument("--products", default=",".join(CANDIDATES), help="comma list")
+    parser.add_argument("--unit", choices=UNITS, default="swiglu")
+    parser.add_argument(
+        "--transposed",
+        action="store_true",
+        help="weights stored [E, in, out] in place of [E, out, in]",
+    )
     parser.add_argument("--routing", choices=ROUTINGS, default="uniform")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--best", type=int, default=6, help="candidates to print of each product")
@@ -66,13 +81,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("there is no CUDA device")
     for name in args.configs.split(","):
         problem = make_block(
-            shapes.SHAPES[name],
+            dataclasses.replace(shapes.SHAPES[name], activation=UNITS[args.unit]),
             torch.device("cuda"),
             torch.bfloat16,
             args.routing,
             with_reference=False,
         )
-        print(f"{name} on {torch.cuda.get_device_name()}, median us")
+        if args.transposed:
+            problem.w_up, problem.w_down = (
+                w.detach().mT.contiguous().mT for w in (problem.w_up, problem.w_down)
+            )
+        stored = "[E, in, out]" if args.transposed else "[E, out, in]"
+        print(f"{name}, {args.unit}, {stored}, on {torch.cuda.get_device_name()}, median us")
         for line in table(problem, args.products.split(","), args.rounds, args.best):
             print("  " + line, flush=True)
     return 0

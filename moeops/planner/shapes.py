@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moeops.ops.activations import up_width
+from moeops.types import Glu
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Shape:
     d_hidden: int
     num_experts: int
     top_k: int
-    activation: str = "swiglu"
+    activation: str | Glu = "swiglu"
 
     @property
     def num_pairs(self) -> int:

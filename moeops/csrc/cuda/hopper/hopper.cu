@@ -94,7 +94,7 @@ RowsChoice backward_choice(const Tensor& transposed, Activation activation, cons
                            int64_t num_rows) {
   return choose_down_backward(
       {transposed.size(1), transposed.size(2), rows_per_expert(num_rows, plan)},
-      activation == Activation::kSwiglu, transposed.stride(2) != 1);
+      is_gated(activation));
 }
 
 }  // namespace

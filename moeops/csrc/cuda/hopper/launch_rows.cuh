@@ -17,7 +17,7 @@ struct NamedRowsTile : moeops::hopper::RowsTile<kColumns, kPingpong, kCluster> {
 };
 using Pingpong192 = NamedRowsTile<192, true, 1, RowsTileKind::kPingpong192>;
 using Pingpong192Pair = NamedRowsTile<192, true, 2, RowsTileKind::kPingpong192Pair>;
-using Pingpong128Pair = NamedRowsTile<128, true, 2, RowsTileKind::kPingpong128Pair>;
+using Pingpong128 = NamedRowsTile<128, true, 1, RowsTileKind::kPingpong128>;
 using Cooperative256 = NamedRowsTile<256, false, 1, RowsTileKind::kCooperative256>;
 using Cooperative256Pair = NamedRowsTile<256, false, 2, RowsTileKind::kCooperative256Pair>;
 
@@ -179,7 +179,7 @@ void launch_chosen(const RowsLaunch& problem, const RowsChoice& choice) {
 
 // Columns of hidden that a tile makes in the backward of the down product.
 inline int64_t backward_columns(RowsTileKind tile) {
-  return tile == RowsTileKind::kPingpong128Pair ? 128 : 192;
+  return tile == RowsTileKind::kPingpong128 ? 128 : 192;
 }
 
 // One for each type, each in a file of its own.

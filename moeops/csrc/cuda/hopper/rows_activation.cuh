@@ -15,15 +15,19 @@ void launch_gated_up(const RowsLaunch& problem, const RowsChoice& choice) {
   launch(problem, choice);
 }
 
+template <typename T, Activation kActivation>
+void launch_backward(const RowsLaunch& problem, const RowsChoice& choice) {
+  constexpr auto kBackward = Epilogue::kActivationBackward;
+  auto* launch =
+      problem.weight.across()
+          ? &launch_chosen<T, kBackward, kActivation, true, true, Pingpong192, Pingpong128>
+          : &launch_chosen<T, kBackward, kActivation, true, false, Pingpong192, Pingpong128>;
+  launch(problem, choice);
+}
+
 template <typename T>
 void launch_gated_backward(const RowsLaunch& problem, const RowsChoice& choice) {
-  constexpr auto kBackward = Epilogue::kActivationBackward;
-  constexpr auto kGated = Activation::kSwiglu;
-  auto* launch = problem.weight.across()
-                     ? &launch_chosen<T, kBackward, kGated, true, true, Pingpong192,
-                                      Pingpong192Pair, Pingpong128Pair>
-                     : &launch_chosen<T, kBackward, kGated, true, false, Pingpong192Pair>;
-  launch(problem, choice);
+  launch_backward<T, Activation::kSwiglu>(problem, choice);
 }
 
 // One tile, with clusters that share weights, but where halves of whole blocks of columns ask for
@@ -45,20 +49,13 @@ void launch_glu_up(const RowsLaunch& problem, bool in_turns, const RowsChoice& c
 
 template <typename T>
 void launch_glu_backward(const RowsLaunch& problem, bool in_turns, const RowsChoice& choice) {
-  constexpr auto kBackward = Epilogue::kActivationBackward;
-  constexpr auto kGlu = Activation::kGlu, kInTurns = Activation::kGluInTurns;
-  const bool across = problem.weight.across();
-  if (in_turns) {
-    auto* launch = across ? &launch_chosen<T, kBackward, kInTurns, true, true, Pingpong192Pair>
-                          : &launch_chosen<T, kBackward, kInTurns, true, false, Pingpong192Pair>;
-    return launch(problem, choice);
-  }
-  auto* launch = across ? &launch_chosen<T, kBackward, kGlu, true, true, Pingpong192Pair>
-                        : &launch_chosen<T, kBackward, kGlu, true, false, Pingpong192Pair>;
+  auto* launch = in_turns ? &launch_backward<T, Activation::kGluInTurns>
+                          : &launch_backward<T, Activation::kGlu>;
   launch(problem, choice);
 }
 
-// One tile: these activations are used in older models, whose sizes suit it.
+// One tile: these activations are used in older models, whose sizes suit it but for very wide
+// experts with many rows each (docs/hopper.md).
 template <typename T, Epilogue kEpilogue>
 void launch_plain(const RowsLaunch& problem, Activation activation, const RowsChoice& choice) {
   const auto run = [&](auto kind) {

@@ -14,12 +14,11 @@ namespace moeops::cuda::hopper {
 
 namespace {
 
-// Every rule was measured on an H100, by benchmarks.tiles but for kWideHidden, where the product
-// ran alone (docs/hopper.md).
+// Every rule was measured by benchmarks.tiles, that of the backward of the down product on an H200,
+// the others on an H100 (docs/hopper.md).
 constexpr int64_t kManyRows = 1536;       // rows per expert from which 128-row tiles waste little
 constexpr int64_t kFewRows = 128;         // up to here, dead blocks of rows are most of the work
 constexpr int64_t kLongReduction = 4096;  // hides the epilogue of a cooperative tile
-constexpr int64_t kWideHidden = 2048;     // columns from which one expert's tiles fill the GPU
 constexpr int64_t kShortReduction = 512;  // a tile's products take no longer than its loads
 
 // Columns that a grid of tiles computes beyond the n that exist, as a part of n.
@@ -61,15 +60,13 @@ RowsChoice choose_up(const ProductSize& size, bool gated, bool across) {
   return {RowsTileKind::kPingpong192Pair, false, false};
 }
 
-RowsChoice choose_down_backward(const ProductSize& size, bool gated, bool across) {
+RowsChoice choose_down_backward(const ProductSize& size, bool gated) {
   RowsChoice choice{};
   if (forced_choice("dh", choice)) return choice;
-  if (!gated || !across) return {RowsTileKind::kPingpong192Pair, false, false};
-  if (fits_256_better(size.n)) return {RowsTileKind::kPingpong128Pair, true, false};
-  if (size.n >= kWideHidden || size.rows_per_expert <= kFewRows) {
-    return {RowsTileKind::kPingpong192, true, false};
-  }
-  return {RowsTileKind::kPingpong192Pair, false, false};
+  if (!gated) return {RowsTileKind::kPingpong192Pair, false, false};
+  // Beside the traffic of gate and up, CTAs that wait for each other lose more than they share.
+  const bool narrow = fits_256_better(size.n);
+  return {narrow ? RowsTileKind::kPingpong128 : RowsTileKind::kPingpong192, false, false};
 }
 
 WeightGradChoice choose_weight_grad(int64_t m, int64_t n, int64_t rows_per_expert, bool gathers_q) {
@@ -118,7 +115,7 @@ std::optional<std::vector<std::string>> forced_words(const char* product) {
 }  // namespace
 
 bool forced_choice(const char* product, RowsChoice& choice) {
-  constexpr auto kWanted = "p192|p192x2|p128x2|c256|c256x2:small|large:skip|whole";
+  constexpr auto kWanted = "p192|p192x2|p128|c256|c256x2:small|large:skip|whole";
   const auto words = forced_words(product);
   if (!words) return false;
   if (words->size() != 3) refuse(product, kWanted);
@@ -127,8 +124,8 @@ bool forced_choice(const char* product, RowsChoice& choice) {
     choice.tile = RowsTileKind::kPingpong192;
   } else if (tile == "p192x2") {
     choice.tile = RowsTileKind::kPingpong192Pair;
-  } else if (tile == "p128x2") {
-    choice.tile = RowsTileKind::kPingpong128Pair;
+  } else if (tile == "p128") {
+    choice.tile = RowsTileKind::kPingpong128;
   } else if (tile == "c256") {
     choice.tile = RowsTileKind::kCooperative256;
   } else if (tile == "c256x2") {

@@ -10,7 +10,7 @@ namespace moeops::cuda::hopper {
 enum class RowsTileKind {
   kPingpong192,
   kPingpong192Pair,
-  kPingpong128Pair,
+  kPingpong128,
   kCooperative256,
   kCooperative256Pair
 };
@@ -36,7 +36,7 @@ struct ProductSize {
 
 RowsChoice choose_store(const ProductSize& size, bool across);
 RowsChoice choose_up(const ProductSize& size, bool gated, bool across);
-RowsChoice choose_down_backward(const ProductSize& size, bool gated, bool across);
+RowsChoice choose_down_backward(const ProductSize& size, bool gated);
 WeightGradChoice choose_weight_grad(int64_t m, int64_t n, int64_t rows_per_expert, bool gathers_q);
 
 // What MOEOPS_TILES, a list such as "up=c256x2:large:whole,down=p192:small:skip,dw_up=p192x2:16",
