@@ -42,11 +42,20 @@ def _rows(*tiles: str) -> list[str]:
 CANDIDATES = {
     "up": _rows("p192", "p192x2", "c256", "c256x2"),
     "down": _rows("p192", "p192x2", "c256", "c256x2"),
-    "dh": _rows("p192", "p128"),
+    "dh": _rows("p192", "p192x2", "p128"),
     "dx": _rows("p192", "p192x2", "c256", "c256x2"),
     "dw_up": ["p192:16", "p192:8", "p192x2:16", "c256:16", "c256:8"],
     "dw_down": ["p192:16", "p192:8", "p192x2:16", "c256:16", "c256:8"],
 }
+
+
+def candidates(product: str, unit: str, transposed: bool) -> list[str]:
+    """The tiles that exist for a product; without a choice among them there are none to force."""
+    if product == "up" and (unit != "swiglu" or transposed):
+        return []
+    if product == "dh" and unit != "swiglu":
+        return _rows("p192", "p128")
+    return CANDIDATES[product]
 
 
 def product_of(kernel: str) -> str:
@@ -93,15 +102,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         stored = "[E, in, out]" if args.transposed else "[E, out, in]"
         print(f"{name}, {args.unit}, {stored}, on {torch.cuda.get_device_name()}, median us")
-        for line in table(problem, args.products.split(","), args.rounds, args.best):
+        tiles = {p: candidates(p, args.unit, args.transposed) for p in args.products.split(",")}
+        for line in table(problem, {p: t for p, t in tiles.items() if t}, args.rounds, args.best):
             print("  " + line, flush=True)
     return 0
 
 
-def table(problem: BlockProblem, products: list[str], rounds: int, best: int) -> Iterator[str]:
+def table(
+    problem: BlockProblem, candidates: dict[str, list[str]], rounds: int, best: int
+) -> Iterator[str]:
     """A line per product: the dense time, then its best candidates with their part of dense."""
     dense = {name: _time(product) for name, product in dense_products(problem).items()}
-    samples = sample(problem, products, rounds)
+    samples = sample(problem, candidates, rounds)
     names = [*CANDIDATES, *sorted({name for name, _ in samples} - set(CANDIDATES))]
     for name in names:
         ordered = sorted(
@@ -118,7 +130,7 @@ def table(problem: BlockProblem, products: list[str], rounds: int, best: int) ->
 
 
 def sample(
-    problem: BlockProblem, products: list[str], rounds: int
+    problem: BlockProblem, candidates: dict[str, list[str]], rounds: int
 ) -> dict[tuple[str, str], list[float]]:
     """Kernel times in microseconds by (product, candidate); the first round warms up."""
     samples: dict[tuple[str, str], list[float]] = defaultdict(list)
@@ -126,8 +138,8 @@ def sample(
     before = os.environ.get("MOEOPS_TILES")
     try:
         for number in range(rounds + 1):
-            for i in range(max(len(CANDIDATES[p]) for p in products)):
-                tiles = {p: CANDIDATES[p][i % len(CANDIDATES[p])] for p in products}
+            for i in range(max(map(len, candidates.values()))):
+                tiles = {p: each[i % len(each)] for p, each in candidates.items()}
                 os.environ["MOEOPS_TILES"] = ",".join(f"{p}={tile}" for p, tile in tiles.items())
                 for kernel, time in _profile(problem, plan):
                     if number > 0:

@@ -62,11 +62,11 @@ def program(tmp_path_factory):
         check=True,
     )
 
-    def run(product: str, n: int, k: int, rows: int, tiles: str | None = None):
+    def run(product: str, n: int, k: int, rows: int, tiles: str | None = None, memory=4.9):
         environment = {name: v for name, v in os.environ.items() if name != "MOEOPS_TILES"}
         if tiles is not None:
             environment["MOEOPS_TILES"] = tiles
-        command = [str(built), product, str(n), str(k), str(rows)]
+        command = [str(built), product, *map(str, (n, k, rows, memory))]
         return subprocess.run(command, env=environment, capture_output=True, text=True)
 
     return run
@@ -85,6 +85,24 @@ def test_choices(program, size):
     }
     got = [program(name, n, k, rows).stdout.strip() for name, (n, k) in products.items()]
     assert got == CHOICES[size].split()
+
+
+@pytest.mark.parametrize(
+    ("D", "H", "rows", "slow", "fast"),
+    [
+        (4096, 1536, 1024, "p192x2", "p192"),
+        (4096, 1536, 128, "p192", "p192"),
+        (2048, 1536, 2048, "p192", "p192"),  # a short reduction
+        (4096, 2048, 1536, "p192", "p192"),  # an odd number of tiles
+        (2048, 1024, 4096, "p192x2", "p128"),
+        (2048, 512, 1024, "p128", "p128"),
+    ],
+)
+def test_the_memory_of_the_device(program, D, H, rows, slow, fast):
+    """What an H100 and an H200 share and do not."""
+    for memory, tile in ((3.35, slow), (4.9, fast)):
+        run = program("dh", H, D, rows, memory=memory)
+        assert run.stdout.strip() == f"{tile}:small:skip"
 
 
 @pytest.mark.parametrize(

@@ -22,9 +22,10 @@ int main(int, char** arguments) {
     }
     const bool up = std::strcmp(product, "up") == 0, dh = std::strcmp(product, "dh") == 0;
     const bool down = std::strcmp(product, "down") == 0;
-    const RowsChoice choice = up   ? choose_up({n, k, rows}, true, false)
-                              : dh ? choose_down_backward({n, k, rows}, true)
-                                   : choose_store({n, k, rows}, !down);
+    const RowsChoice choice =
+        up   ? choose_up({n, k, rows}, true, false)
+        : dh ? choose_down_backward({n, k, rows}, Unit::kSwiglu, std::atof(arguments[5]))
+             : choose_store({n, k, rows}, !down);
     const char* names[] = {"p192", "p192x2", "p128", "c256", "c256x2"};
     std::printf("%s:%s:%s\n", names[static_cast<int>(choice.tile)],
                 choice.large_groups ? "large" : "small", choice.whole_tiles ? "whole" : "skip");

@@ -6,6 +6,7 @@ passing in the general ones.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -200,7 +201,7 @@ def test_numbers_of_tiles(tiles):
 
 TILES = [
     "up=p192:small:skip,down=p192:large:whole,dh=p192:small:whole,dx=p192:large:skip,dw_up=p192:1,dw_down=c256:3",
-    "up=p192x2:small:whole,down=p192x2:large:skip,dh=p192:small:skip,dx=p192x2:small:whole,"
+    "up=p192x2:small:whole,down=p192x2:large:skip,dh=p192x2:small:skip,dx=p192x2:small:whole,"
     "dw_up=p192x2:16,dw_down=p192x2:16",
     "up=c256:large:skip,down=c256:small:skip,dh=p128:large:whole,dx=c256:large:whole,dw_up=c256:4,dw_down=p192:9",
     "up=c256x2:large:whole,down=c256x2:small:whole,dh=p128:small:skip,dx=c256x2:large:skip,dw_up=p192:2,dw_down=p192:2",
@@ -217,9 +218,12 @@ def test_every_tile(half, tiles, D, H, monkeypatch):
 
 
 @HALF
-@pytest.mark.parametrize("tile", ["p192", "p128"])
 @pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
-@pytest.mark.parametrize("activation", ["swiglu", *UNITS], ids=unit_id)
+@pytest.mark.parametrize(
+    ("activation", "tile"),
+    [("swiglu", "p192x2"), *itertools.product(["swiglu", *UNITS], ["p192", "p128"])],
+    ids=unit_id,
+)
 def test_every_tile_of_the_backward(half, activation, transposed, tile, monkeypatch):
     plan = plan_of([*EDGES, 1000, 3], top_k=2, spare=99)
     problem = Problem.draw(plan, 200, 392, half, activation, True, transposed)

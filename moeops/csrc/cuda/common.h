@@ -30,6 +30,7 @@ struct DeviceLimits {
   int num_sms = 0;
   int max_shared_bytes = 0;  // per block, with the opt-in
   int capability_major = 0;
+  double memory_speed = 0;  // TB/s of the device's own memory, at most
 };
 
 constexpr int kMaxDevices = 64;
@@ -45,9 +46,10 @@ inline const DeviceLimits& device_limits(int device) {
       STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, device));
       return value;
     };
-    limits[device] = {read(cudaDevAttrMultiProcessorCount),
-                      read(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-                      read(cudaDevAttrComputeCapabilityMajor)};
+    limits[device] = {
+        read(cudaDevAttrMultiProcessorCount), read(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+        read(cudaDevAttrComputeCapabilityMajor),
+        2e-9 / 8 * read(cudaDevAttrMemoryClockRate) * read(cudaDevAttrGlobalMemoryBusWidth)};
   });
   return limits[device];
 }

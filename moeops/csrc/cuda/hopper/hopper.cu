@@ -92,9 +92,12 @@ namespace {
 // W of the backward: the gradient of hidden is grad_y times w_down as [E, H, D].
 RowsChoice backward_choice(const Tensor& transposed, Activation activation, const RowPlan& plan,
                            int64_t num_rows) {
+  const Unit unit = activation == Activation::kSwiglu ? Unit::kSwiglu
+                    : is_gated(activation)            ? Unit::kWithOptions
+                                                      : Unit::kPlain;
   return choose_down_backward(
-      {transposed.size(1), transposed.size(2), rows_per_expert(num_rows, plan)},
-      is_gated(activation));
+      {transposed.size(1), transposed.size(2), rows_per_expert(num_rows, plan)}, unit,
+      device_limits(transposed.get_device_index()).memory_speed);
 }
 
 }  // namespace

@@ -15,19 +15,19 @@ void launch_gated_up(const RowsLaunch& problem, const RowsChoice& choice) {
   launch(problem, choice);
 }
 
-template <typename T, Activation kActivation>
+template <typename T, Activation kActivation, class... Tiles>
 void launch_backward(const RowsLaunch& problem, const RowsChoice& choice) {
   constexpr auto kBackward = Epilogue::kActivationBackward;
-  auto* launch =
-      problem.weight.across()
-          ? &launch_chosen<T, kBackward, kActivation, true, true, Pingpong192, Pingpong128>
-          : &launch_chosen<T, kBackward, kActivation, true, false, Pingpong192, Pingpong128>;
+  auto* launch = problem.weight.across() ? &launch_chosen<T, kBackward, kActivation, true, true,
+                                                          Pingpong192, Pingpong128, Tiles...>
+                                         : &launch_chosen<T, kBackward, kActivation, true, false,
+                                                          Pingpong192, Pingpong128, Tiles...>;
   launch(problem, choice);
 }
 
 template <typename T>
 void launch_gated_backward(const RowsLaunch& problem, const RowsChoice& choice) {
-  launch_backward<T, Activation::kSwiglu>(problem, choice);
+  launch_backward<T, Activation::kSwiglu, Pingpong192Pair>(problem, choice);
 }
 
 // One tile, with clusters that share weights, but where halves of whole blocks of columns ask for

@@ -14,11 +14,13 @@ namespace moeops::cuda::hopper {
 
 namespace {
 
-// Every rule was measured by benchmarks.tiles, that of the backward of the down product on an H200,
-// the others on an H100 (docs/hopper.md).
+// Every rule was measured by benchmarks.tiles, those of the backward of the down product on an H100
+// and an H200, the others on an H100 (docs/hopper.md).
 constexpr int64_t kManyRows = 1536;       // rows per expert from which 128-row tiles waste little
 constexpr int64_t kFewRows = 128;         // up to here, dead blocks of rows are most of the work
 constexpr int64_t kLongReduction = 4096;  // hides the epilogue of a cooperative tile
+constexpr int64_t kManyColumns = 1024;    // more weights per expert than CTAs out of step share
+constexpr double kFastMemory = 4;         // TB/s: an H200's, not an H100's
 constexpr int64_t kShortReduction = 512;  // a tile's products take no longer than its loads
 
 // Columns that a grid of tiles computes beyond the n that exist, as a part of n.
@@ -60,12 +62,17 @@ RowsChoice choose_up(const ProductSize& size, bool gated, bool across) {
   return {RowsTileKind::kPingpong192Pair, false, false};
 }
 
-RowsChoice choose_down_backward(const ProductSize& size, bool gated) {
+RowsChoice choose_down_backward(const ProductSize& size, Unit unit, double memory_speed) {
   RowsChoice choice{};
   if (forced_choice("dh", choice)) return choice;
-  if (!gated) return {RowsTileKind::kPingpong192Pair, false, false};
-  // Beside the traffic of gate and up, CTAs that wait for each other lose more than they share.
-  const bool narrow = fits_256_better(size.n);
+  constexpr RowsChoice kPair{RowsTileKind::kPingpong192Pair, false, false};
+  if (unit == Unit::kPlain) return kPair;
+  const bool narrow = fits_256_better(size.n), even = (size.n + 191) / 192 % 2 == 0;
+  // Beside the traffic of gate and up, CTAs that wait for each other lose more than they share,
+  // but for where reading weights again is dear. An odd number of tiles leaves half a pair idle.
+  const bool shares = memory_speed < kFastMemory && size.rows_per_expert > kFewRows &&
+                      size.n >= kManyColumns && even && (narrow || size.k >= kLongReduction);
+  if (shares && unit == Unit::kSwiglu) return kPair;
   return {narrow ? RowsTileKind::kPingpong128 : RowsTileKind::kPingpong192, false, false};
 }
 

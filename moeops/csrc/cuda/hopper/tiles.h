@@ -28,6 +28,9 @@ struct WeightGradChoice {
   int group;  // tiles along m that are visited together
 };
 
+// What the epilogue of a product computes, as far as tiles exist for it.
+enum class Unit { kPlain, kSwiglu, kWithOptions };
+
 // Sizes of a product, as a host that must not wait for the device knows them: n columns, k of the
 // reduction, the mean rows per expert.
 struct ProductSize {
@@ -36,7 +39,7 @@ struct ProductSize {
 
 RowsChoice choose_store(const ProductSize& size, bool across);
 RowsChoice choose_up(const ProductSize& size, bool gated, bool across);
-RowsChoice choose_down_backward(const ProductSize& size, bool gated);
+RowsChoice choose_down_backward(const ProductSize& size, Unit unit, double memory_speed);
 WeightGradChoice choose_weight_grad(int64_t m, int64_t n, int64_t rows_per_expert, bool gathers_q);
 
 // What MOEOPS_TILES, a list such as "up=c256x2:large:whole,down=p192:small:skip,dw_up=p192x2:16",
