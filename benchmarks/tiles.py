@@ -49,7 +49,7 @@ CANDIDATES = {
 }
 
 
-def candidates(product: str, unit: str, transposed: bool) -> list[str]:
+def tiles_of(product: str, unit: str, transposed: bool) -> list[str]:
     """The tiles that exist for a product; without a choice among them there are none to force."""
     if product == "up" and (unit != "swiglu" or transposed):
         return []
@@ -58,8 +58,11 @@ def candidates(product: str, unit: str, transposed: bool) -> list[str]:
     return CANDIDATES[product]
 
 
-def product_of(kernel: str) -> str:
-    """The product that a kernel computes, from the template arguments in its name; else its own name."""
+def product_of(kernel: str, transposed: bool = False) -> str:
+    """The product that a kernel computes, from the template arguments in its name; else its own name.
+
+    Without an activation the down product and x's gradient differ in how their weights lie.
+    """
     if "weight_grad_kernel" in kernel:
         return "dw_down" if "Gathered)1" in kernel else "dw_up"
     if "rows_gemm_kernel" in kernel:
@@ -67,7 +70,8 @@ def product_of(kernel: str) -> str:
             return "up"
         if "Epilogue)2" in kernel:
             return "dh"
-        return "dx" if "false, true>" in kernel else "down"
+        across = "false, true>" in kernel
+        return "dx" if across != transposed else "down"
     return kernel.split("<")[0].split("::")[-1]
 
 
@@ -86,6 +90,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--best", type=int, default=6, help="candidates to print of each product")
     args = parser.parse_args(argv)
+    unknown = set(args.products.split(",")) - set(CANDIDATES)
+    if unknown:
+        parser.error(f"--products must be of {', '.join(CANDIDATES)}, got {', '.join(unknown)}")
     if not torch.cuda.is_available():
         parser.error("there is no CUDA device")
     for name in args.configs.split(","):
@@ -102,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         stored = "[E, in, out]" if args.transposed else "[E, out, in]"
         print(f"{name}, {args.unit}, {stored}, on {torch.cuda.get_device_name()}, median us")
-        tiles = {p: candidates(p, args.unit, args.transposed) for p in args.products.split(",")}
+        tiles = {p: tiles_of(p, args.unit, args.transposed) for p in args.products.split(",")}
         for line in table(problem, {p: t for p, t in tiles.items() if t}, args.rounds, args.best):
             print("  " + line, flush=True)
     return 0
@@ -143,7 +150,7 @@ def sample(
                 os.environ["MOEOPS_TILES"] = ",".join(f"{p}={tile}" for p, tile in tiles.items())
                 for kernel, time in _profile(problem, plan):
                     if number > 0:
-                        product = product_of(kernel)
+                        product = product_of(kernel, problem.w_down.stride(-1) != 1)
                         samples[product, tiles.get(product, "as built")].append(time)
     finally:
         os.environ.pop("MOEOPS_TILES")
