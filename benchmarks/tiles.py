@@ -49,20 +49,15 @@ CANDIDATES = {
 }
 
 
-def tiles_of(product: str, unit: str, transposed: bool) -> list[str]:
+def tiles_of(product: str, unit: str) -> list[str]:
     """The tiles that exist for a product; without a choice among them there are none to force."""
-    if product == "up" and (unit != "swiglu" or transposed):
-        return []
-    if product == "dh" and unit != "swiglu":
-        return _rows("p192", "p128")
+    if unit != "swiglu" and product in ("up", "dh"):
+        return _rows("p192", "p128") if product == "dh" else []
     return CANDIDATES[product]
 
 
-def product_of(kernel: str, transposed: bool = False) -> str:
-    """The product that a kernel computes, from the template arguments in its name; else its own name.
-
-    Without an activation the down product and x's gradient differ in how their weights lie.
-    """
+def product_of(kernel: str) -> str:
+    """The product that a kernel computes, from the template arguments in its name; else its own name."""
     if "weight_grad_kernel" in kernel:
         return "dw_down" if "Gathered)1" in kernel else "dw_up"
     if "rows_gemm_kernel" in kernel:
@@ -70,8 +65,7 @@ def product_of(kernel: str, transposed: bool = False) -> str:
             return "up"
         if "Epilogue)2" in kernel:
             return "dh"
-        across = "false, true>" in kernel
-        return "dx" if across != transposed else "down"
+        return "dx" if "false, true>" in kernel else "down"
     return kernel.split("<")[0].split("::")[-1]
 
 
@@ -84,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--transposed",
         action="store_true",
-        help="weights stored [E, in, out] in place of [E, out, in]",
+        help="weights stored [E, in, out] in place of [E, out, in]; with --products dh",
     )
     parser.add_argument("--routing", choices=ROUTINGS, default="uniform")
     parser.add_argument("--rounds", type=int, default=5)
@@ -93,6 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     unknown = set(args.products.split(",")) - set(CANDIDATES)
     if unknown:
         parser.error(f"--products must be of {', '.join(CANDIDATES)}, got {', '.join(unknown)}")
+    if args.transposed and args.products != "dh":
+        parser.error("--transposed must come with --products dh: layouts tell the others apart")
     if not torch.cuda.is_available():
         parser.error("there is no CUDA device")
     for name in args.configs.split(","):
@@ -109,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         stored = "[E, in, out]" if args.transposed else "[E, out, in]"
         print(f"{name}, {args.unit}, {stored}, on {torch.cuda.get_device_name()}, median us")
-        tiles = {p: tiles_of(p, args.unit, args.transposed) for p in args.products.split(",")}
+        tiles = {p: tiles_of(p, args.unit) for p in args.products.split(",")}
         for line in table(problem, {p: t for p, t in tiles.items() if t}, args.rounds, args.best):
             print("  " + line, flush=True)
     return 0
@@ -122,6 +118,8 @@ def table(
     dense = {name: _time(product) for name, product in dense_products(problem).items()}
     samples = sample(problem, candidates, rounds)
     names = [*CANDIDATES, *sorted({name for name, _ in samples} - set(CANDIDATES))]
+    if problem.w_down.stride(-1) != 1:
+        names = [*candidates]  # kernels of other products have each other's names
     for name in names:
         ordered = sorted(
             (statistics.median(times), tile)
@@ -150,7 +148,7 @@ def sample(
                 os.environ["MOEOPS_TILES"] = ",".join(f"{p}={tile}" for p, tile in tiles.items())
                 for kernel, time in _profile(problem, plan):
                     if number > 0:
-                        product = product_of(kernel, problem.w_down.stride(-1) != 1)
+                        product = product_of(kernel)
                         samples[product, tiles.get(product, "as built")].append(time)
     finally:
         os.environ.pop("MOEOPS_TILES")

@@ -62,11 +62,11 @@ def program(tmp_path_factory):
         check=True,
     )
 
-    def run(product: str, n: int, k: int, rows: int, tiles: str | None = None, memory=4.9):
+    def run(product, n, k, rows, tiles: str | None = None, memory=4.9, unit="swiglu"):
         environment = {name: v for name, v in os.environ.items() if name != "MOEOPS_TILES"}
         if tiles is not None:
             environment["MOEOPS_TILES"] = tiles
-        command = [str(built), product, *map(str, (n, k, rows, memory))]
+        command = [str(built), product, *map(str, (n, k, rows, memory)), unit]
         return subprocess.run(command, env=environment, capture_output=True, text=True)
 
     return run
@@ -102,6 +102,21 @@ def test_the_memory_of_the_device(program, D, H, rows, slow, fast):
     """What an H100 and an H200 share and do not."""
     for memory, tile in ((3.35, slow), (4.9, fast)):
         run = program("dh", H, D, rows, memory=memory)
+        assert run.stdout.strip() == f"{tile}:small:skip"
+
+
+@pytest.mark.parametrize(
+    ("unit", "H", "slow", "fast"),
+    [
+        ("plain", 1536, "p192x2", "p192x2"),
+        ("plain", 256, "p192x2", "p192x2"),
+        ("glu", 1536, "p192", "p192"),
+        ("glu", 256, "p128", "p128"),
+    ],
+)
+def test_other_units_in_the_backward(program, unit, H, slow, fast):
+    for memory, tile in ((3.35, slow), (4.9, fast)):
+        run = program("dh", H, 4096, 1024, memory=memory, unit=unit)
         assert run.stdout.strip() == f"{tile}:small:skip"
 
 

@@ -8,6 +8,11 @@
 
 using namespace moeops::cuda::hopper;
 
+Unit unit_of(const char* name) {
+  if (std::strcmp(name, "plain") == 0) return Unit::kPlain;
+  return std::strcmp(name, "swiglu") == 0 ? Unit::kSwiglu : Unit::kWithOptions;
+}
+
 int main(int, char** arguments) {
   const char* product = arguments[1];
   const int64_t n = std::atoll(arguments[2]), k = std::atoll(arguments[3]);
@@ -24,7 +29,7 @@ int main(int, char** arguments) {
     const bool down = std::strcmp(product, "down") == 0;
     const RowsChoice choice =
         up   ? choose_up({n, k, rows}, true, false)
-        : dh ? choose_down_backward({n, k, rows}, Unit::kSwiglu, std::atof(arguments[5]))
+        : dh ? choose_down_backward({n, k, rows}, unit_of(arguments[6]), std::atof(arguments[5]))
              : choose_store({n, k, rows}, !down);
     const char* names[] = {"p192", "p192x2", "p128", "c256", "c256x2"};
     std::printf("%s:%s:%s\n", names[static_cast<int>(choice.tile)],

@@ -18,14 +18,16 @@ namespace {
 // and an H200, the others on an H100 (docs/hopper.md).
 constexpr int64_t kManyRows = 1536;       // rows per expert from which 128-row tiles waste little
 constexpr int64_t kFewRows = 128;         // up to here, dead blocks of rows are most of the work
-constexpr int64_t kLongReduction = 4096;  // hides the epilogue of a cooperative tile
-constexpr int64_t kManyColumns = 1024;    // more weights per expert than CTAs out of step share
+constexpr int64_t kLongReduction = 4096;  // hides the epilogue of a cooperative tile, repays pairs
+constexpr int64_t kManyColumns = 1024;    // from which pairs were ahead where memory is slow
 constexpr double kFastMemory = 4;         // TB/s: an H200's, not an H100's
 constexpr int64_t kShortReduction = 512;  // a tile's products take no longer than its loads
 
+int64_t tiles_across(int64_t n, int64_t tile) { return (n + tile - 1) / tile; }
+
 // Columns that a grid of tiles computes beyond the n that exist, as a part of n.
 double waste(int64_t n, int64_t tile) {
-  return static_cast<double>((n + tile - 1) / tile * tile) / static_cast<double>(n) - 1;
+  return static_cast<double>(tiles_across(n, tile) * tile) / static_cast<double>(n) - 1;
 }
 
 // Whether tiles of 192 columns, or of 256, compute much more than asked for where the other do not.
@@ -67,9 +69,9 @@ RowsChoice choose_down_backward(const ProductSize& size, Unit unit, double memor
   if (forced_choice("dh", choice)) return choice;
   constexpr RowsChoice kPair{RowsTileKind::kPingpong192Pair, false, false};
   if (unit == Unit::kPlain) return kPair;
-  const bool narrow = fits_256_better(size.n), even = (size.n + 191) / 192 % 2 == 0;
-  // Beside the traffic of gate and up, CTAs that wait for each other lose more than they share,
-  // but for where reading weights again is dear. An odd number of tiles leaves half a pair idle.
+  const bool narrow = fits_256_better(size.n), even = tiles_across(size.n, 192) % 2 == 0;
+  // Single CTAs were ahead nearly everywhere. Where memory is slow, pairs were with wide experts,
+  // but never with an odd number of tiles. Why was not measured; pairs read fewer weights from L2.
   const bool shares = memory_speed < kFastMemory && size.rows_per_expert > kFewRows &&
                       size.n >= kManyColumns && even && (narrow || size.k >= kLongReduction);
   if (shares && unit == Unit::kSwiglu) return kPair;
