@@ -17,6 +17,7 @@ from moeops.comm.wires import (
     differentiated,
     guarded,
     pack_rows,
+    takes_blocking,
     unobserved,
     unpack_rows,
 )
@@ -288,7 +289,7 @@ def exchange_detached(
         return torch.ops.moeops.all_to_all_rows(rows, sends, receives, group.name)
     if group.size == 1:
         return rows.clone(memory_format=torch.contiguous_format)
-    if unobserved(rows) and not differentiated(rows):
+    if takes_blocking(rows) and not differentiated(rows):
         wire = AllToAll(sends, receives, group, op)
         return unpack_rows(wire.run_guarded(pack_rows(rows)), rows.dtype)
     return guarded(op, group, _functional, rows, sends, receives, group.name)

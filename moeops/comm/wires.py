@@ -149,7 +149,7 @@ class _AtOnce(torch.autograd.Function):
 def carry(rows: Tensor, wire: Wire) -> Tensor:
     """Send rows and wait for what comes, in eager mode."""
     packed = pack_rows(rows)
-    if not unobserved(packed):
+    if not takes_blocking(packed):
         received = _Finish.apply(_Start.apply(packed, wire), wire)
     elif differentiated(packed):
         received = _AtOnce.apply(packed, wire)
@@ -210,10 +210,10 @@ class InFlight:
     def __init__(self, rows: Tensor, wire: Wire, begun: Tensor | None = None) -> None:
         self._dtype = rows.dtype
         self._wire = wire
-        self._plain = torch.compiler.is_compiling() or not unobserved(rows)
+        self._traced = torch.compiler.is_compiling()
         if begun is not None:
             self.sent = begun
-        elif self._plain:
+        elif self._traced:
             self.sent = wire.send(pack_rows(rows))
         else:
             self.sent = _begin(pack_rows(rows), wire)
@@ -224,7 +224,7 @@ class InFlight:
     def finish(self) -> Tensor:
         """Return the rows that came."""
         wait = torch.ops._c10d_functional.wait_tensor
-        received = wait(self.sent) if self._plain else _end(self.sent, self._wire)
+        received = wait(self.sent) if self._traced else _end(self.sent, self._wire)
         return unpack_rows(received, self._dtype)
 
 
@@ -273,16 +273,17 @@ class TwoHops:
 
 
 def unobserved(rows: Tensor) -> bool:
-    """No tracer, no mode and no subclass looks at the collectives of these rows.
+    """No tracer, no mode and no subclass looks at the collectives of these rows."""
+    return type(rows) in (Tensor, torch.nn.Parameter) and torch._C._len_torch_dispatch_stack() == 0
 
-    Nobody then needs functional ones: torch's blocking collectives cost the host half as much, and with NCCL they run
-    on the current stream, instead of on another one that must wait for it and be waited for.
+
+def takes_blocking(rows: Tensor) -> bool:
+    """Nobody needs functional collectives of these rows.
+
+    torch's blocking ones cost the host half as much, and with NCCL they run on the current stream, instead of on
+    another one that must wait for it and be waited for.
     """
-    return (
-        type(rows) in (Tensor, torch.nn.Parameter)
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not (rows.is_cuda and nccl_waits_on_host())
-    )
+    return unobserved(rows) and not (rows.is_cuda and nccl_waits_on_host())
 
 
 @functools.cache

@@ -7,12 +7,14 @@ import re
 import signal
 import time
 import traceback
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 from parallel_cases import batch, make
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moeops.dispatch import legs
 from moeops.distributed import DistributedGroupedDataParallel, explain_failures
@@ -32,6 +34,7 @@ class Case(NamedTuple):
     how: str  # "killed" or "hangs"
     where: str  # "building", "counts", "rows", "tokens" or "backward"
     backend: str | None = None  # of torch.compile, None for eager mode
+    observed: bool = False  # by a dispatch mode, for which torch's functional collectives run
 
     @property
     def ranks(self) -> int:
@@ -40,6 +43,13 @@ class Case(NamedTuple):
     @property
     def timeout(self) -> int:
         return COMPILED_TIMEOUT if self.backend else TIMEOUT
+
+
+class Observer(TorchDispatchMode):
+    """Sees every op, and changes none."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
 
 
 def vanish(case: Case, folder: str) -> None:
@@ -74,7 +84,7 @@ def worker(rank: int, case: Case, folder: str) -> None:
         start = time.monotonic()
         if case.where == "building":
             make("mlp", 2, "cpu", world_size=case.ranks)
-        with explain_failures():
+        with explain_failures(), Observer() if case.observed else nullcontext():
             y = run(x)
             if last and case.where == "backward":
                 vanish(case, folder)
@@ -120,6 +130,10 @@ def test_every_other_rank_ends_with_an_error(how, where, tmp_path):
     ops["tokens"] = "all_gather_rows"
     op = ops.get(where, "all_to_all_rows")
     assert_all_others_fail(op, Case(how, where), tmp_path)
+
+
+def test_functional_collectives_end_with_an_error(tmp_path):
+    assert_all_others_fail("all_to_all_rows", Case("killed", "backward", observed=True), tmp_path)
 
 
 @pytest.mark.parametrize(("where", "backend"), [("counts", "inductor"), ("backward", "aot_eager")])
