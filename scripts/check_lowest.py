@@ -24,7 +24,7 @@ from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "lowest"
-FOLDERS = ("ops", "gates", "layers", "numba", "integrations")
+FOLDERS = ("ops", "gates", "layers", "distributed", "numba", "integrations")
 
 
 def main() -> int:

@@ -99,7 +99,7 @@ class Dispatcher:
 
     def set_degrees(self, degrees: Degrees) -> None:
         """Work in so many chunks from now on, on all ranks alike."""
-        if degrees != (1, 1):
+        if not degrees.are_one:
             raise NotImplementedError(
                 f"{type(self).__name__}: n_chunks must be 1, got {degrees}. Use Exact, Static or Gather."
             )

@@ -228,7 +228,7 @@ class ExactDispatcher(Dispatcher):
         if isinstance(routing, Routing):
             n_chunks = one_degree("ExactDispatcher", self.degrees)
             return [form.load(*part) for part in _chunk_tokens(routing, inp, n_chunks)]
-        if self.degrees != (1, 1):
+        if not self.degrees.are_one:
             raise NotImplementedError(
                 f"ExactDispatcher: n_chunks must be 1 for a gate that mixes tokens, got {self.degrees}. A slot holds "
                 "tokens of all chunks."

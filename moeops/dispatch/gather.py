@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moeops import _checks, _nests
+from moeops._tracing import exporting
 from moeops.comm.common_size import CommonSize
 from moeops.comm.gathering import (
     GATHERS,
@@ -206,13 +207,13 @@ class GatherDispatcher(Dispatcher):
         num_tokens = leaves[0].shape[0]
         if self.max_tokens is not None:
             leaves = [_pad(leaf, self._padding(num_tokens)) for leaf in leaves]
-        elif not torch.compiler.is_exporting():
+        elif not exporting():
             zero = self._common.require(leaves, num_tokens)
             if torch.compiler.is_compiling():  # which may move the check behind what it is for
                 leaves = [leaf + zero.to(leaf.dtype) for leaf in leaves]
         if _checks.debug_checks() and not torch.compiler.is_compiling():
             check_equal_rows("GatherDispatcher", leaves, self.group)
-        if self.degrees != (1, 1) and not self.stage_hooks.on_rows:
+        if not self.degrees.are_one and not self.stage_hooks.on_rows:
             # The region brings their gradients.
             ahead, parts = (
                 leaves[0].detach(),
@@ -271,10 +272,10 @@ class GatherDispatcher(Dispatcher):
             isinstance(block, RegionBlock)
             and not routing.scale_inputs
             and not self.stage_hooks.on_rows
-            and (beside is None or self.degrees != (1, 1))
+            and (beside is None or not self.degrees.are_one)
         ):
             return self._run_region(routing, block, gathered, leaves[0], beside)
-        if self.degrees != (1, 1):
+        if not self.degrees.are_one:
             _land(gathered)
             raise NotImplementedError(
                 "GatherDispatcher: n_chunks must be 1 where experts are modules or have an activation of your own, "

@@ -51,6 +51,8 @@ class StageHooks:
     after_combine: StageHook | None = None
     before_moe_end: StageHook | None = None
     _functions_in_c: str = dataclasses.field(init=False, repr=False)
+    # Dynamo of torch 2.11 takes a function in C for a method where it is an attribute.
+    _in_order: tuple[StageHook | None, ...] = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in STAGES:
@@ -63,6 +65,7 @@ class StageHooks:
         hooks = [getattr(self, name) for name in STAGES]
         marks = [repr(hook) if isinstance(hook, _IN_C) else "" for hook in hooks]
         object.__setattr__(self, "_functions_in_c", "|".join(marks))
+        object.__setattr__(self, "_in_order", tuple(hooks))
 
     @property
     def on_rows(self) -> tuple[str, ...]:
@@ -76,7 +79,7 @@ class StageHooks:
             ValueError: outside of compiled code, where the number of entries in dimension 0 is another one.
             TypeError: outside of compiled code, where a leaf is no tensor.
         """
-        hook = getattr(self, name)
+        hook = self._in_order[STAGES.index(name)]
         if hook is None:
             return nest
         # Read for the guard: torch 2.13 has none on functions in C, such as torch.Tensor.float, and would keep the old.

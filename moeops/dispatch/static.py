@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moeops import _checks, _nests
+from moeops._tracing import exporting
 from moeops.comm.common_size import CommonSize, can_settle
 from moeops.comm.exchange import Splits
 from moeops.comm.groups import ALONE, RankGroup, describe_group
@@ -156,7 +157,7 @@ class StaticDispatcher(Dispatcher):
     ) -> Any:
         """Send every part of the buffers, run the experts on each as it arrives, send it back, combine."""
         rows = self._sort(routing, inp)
-        in_regions = self._works_in_regions and (beside is None or self.degrees != (1, 1))
+        in_regions = self._works_in_regions and (beside is None or not self.degrees.are_one)
         if in_regions and isinstance(block, RegionBlock):
             return self._run_region(rows, block, beside)
         flights, parts = self._exchange(rows, self._begin)
@@ -219,7 +220,7 @@ class StaticDispatcher(Dispatcher):
         """Begin to send buffers, as large as those of all ranks; return what ``begin`` does for that capacity."""
         common, leaf = self._common, _nests.leaves(rows.rows)[0]
         is_fixed = isinstance(self.capacity, int) and rows.expert_offsets is not None
-        if common is None or is_fixed or torch.compiler.is_exporting():
+        if common is None or is_fixed or exporting():
             return begin(rows, rows.wanted)
         if torch.compiler.is_compiling():
             return self._begin_with_fixed_size(rows, common, begin)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from moeops import _checks
+from moeops._tracing import exporting
 from moeops.comm.groups import RankGroup, rank_group
-from moeops.gates.recording import Newest, exporting
+from moeops.gates.recording import Newest
 from moeops.losses.logits import GATE_LOSSES
 
 if TYPE_CHECKING:

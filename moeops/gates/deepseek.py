@@ -10,10 +10,11 @@ from torch import Tensor
 
 from moeops import _checks
 from moeops._masks import drop_masked
+from moeops._tracing import exporting
 from moeops.comm.collectives import all_reduce_sum
 from moeops.gates.functional import check_scale, router_logits
 from moeops.gates.naive import NaiveGate
-from moeops.gates.recording import add_up, exporting
+from moeops.gates.recording import add_up
 from moeops.losses import score_shares, sequence_loss
 from moeops.ops.routing import chosen_weights, topk_route
 from moeops.ops.sorting import count_tokens

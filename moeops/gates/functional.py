@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from moeops import _checks
 from moeops._masks import drop_masked, hide_masked, num_unmasked
+from moeops._tracing import exporting
 from moeops.comm.collectives import all_gather_counts
 from moeops.comm.groups import rank_group
-from moeops.gates.recording import exporting
 from moeops.losses import balance_of_route, mask_route, score_shares
 from moeops.ops.balance import topk_route_balance
 from moeops.ops.routing import topk_route

@@ -11,12 +11,9 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from moeops._tracing import exporting
+
 T = TypeVar("T")
-
-
-def exporting() -> bool:
-    """torch.export is tracing. Its flag is read directly: torch 2.11's Dynamo takes isexporting() for always true."""
-    return torch.compiler._is_exporting_flag
 
 
 def _in_backward() -> bool:

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from moeops import _checks
 from moeops._masks import drop_masked, hide_masked, num_unmasked
+from moeops._tracing import exporting
 from moeops.comm.collectives import all_reduce_sum
 from moeops.gates._variable_k import VariableGate
 from moeops.gates.functional import router_logits
-from moeops.gates.recording import add_up, exporting
+from moeops.gates.recording import add_up
 from moeops.losses import mask_route
 from moeops.losses._common import TINY
 from moeops.ops.balance import relu_route

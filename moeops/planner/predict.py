@@ -194,7 +194,7 @@ def _backward_work(model: CostModel, config: Configuration, choice: Choice) -> _
     if _is_local(config, choice):
         return _Work(0.0, 0.0, 0.0, experts, 0.0, 0.0)
     late = 0.0
-    one_region = choice.dispatcher != "gather" or choice.degrees != (1, 1)
+    one_region = choice.dispatcher != "gather" or not choice.degrees.are_one
     if one_region and choice.form != "leader" and config.ranks > 1:
         late = WEIGHTS_SHARE * experts
         experts -= late

@@ -23,6 +23,8 @@ from torch._inductor.utils import run_and_get_code
 from moeops.gates import SoftMoEGate
 from processes import Ranks
 
+# For the table of the tests' gate, read for a padded number of tokens, torch 2.11 writes C++ that does not compile.
+PADDED = "inductor" if torch.__version__ >= (2, 13) else "aot_eager"
 CASES = (
     ("mlp", "inductor", {"dispatch": "exact"}),
     ("mlp", "inductor", {"dispatch": "static", "capacity": 12}),
@@ -30,7 +32,7 @@ CASES = (
     ("composed", "aot_eager", {"dispatch": "static", "capacity": 12, "n_chunks": 2}),
     ("modules", "aot_eager", {"dispatch": "exact"}),
     ("nested", "aot_eager", {"dispatch": "exact", "n_chunks": 2}),
-    ("mlp", "inductor", {"dispatch": "gather", "rows": 1.999, "max_tokens": 11}),
+    ("mlp", PADDED, {"dispatch": "gather", "rows": 1.999, "max_tokens": 11}),
     ("nested", "aot_eager", {"dispatch": "gather", "rows": 1.999}),
 )
 

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import torch
@@ -117,6 +118,10 @@ def test_ranks_train_what_one_rank_trains(text, quick, tmp_path, num_ranks, opti
     ]
 
 
+def by_tens(curve: list[float]) -> list[float]:
+    return [fmean(curve[i : i + 10]) for i in range(0, len(curve), 10)]
+
+
 @pytest.mark.distributed
 def test_encoded_rows_train_as_well(text, tmp_path):
     """Close to the curve beside it, which is that of rows as they are; the graph of each is one."""
@@ -133,7 +138,9 @@ def test_encoded_rows_train_as_well(text, tmp_path):
     assert list(runs) == ["moe", "uncompressed"]
     coded, plain = (runs[name]["train"] for name in runs)
     assert coded != plain
-    assert coded == pytest.approx(plain, abs=0.05)  # bits per byte
+    # Bits per byte: of ten steps each, and of single ones, where the loss has spikes.
+    assert by_tens(coded) == pytest.approx(by_tens(plain), abs=0.03)
+    assert coded == pytest.approx(plain, abs=0.2)
     assert coded[-1] < coded[0] - 1
 
 
