@@ -147,6 +147,8 @@ def check_numbers_of_tokens_that_differ(ranks: Ranks) -> None:
         torch.testing.assert_close(part(x), whole(x))
         with pytest.raises(ValueError, match=r"same shapes and dtypes on every rank .* max_tokens"):
             part(x.float() if ranks.rank == 1 else x)
+    if ranks.device != "cpu":  # NCCL's watchdog would end the processes
+        return
     # The ranks that have not changed wait for the others, here until the time-out.
     group = dist.new_group(timeout=timedelta(seconds=2))
     alone, _ = make_pair("mlp", ranks, dispatch="gather", rows=4.0, moe_group=group)

@@ -166,7 +166,13 @@ def check_a_job_measures_both_links(ranks: Ranks) -> None:
     hierarchy = hierarchy_of(ranks)
     layer, group = JobLayer(D, H, 2, 2, "float64"), hierarchy.group
     model = job_model(
-        "check", layer, group, torch.device("cpu"), hierarchy=hierarchy, refresh=True, seconds=0.1
+        "check",
+        layer,
+        group,
+        torch.device(ranks.device),
+        hierarchy=hierarchy,
+        refresh=True,
+        seconds=0.1,
     )
     for law in (model.inside_node, model.between_nodes):
         assert law.seconds(1 << 20, 1) > 0

@@ -11,7 +11,7 @@ from megatron.core.dist_checkpointing.optimizer import (
     optim_state_to_sharding_state,
 )
 from megatron_checks import GROUPS, assert_same, run, tokens
-from megatron_cpu import E, H, make_config, make_gpt, use_groups
+from megatron_models import E, H, make_config, make_gpt, put, use_groups
 
 from moeops.integrations.megatron import MoeopsExperts, fmoefy
 from processes import Ranks
@@ -33,7 +33,7 @@ def save(state: dict, folder) -> None:
 BUILDERS = {
     "stock": lambda: make_gpt(make_config()),
     "spec": lambda: make_gpt(make_config(), MoeopsExperts),
-    "fmoefy": lambda: fmoefy(make_gpt(make_config(dense=True)), num_experts=E, d_hidden=H).double(),
+    "fmoefy": lambda: put(fmoefy(make_gpt(make_config(dense=True)), num_experts=E, d_hidden=H)),
 }
 
 

@@ -21,7 +21,7 @@ from megatron.core.transformer.moe.moe_utils import (
     get_moe_layer_wise_logging_tracker,
 )
 from megatron.core.transformer.transformer_layer import TransformerLayer
-from megatron_cpu import (
+from megatron_models import (
     BATCH,
     LAYERS,
     LENGTH,
@@ -29,9 +29,11 @@ from megatron_cpu import (
     D,
     E,
     H,
-    TensorsOnCpu,
+    TensorsWhereModelsAre,
+    device,
     make_config,
     make_gpt,
+    put,
     use_groups,
 )
 
@@ -49,13 +51,14 @@ GROUPS = {1: [{}], 2: [EXPERTS, SHARDS, BOTH, TENSORS]}
 
 
 def tokens(count: int = BATCH) -> torch.Tensor:
-    return torch.randint(VOCABULARY, (count, LENGTH), generator=torch.Generator().manual_seed(7))
+    generator = torch.Generator().manual_seed(7)
+    return torch.randint(VOCABULARY, (count, LENGTH), generator=generator).to(device())
 
 
 def run(model, ids: torch.Tensor, **options) -> torch.Tensor:
     """The mean loss of a GPT."""
-    positions = torch.arange(LENGTH).expand(ids.shape)
-    mask = torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool).triu(1)
+    positions = torch.arange(LENGTH, device=ids.device).expand(ids.shape)
+    mask = torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool, device=ids.device).triu(1)
     return model(ids, positions, mask, labels=ids.flip(1), **options).mean()
 
 
@@ -189,7 +192,7 @@ def check_data_parallelism(ranks: Ranks) -> None:
             model = make_gpt(make_config(), MoeopsExperts)
         else:
             # With expert parallelism a configuration must name experts, whatever its model has.
-            model = fmoefy(make_gpt(make_config(), dense=True), num_experts=E).double()
+            model = put(fmoefy(make_gpt(make_config(), dense=True), num_experts=E))
             assert model.decoder.layers[0].mlp.d_hidden == H
         config = model.config
         model.load_state_dict({k: own_part(k, v) for k, v in state.items()})
@@ -239,7 +242,7 @@ def check_fmoefy_equals_megatrons_layer(ranks: Ranks) -> None:
         options = {"add_bias_linear": bias, **plain(F.gelu)}
         stock = make_gpt(make_config(**options))
         dense = make_gpt(make_config(dense=True, **options))
-        model = fmoefy(dense, num_experts=E, top_k=2, d_hidden=H, gate=NaiveGate).double()
+        model = put(fmoefy(dense, num_experts=E, top_k=2, d_hidden=H, gate=NaiveGate))
         assert model is dense
         assert model.config.num_moe_experts == E
         layers = [m.mlp for m in model.modules() if isinstance(m, TransformerLayer)]
@@ -264,21 +267,20 @@ def check_losses_of_gates(ranks: Ranks) -> None:
     ids = (tokens() + ranks.rank) % VOCABULARY
     grads, logged, state = [], [], None
     for recompute in (False, True):
-        options = {
+        full = {
             "recompute_granularity": "full",
             "recompute_method": "uniform",
             "recompute_num_layers": 1,
         }
-        config = make_config(dense=True, **(options if recompute else {}))
+        config = make_config(dense=True, **(full if recompute else {}))
         torch.manual_seed(3)
-        model = fmoefy(
-            make_gpt(config), num_experts=E, gate=SwitchGate, top_k=1, balance_loss_weight=weight
-        ).double()
+        options = {"gate": SwitchGate, "top_k": 1, "balance_loss_weight": weight}
+        model = put(fmoefy(make_gpt(config), num_experts=E, **options))
         for layer in model.decoder.layers:
             layer.mlp.gate.jitter = None
         state = model.state_dict() if state is None else state
         model.load_state_dict(state)
-        MoEAuxLossAutoScaler.set_loss_scale(torch.tensor([scale]))
+        MoEAuxLossAutoScaler.set_loss_scale(torch.tensor([scale], device=device()))
         clear_aux_losses_tracker()
         run(model, ids).backward()
         grads.append({name: p.grad for name, p in model.named_parameters()})
@@ -308,13 +310,8 @@ def check_schedule(ranks: Ranks) -> None:
     """Megatron's own schedule with two micro-batches, and its scale of the loss: what one backward gives."""
     use_groups()
     weight, scale = 0.3, 8.0
-    model = fmoefy(
-        make_gpt(make_config(dense=True)),
-        num_experts=E,
-        gate=SwitchGate,
-        top_k=1,
-        balance_loss_weight=weight,
-    ).double()
+    options = {"gate": SwitchGate, "top_k": 1, "balance_loss_weight": weight}
+    model = put(fmoefy(make_gpt(make_config(dense=True)), num_experts=E, **options))
     for layer in model.decoder.layers:
         layer.mlp.gate.switch_eps = 0.0
     model.config.grad_scale_func = lambda loss: loss * scale
@@ -324,7 +321,7 @@ def check_schedule(ranks: Ranks) -> None:
         loss = run(model, next(data))
         return loss, lambda loss: (loss, {})
 
-    with TensorsOnCpu():
+    with TensorsWhereModelsAre():
         forward_backward_no_pipelining(
             forward_step_func=step,
             data_iterator=iter(batches),
@@ -349,7 +346,7 @@ def check_marks_and_padding(ranks: Ranks) -> None:
     for sizes in GROUPS[ranks.size]:
         use_groups(**sizes)
         model = fmoefy(make_gpt(make_config(dense=True)), num_experts=E)
-        layer = model.decoder.layers[0].mlp
+        layer = model.decoder.layers[0].mlp.to(device())
         elsewhere = sizes in (EXPERTS, BOTH, TENSORS)
         for expert in (
             layer.experts,
@@ -360,8 +357,8 @@ def check_marks_and_padding(ranks: Ranks) -> None:
             assert (expert.w_up.partition_dim, expert.w_up.partition_stride) == (1, 2)
         tensors = "tensor_model_parallel_size" in sizes
         assert [p.sequence_parallel for p in layer.gate.parameters()] == [tensors]
-        x = torch.randn(LENGTH, BATCH, D)
-        padding = torch.zeros(BATCH, LENGTH, dtype=torch.bool)
+        x = torch.randn(LENGTH, BATCH, D, device=device())
+        padding = torch.zeros(BATCH, LENGTH, dtype=torch.bool, device=device())
         padding[0, 4:] = True
         y, bias = layer(x, padding_mask=padding)
         whole = layer(x)[0]
@@ -383,7 +380,7 @@ def check_lines_of_fastmoes_readme(ranks: Ranks) -> None:
     use_groups(**sizes)
     ids = tokens()
     for name in ("num_experts", "fmoe_num_experts"):
-        model = of_fastmoe(make_gpt(make_config(dense=True)), **{name: 2}).double()
+        model = put(of_fastmoe(make_gpt(make_config(dense=True)), **{name: 2}))
         for layer in model.decoder.layers:
             assert (layer.mlp.num_expert, layer.mlp.tot_expert) == (2, 2 * ranks.size)
             assert (layer.mlp.d_hidden, layer.mlp.top_k) == (H // 2, 2)
@@ -457,8 +454,8 @@ def check_errors(ranks: Ranks) -> None:
 def check_half_types(ranks: Ranks) -> None:
     """In bfloat16 as near to float64 as Megatron's experts are."""
     use_groups()
-    counts = torch.tensor([5, 0, 9, 4])
-    x, probs = torch.randn(18, D), torch.rand(18)
+    counts = torch.tensor([5, 0, 9, 4], device=device())
+    x, probs = torch.randn(18, D, device=device()), torch.rand(18, device=device())
     errors = {}
     for experts in (None, MoeopsExperts):
         layer = make_gpt(make_config(), experts).decoder.layers[0].mlp.experts
@@ -488,11 +485,12 @@ def check_chunks_and_compilation(ranks: Ranks) -> None:
     if ranks.size > 1:
         return
     for kind in ("swiglu", "geglu"):
-        experts = MoeopsExperts(E, make_config(**KINDS[kind]))
+        experts = MoeopsExperts(E, make_config(**KINDS[kind])).to(device())
         compiled = torch.compile(experts, backend="aot_eager", fullgraph=True)
         for counts in ([3, 0, 2, 4], [1, 1, 4, 1], [0, 0, 0, 0]):
-            counts = torch.tensor(counts)
-            x, probs = torch.randn(int(counts.sum()), D), torch.rand(int(counts.sum()))
+            rows = sum(counts)
+            counts = torch.tensor(counts, device=device())
+            x, probs = torch.randn(rows, D, device=device()), torch.rand(rows, device=device())
             for actual, expected in zip(
                 *(f(x, counts, probs) for f in (compiled, experts)), strict=True
             ):

@@ -20,3 +20,9 @@ pytestmark = [
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_gloo(world_size, tmp_path):
     run_checks("megatron_checks megatron_checkpoint_checks", world_size, "gloo", tmp_path)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_nccl(world_size, tmp_path, cuda_device):
+    run_checks("megatron_checks megatron_checkpoint_checks", world_size, "nccl", tmp_path)

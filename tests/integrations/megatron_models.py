@@ -1,12 +1,14 @@
-"""Megatron-Core on the CPU: what it asks of CUDA is answered otherwise, in the processes that import this."""
+"""Megatron-Core's models for checks, on GPUs with NCCL and on CPUs with gloo, where CUDA is answered for."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import queue
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -26,13 +28,22 @@ def on_cpu(tensor, as_numpy: bool = False, record_stream: bool = False):
     return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
 
 
-class TensorsOnCpu(TorchFunctionMode):
-    """What is asked for on "cuda" is made on the CPU, as Megatron's schedules do."""
+def device() -> str:
+    """Where the models of this process are: its groups say it."""
+    return "cuda" if dist.get_backend() == "nccl" else "cpu"
+
+
+def put(model: torch.nn.Module) -> torch.nn.Module:
+    return model.double().to(device())
+
+
+class TensorsWhereModelsAre(TorchFunctionMode):
+    """What is asked for on "cuda", as Megatron's schedules do, is made where the models are."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         if kwargs.get("device") == "cuda":
-            kwargs["device"] = "cpu"
+            kwargs["device"] = device()
         return func(*args, **kwargs)
 
 
@@ -51,10 +62,17 @@ def pretend_that_the_cpu_is_a_gpu() -> None:
     torch.cuda.synchronize = lambda *_: None
     random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     random._set_cuda_rng_state = lambda *_, **__: None
+    token_dispatcher.maybe_move_tensor_to_cpu = on_cpu
+
+
+@functools.cache
+def prepare() -> None:
+    """Change Megatron-Core so that it runs here, once in a process that has a group."""
+    if device() == "cpu":
+        pretend_that_the_cpu_is_a_gpu()
     random.initialize_rng_tracker(inference_rng_tracker=True)
     # Without TransformerEngine Megatron-Core 0.16 leaves this name undefined.
     moe_utils.te_general_gemm = None
-    token_dispatcher.maybe_move_tensor_to_cpu = on_cpu
     # What has been written is told in this process; Megatron's queue is another process, which imports torch.
     results: queue.Queue = queue.Queue()
     filesystem_async._get_write_results_queue = lambda: results
@@ -62,14 +80,12 @@ def pretend_that_the_cpu_is_a_gpu() -> None:
     torch_norm.WrappedTorchNorm.__new__ = make_norm
 
 
-pretend_that_the_cpu_is_a_gpu()
-
-
 _known: dict[tuple, dict] = {}
 
 
 def use_groups(**sizes: int) -> None:
     """The groups of ``parallel_state`` for these sizes, in the place of those before. They are made once."""
+    prepare()
     place = tuple(sorted(sizes.items()))
     if place not in _known:
         parallel_state.destroy_model_parallel()
@@ -116,6 +132,6 @@ def make_gpt(
     if experts is not None:
         spec.submodules.mlp.submodules.experts = ModuleSpec(module=experts)
     torch.manual_seed(5)
-    return GPTModel(
-        config, spec, VOCABULARY, LENGTH, share_embeddings_and_output_weights=False
-    ).double()
+    return put(
+        GPTModel(config, spec, VOCABULARY, LENGTH, share_embeddings_and_output_weights=False)
+    )
