@@ -151,7 +151,8 @@ def scaling_lane(args: argparse.Namespace) -> dict[str, Any]:
 
 def gpt_lane(args: argparse.Namespace) -> dict[str, Any]:
     """A GPT with experts and a dense one with as wide MLPs as a token's experts, by ``train_lm.py``."""
-    options = ["--gate", "naive", "--aux-loss-weight", "0", *GPT[args.device].split()]
+    options = ["--gate", "naive", "--aux-loss-weight", "0", "--no-checkpoint"]
+    options += GPT[args.device].split()
     options += args.gpt_options.split()
     script = str(machine.ROOT / "examples" / "train_lm.py")
     with tempfile.TemporaryDirectory() as folder:

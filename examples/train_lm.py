@@ -160,6 +160,11 @@ def make_parser() -> Parser:
     run.add_argument("--out", type=Path, default=Path("runs/train_lm"), help="folder [%(default)s]")
     run.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     run.add_argument(
+        "--no-checkpoint",
+        action="store_true",
+        help="write none: that of a billion parameters takes longer than many steps",
+    )
+    run.add_argument(
         "--sample-bytes", type=positive_int, default=300, help="to generate [%(default)s]"
     )
     run.add_argument("--quick", action="store_true", help="a tiny model and few steps: seconds")
@@ -247,6 +252,10 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
         raise UsageError(
             f"--expert-tensor-parallel must come with --expert-parallel, got {options.expert_tensor_parallel} alone. "
             "Give both."
+        )
+    if options.no_checkpoint and options.resume:
+        raise UsageError(
+            "--resume must come without --no-checkpoint, got both. Leave one of them out."
         )
     if options.d_model % (2 * options.heads):
         raise UsageError(

@@ -65,9 +65,8 @@ def run_on(ranks: Ranks, device: torch.device, options: argparse.Namespace) -> i
     for name, result in results.items():
         ranks.say(describe(name, result, order0))
     if len(results) < len(names) or not all(result.finished for result in results.values()):
-        ranks.say(
-            f"stopped by Ctrl-C and saved in {options.out}/; the same options with --resume go on"
-        )
+        saved = f"and saved in {options.out}/; the same options with --resume go on"
+        ranks.say(f"stopped by Ctrl-C {'and not saved' if options.no_checkpoint else saved}")
         return EXIT_INTERRUPTED
     prompt = bytes(corpus.held_out[: min(PROMPT_BYTES, options.context)].tolist())
     sample = results[names[0]].model.generate(
@@ -76,8 +75,8 @@ def run_on(ranks: Ranks, device: torch.device, options: argparse.Namespace) -> i
     ranks.say(f"--- sample of {names[0]}\n{sample.decode('utf-8', errors='replace')}\n---")
     if options.compare:
         ranks.say(compare(results["moe"], results["dense"]))
-    written = [checkpoint_path(options, name).name for name in names]
-    ranks.say(f"wrote {', '.join(written)}, train_lm.png and metrics.json in {options.out}/")
+    written = [] if options.no_checkpoint else [checkpoint_path(options, n).name for n in names]
+    ranks.say(f"wrote {', '.join([*written, 'train_lm.png'])} and metrics.json in {options.out}/")
     return 0
 
 
@@ -210,6 +209,7 @@ def make_trainer(
         compiled=not options.eager,
         eval_every=options.eval_every,
         resume=resume,
+        saves=not options.no_checkpoint,
         ranks=ranks,
         expert_parallel=options.expert_parallel,
         num_shards=options.expert_tensor_parallel,

@@ -218,6 +218,7 @@ class Trainer:
         compiled: use ``torch.compile``.
         eval_every: steps between two validations, each of which also saves a checkpoint.
         resume: go on from ``checkpoint``.
+        saves: write ``checkpoint``.
         ranks: the processes that train together; ``batches`` and ``windows`` are this one's share.
         expert_parallel: divide the experts among the ranks.
         num_shards: with ``expert_parallel``, ranks that share the hidden units of each expert.
@@ -237,6 +238,7 @@ class Trainer:
         compiled: bool,
         eval_every: int,
         resume: bool,
+        saves: bool = True,
         ranks: Ranks = ONE_RANK,
         expert_parallel: bool = False,
         num_shards: int = 1,
@@ -246,6 +248,7 @@ class Trainer:
         self._batches = batches
         self._windows = windows
         self._checkpoint = checkpoint
+        self._saves = saves
         self._device = device
         self._compiled = compiled
         self._eval_every = eval_every
@@ -295,7 +298,7 @@ class Trainer:
         return self._step
 
     def run(self, stop: StopRequest) -> Result:
-        """Train to the last step or to Ctrl-C; the checkpoint is written either way."""
+        """Train to the last step or to Ctrl-C; the checkpoint is written either way, if it is at all."""
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
         eager = make_step(self._model, self._config, self._device, compiled=False)
@@ -420,6 +423,8 @@ class Trainer:
 
     def _save(self) -> None:
         """Write the whole model, wherever its experts are, and what else it takes to go on; all ranks take part."""
+        if not self._saves:
+            return
         ranks = self._ranks
         random_state = {"cpu": torch.get_rng_state()}
         if self._device.type == "cuda":

@@ -107,6 +107,14 @@ def test_comparison_at_equal_time():
     assert "at equal time" not in compare(early, dense)
 
 
+def test_no_checkpoint(quick, tmp_path):
+    options = ("--steps", "2", "--eval-every", "1", "--sample-bytes", "1")
+    code, stdout, stderr = quick("--no-checkpoint", *options)
+    assert code == 0, stderr
+    assert stdout.splitlines()[-1].startswith("wrote train_lm.png and metrics.json in ")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"train_lm.png", "metrics.json"}
+
+
 def test_gates_that_see_the_future_are_not_compared(quick, tmp_path):
     options = ("--gate", "soft", "--steps", "2", "--sample-bytes", "1")
     code, stdout, _ = quick(*options, compare=True)
@@ -373,6 +381,7 @@ def test_targets_are_one_byte_later_and_steps_are_reproducible(text):
             ["--wire", "int8", "--expert-parallel", "--dispatch", "gather"],
             "--wire must come with --dispatch exact or static, got int8 and gather",
         ),
+        (["--resume", "--no-checkpoint"], "--resume must come without --no-checkpoint, got both"),
         (["--dense", "--no-compare"], "not allowed with argument --dense"),
     ],
     ids=lambda v: v[0].lstrip("-") if isinstance(v, list) else "",
