@@ -2,8 +2,9 @@
 
     python scripts/check_dist.py
 
-Run it with the Python of an environment that has torch and the build tools (``make dist-check`` does). It works on a
-copy of the source tree and in environments of its own; all of it is CPU only, for speed.
+Run it with the Python of an environment that has torch, the build tools and an editable installation of moeops (``make
+dist-check`` does). The other installations are made from a copy of the source tree, in environments of their own; they
+are CPU only, for speed.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def main() -> int:
         check_contents(sdist, wheel)
         check("wheel", folder, [str(wheel)], source)
         check("pip install . (isolated build)", folder, ["."], source)
-        check("pip install -e .", folder, ["--no-build-isolation", "-e", "."], source)
+        check_use("pip install -e .", sys.executable, folder)
     print("check_dist: sdist, wheel, pip install and editable install work")
     return 0
 
@@ -121,15 +122,20 @@ def check_contents(sdist: Path, wheel: Path) -> None:
 
 
 def check(title: str, folder: Path, arguments: list[str], source: Path) -> None:
-    """Install in a fresh environment and use the package from an empty folder."""
+    """Install in a fresh environment, use the package, and remove it."""
     environment = Path(tempfile.mkdtemp(dir=folder))
     python = make_environment(environment)
     run([python, "-m", "pip", "install", "--no-deps", *arguments], source)
-    elsewhere = environment / "elsewhere"
+    check_use(title, python, environment)
+    run([python, "-m", "pip", "uninstall", "-y", "moeops"], folder)
+
+
+def check_use(title: str, python: str, folder: Path) -> None:
+    """Use the package that an interpreter finds from an empty folder."""
+    elsewhere = folder / "elsewhere"
     elsewhere.mkdir()
     where = run([python, "-c", USE], elsewhere).strip().splitlines()[-1]
     run([python, "-m", "moeops", "info"], elsewhere)
-    run([python, "-m", "pip", "uninstall", "-y", "moeops"], elsewhere)
     print(f"check_dist: {title}: {where}", flush=True)
 
 
