@@ -109,9 +109,10 @@ def test_which_are_one_op():
     assert lines["gemma4.Gemma4TextExperts"].endswith(
         "fused, gelu_tanh(gate) * up; [E, 2H, D], gate then up"
     )
-    assert lines["inkling2.Inkling2Experts"].endswith(
-        "a gate of its own (Inkling2Experts._apply_gate); [E, 2H, D], gate then up"
-    )
+    if "inkling2" in MODELS:
+        assert lines["inkling2.Inkling2Experts"].endswith(
+            "a gate of its own (Inkling2Experts._apply_gate); [E, 2H, D], gate then up"
+        )
 
 
 @pytest.mark.parametrize("name", NAMES)
