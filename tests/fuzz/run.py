@@ -61,6 +61,9 @@ def draw(seed: int, kinds: tuple[str, ...] = ()) -> Case:
     return Case(kind, seed, KINDS[kind].draw(rng))
 
 
+PER_SEED = 1_000_000  # cases, numbered from this many times the seed on
+
+
 class Report(NamedTuple):
     """What a run did: cases it was asked for and ran of each kind, those that failed, and seconds for each kind."""
 
@@ -91,7 +94,7 @@ def run(
     """Run ``cases`` cases, from ``seed`` on; fewer where ``seconds`` end first or ``stop_after`` have failed."""
     report = Report(cases, collections.Counter(), [], collections.Counter())
     end = None if seconds is None else time.monotonic() + seconds
-    first = seed * 1_000_000
+    first = seed * PER_SEED
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # for problems as small as these
     try:
@@ -119,7 +122,7 @@ def run(
 
 def main() -> int:
     parser = argparse.ArgumentParser("python -m tests.fuzz", description=__doc__)
-    parser.add_argument("--cases", type=int, default=1000)
+    parser.add_argument("--cases", type=int, help="1000, or as many as --seconds have")
     parser.add_argument(
         "--seed", type=int, default=int(time.strftime("%Y%m%d")), help="today's date"
     )
@@ -128,8 +131,9 @@ def main() -> int:
     parser.add_argument("--stop-after", type=int, default=10, help="failures")
     args = parser.parse_args()
     print(f"seed {args.seed}", flush=True)
+    most = 1000 if args.seconds is None else PER_SEED
     report = run(
-        args.cases,
+        most if args.cases is None else args.cases,
         args.seed,
         args.seconds,
         tuple(args.kinds),
