@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -64,6 +66,12 @@ def op_options(activation: str | Glu) -> dict[str, Any]:
     }
 
 
+def _holds(dtype: torch.dtype, value: float) -> bool:
+    """A type has this number; those of other types than the half ones count as having all."""
+    bits = {torch.bfloat16: 8, torch.float16: 11}.get(dtype)
+    return bits is None or math.frexp(value)[0] * 2**bits % 1 == 0
+
+
 def activate(pre_activation: Tensor, activation: str | Glu) -> Tensor:
     """``[R, 2H] -> [R, H]`` for gated units, elementwise for the others; composed of torch's functions."""
     if activation == "relu_squared":
@@ -76,7 +84,10 @@ def activate(pre_activation: Tensor, activation: str | Glu) -> Tensor:
     else:
         gate, up = pre_activation.chunk(2, dim=-1)
     if unit.limit is not None:
-        gate, up = gate.clamp(max=unit.limit), up.clamp(-unit.limit, unit.limit)
+        dtype = gate.dtype
+        if not _holds(dtype, unit.limit):  # clamp would round the limit, and pass what is above it
+            gate, up = gate.float(), up.float()
+        gate, up = gate.clamp(max=unit.limit).to(dtype), up.clamp(-unit.limit, unit.limit).to(dtype)
     if unit.offset != 0:
         up = up + unit.offset
     if unit.gate == "gelu_tanh":

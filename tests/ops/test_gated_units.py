@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from block_cases import call, uneven_plan
 
 import moeops
 from cases import each
 from moeops import Glu, TokenPlan, reference
+from moeops.ops.activations import activate
 from samples import (
     SAMPLES,
     UNITS,
@@ -112,3 +114,21 @@ def test_what_is_clamped_has_no_gradient_and_the_limits_have(device):
     torch.testing.assert_close(grad[:4], want_grad[:4])
     assert (grad[2] == 0).all()
     assert y[4].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "limit", "below", "above"),
+    [
+        (torch.bfloat16, 359 / 512, 0.69921875, 0.703125),
+        (torch.float16, 2871 / 4096, 1435 / 2048, 1436 / 2048),
+        (torch.bfloat16, 7.0, 7.0, 7.03125),
+    ],
+)
+def test_composed_units_compare_with_a_limit_that_the_type_does_not_hold(
+    dtype, limit, below, above
+):
+    """What is above the limit has no gradient, though the limit rounds to it."""
+    pre = torch.tensor([[below, below], [above, below], [below, above]], dtype=dtype)
+    pre.requires_grad_()
+    activate(pre, Glu("silu", limit=limit)).sum().backward()
+    assert (pre.grad != 0).tolist() == [[True, True], [False, True], [True, False]]
