@@ -23,8 +23,6 @@ from torch._inductor.utils import run_and_get_code
 from moeops.gates import SoftMoEGate
 from processes import Ranks
 
-# For the table of the tests' gate, read for a padded number of tokens, torch 2.11 writes C++ that does not compile.
-PADDED = "inductor" if torch.__version__ >= (2, 13) else "aot_eager"
 CASES = (
     ("mlp", "inductor", {"dispatch": "exact"}),
     ("mlp", "inductor", {"dispatch": "static", "capacity": 12}),
@@ -32,13 +30,16 @@ CASES = (
     ("composed", "aot_eager", {"dispatch": "static", "capacity": 12, "n_chunks": 2}),
     ("modules", "aot_eager", {"dispatch": "exact"}),
     ("nested", "aot_eager", {"dispatch": "exact", "n_chunks": 2}),
-    ("mlp", PADDED, {"dispatch": "gather", "rows": 1.999, "max_tokens": 11}),
+    ("mlp", "inductor", {"dispatch": "gather", "rows": 1.999, "max_tokens": 11}),
     ("nested", "aot_eager", {"dispatch": "gather", "rows": 1.999}),
 )
 
 
 def run_case(ranks: Ranks, kind: str, backend: str, options: dict) -> None:
     torch._dynamo.reset()
+    if "max_tokens" in options and ranks.device == "cpu" and torch.__version__ < (2, 13):
+        # For the table of the tests' gate, read for padded tokens, Inductor writes C++ that does not compile.
+        backend = "aot_eager"
     part, whole = make_pair(kind, ranks, **options)
     counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(part, fullgraph=True, backend=counter)

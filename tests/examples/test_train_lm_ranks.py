@@ -138,9 +138,9 @@ def test_encoded_rows_train_as_well(text, tmp_path):
     assert list(runs) == ["moe", "uncompressed"]
     coded, plain = (runs[name]["train"] for name in runs)
     assert coded != plain
-    # Bits per byte: of ten steps each, and of single ones, where the loss has spikes.
+    # Bits per byte: of ten steps each, and of single ones, of which two are spikes with torch 2.11.
     assert by_tens(coded) == pytest.approx(by_tens(plain), abs=0.03)
-    assert coded == pytest.approx(plain, abs=0.2)
+    assert coded == pytest.approx(plain, abs=0.05 if torch.__version__ >= (2, 13) else 0.2)
     assert coded[-1] < coded[0] - 1
 
 
